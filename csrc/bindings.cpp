@@ -1,0 +1,149 @@
+// pipedream_hpc._core: channels over MPI.
+#include <mpi4py/mpi4py.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "channel.hpp"
+#include "mpi_error.hpp"
+#include "progress.hpp"
+
+namespace py = pybind11;
+using namespace pipedream;
+
+namespace {
+
+MPI_Comm communicator(py::handle object) {
+  MPI_Comm* comm = PyMPIComm_Get(object.ptr());
+  if (comm == nullptr) throw py::error_already_set();
+  return *comm;
+}
+
+// The interpreter keeps its say while the core waits: Ctrl-C, for one.
+Waiting waiting(double stall_limit_s) {
+  return {stall_limit_s, [] {
+            py::gil_scoped_acquire held;
+            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+          }};
+}
+
+Line line(int peer, int tag, std::size_t capacity, const std::string& memory, std::string label) {
+  return {peer, tag, capacity, where_from(memory), std::move(label)};
+}
+
+std::string library_version() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING];
+  int length = 0;
+  MPI_Get_library_version(text, &length);
+  return std::string(text, static_cast<std::size_t>(length));
+}
+
+std::string built_with() {
+#if defined(OPEN_MPI)
+  return "Open MPI " + std::to_string(OMPI_MAJOR_VERSION) + "." + std::to_string(OMPI_MINOR_VERSION) + "." +
+         std::to_string(OMPI_RELEASE_VERSION);
+#elif defined(MPICH_VERSION)
+  return "MPICH " MPICH_VERSION;
+#else
+  return "MPI " + std::to_string(MPI_VERSION) + "." + std::to_string(MPI_SUBVERSION);
+#endif
+}
+
+bool initialized() {
+  int flag = 0;
+  MPI_Initialized(&flag);
+  return flag != 0;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "Channels over MPI.";
+  py::module_::import("pipedream_hpc._memory");  // registers View
+  if (import_mpi4py() < 0) throw py::error_already_set();
+
+  auto core_error = py::register_exception<CoreError>(module, "CoreError", PyExc_RuntimeError);
+  py::register_exception<MpiError>(module, "MpiError", core_error);
+  py::register_exception<MessageError>(module, "MessageError", core_error);
+  py::register_exception<StallError>(module, "StallError", core_error);
+
+  module.def("library_version", &library_version);
+  module.def("built_with", &built_with);
+  module.def("initialized", &initialized);
+  module.def("allocations", &allocations);
+  module.attr("comm_bytes") = sizeof(MPI_Comm);
+
+  py::class_<Progress, std::shared_ptr<Progress>>(module, "Progress")
+      .def(py::init(
+               [](py::object comm, bool spare_core) {
+                 return std::make_shared<Progress>(communicator(comm), spare_core);
+               }),
+           py::arg("comm"), py::kw_only(), py::arg("spare_core") = false)
+      .def("close", &Progress::close, py::call_guard<py::gil_scoped_release>())
+      .def("statistics", [](Progress& progress) {
+        const ProgressStatistics now = progress.statistics();
+        py::dict counts;
+        counts["polls_waiting"] = now.polls_waiting;
+        counts["polls_computing"] = now.polls_computing;
+        counts["completions"] = now.completions;
+        return counts;
+      });
+
+  py::class_<SendChannel>(module, "SendChannel")
+      .def(py::init([](std::shared_ptr<Progress> progress, int peer, int tag, std::size_t capacity,
+                       std::string label, const std::string& memory) {
+             return std::make_unique<SendChannel>(std::move(progress),
+                                                  line(peer, tag, capacity, memory, std::move(label)));
+           }),
+           py::arg("progress"), py::arg("peer"), py::arg("tag"), py::arg("capacity"), py::arg("label"),
+           py::arg("memory") = "host")
+      .def(
+          "send",
+          [](SendChannel& channel, std::int64_t minibatch, std::uintptr_t address, std::size_t nbytes,
+             const std::string& dtype, const Shape& shape, double stall_limit_s) {
+            py::gil_scoped_release released;
+            channel.send(minibatch, reinterpret_cast<const void*>(address), nbytes, dtype, shape,
+                         waiting(stall_limit_s));
+          },
+          py::arg("minibatch"), py::arg("address"), py::arg("nbytes"), py::arg("dtype"), py::arg("shape"),
+          py::arg("stall_limit_s"))
+      .def(
+          "drain",
+          [](SendChannel& channel, double stall_limit_s) {
+            py::gil_scoped_release released;
+            channel.drain(waiting(stall_limit_s));
+          },
+          py::arg("stall_limit_s"))
+      .def_property_readonly("in_flight", &SendChannel::in_flight)
+      .def_property_readonly("messages", [](const SendChannel& channel) { return channel.traffic().messages; })
+      .def_property_readonly("payload_bytes",
+                             [](const SendChannel& channel) { return channel.traffic().payload_bytes; });
+
+  py::class_<ReceiveChannel>(module, "ReceiveChannel")
+      .def(py::init([](std::shared_ptr<Progress> progress, int peer, int tag, std::size_t capacity,
+                       std::size_t slots, std::string dtype, Shape shape, std::string label,
+                       const std::string& memory) {
+             return std::make_unique<ReceiveChannel>(std::move(progress),
+                                                     line(peer, tag, capacity, memory, std::move(label)), slots,
+                                                     std::move(dtype), std::move(shape));
+           }),
+           py::arg("progress"), py::arg("peer"), py::arg("tag"), py::arg("capacity"), py::arg("slots"),
+           py::arg("dtype"), py::arg("shape"), py::arg("label"), py::arg("memory") = "host")
+      .def("ready", &ReceiveChannel::ready)
+      .def(
+          "receive",
+          [](ReceiveChannel& channel, std::int64_t minibatch, double stall_limit_s) {
+            std::pair<std::size_t, Shape> arrived;
+            {
+              py::gil_scoped_release released;
+              arrived = channel.receive(minibatch, waiting(stall_limit_s));
+            }
+            return py::make_tuple(arrived.first, py::tuple(py::cast(arrived.second)));
+          },
+          py::arg("minibatch"), py::arg("stall_limit_s"))
+      .def("slot", &ReceiveChannel::slot, py::arg("index"), py::keep_alive<0, 1>())
+      .def("__len__", &ReceiveChannel::slots)
+      .def("release", &ReceiveChannel::release, py::arg("index"))
+      .def_property_readonly("messages", [](const ReceiveChannel& channel) { return channel.traffic().messages; })
+      .def_property_readonly("payload_bytes",
+                             [](const ReceiveChannel& channel) { return channel.traffic().payload_bytes; });
+}

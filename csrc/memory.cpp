@@ -1,0 +1,71 @@
+#include "memory.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+namespace pipedream {
+
+namespace {
+
+constexpr std::size_t page = 4096;
+std::atomic<std::size_t> allocated{0};
+
+std::byte* allocate_host(std::size_t bytes) {
+  const std::size_t rounded = (bytes + page - 1) / page * page;
+  void* data = std::aligned_alloc(page, rounded == 0 ? page : rounded);
+  if (data == nullptr) throw std::bad_alloc();
+  // Touched now, by the thread that will use it: no page fault is left for the first minibatch.
+  std::memset(data, 0, rounded);
+  return static_cast<std::byte*>(data);
+}
+
+void free_host(std::byte* data) { std::free(data); }
+
+}  // namespace
+
+const char* name_of(Where where) {
+  switch (where) {
+    case Where::host:
+      return "host";
+    case Where::pinned:
+      return "pinned";
+    case Where::device:
+      return "device";
+  }
+  return "?";
+}
+
+Where where_from(const std::string& name) {
+  for (Where where : {Where::host, Where::pinned, Where::device})
+    if (name == name_of(where)) return where;
+  throw std::invalid_argument("memory is 'host', 'pinned' or 'device', not '" + name + "'");
+}
+
+Buffer::Buffer(std::size_t bytes, Where where)
+    : data_(where == Where::host ? allocate_host(bytes) : cuda::allocate(bytes, where),
+            where == Where::host     ? free_host
+            : where == Where::pinned ? cuda::free_pinned
+                                     : cuda::free_device),
+      bytes_(bytes),
+      where_(where) {
+  ++allocated;
+}
+
+std::size_t allocations() { return allocated; }
+
+void copy(View target, View source, std::size_t bytes) {
+  if (bytes > target.bytes || bytes > source.bytes) {
+    throw std::out_of_range("copy of " + std::to_string(bytes) + " bytes from " + std::to_string(source.bytes) +
+                            " to " + std::to_string(target.bytes));
+  }
+  if (target.where == Where::device || source.where == Where::device) {
+    cuda::copy(target.data, source.data, bytes);
+  } else {
+    std::memcpy(target.data, source.data, bytes);
+  }
+}
+
+}  // namespace pipedream

@@ -1,0 +1,37 @@
+// What can go wrong between ranks, as exceptions whose text is for people.
+#pragma once
+
+#include <mpi.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace pipedream {
+
+struct CoreError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+struct MpiError : CoreError {  // an MPI call failed
+  using CoreError::CoreError;
+};
+struct MessageError : CoreError {  // a message is not what was planned
+  using CoreError::CoreError;
+};
+struct StallError : CoreError {  // nobody answers
+  using CoreError::CoreError;
+};
+
+inline std::string text_of(int code) {
+  char text[MPI_MAX_ERROR_STRING];
+  int length = 0;
+  MPI_Error_string(code, text, &length);
+  return std::string(text, static_cast<std::size_t>(length));
+}
+
+// `context` says whom and what the call was for, such as "activation of layer 'conv3' from rank 0".
+inline void check(int code, const char* call, int rank, const std::string& context) {
+  if (code == MPI_SUCCESS) return;
+  throw MpiError("rank " + std::to_string(rank) + ": " + call + " failed for " + context + ": " + text_of(code));
+}
+
+}  // namespace pipedream

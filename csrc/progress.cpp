@@ -1,0 +1,242 @@
+#include "progress.hpp"
+
+#include <sched.h>
+#include <sys/prctl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <climits>
+
+#include "mpi_error.hpp"
+
+namespace pipedream {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+
+double seconds_since(Clock::time_point began) { return std::chrono::duration<double>(Clock::now() - began).count(); }
+
+// How long a thread rests between two polls that found nothing.
+class Patience {
+ public:
+  Patience(bool spare_core, int yields, microseconds first, microseconds longest)
+      : yields_left_(spare_core ? INT_MAX : yields), first_(first), pause_(first), longest_(longest) {}
+
+  void rest() {
+    if (yields_left_ > 0) {
+      --yields_left_;
+      sched_yield();
+      return;
+    }
+    std::this_thread::sleep_for(pause_);
+    pause_ = std::min(2 * pause_, longest_);
+  }
+
+  microseconds pause() {
+    const microseconds now = pause_;
+    pause_ = std::min(2 * pause_, longest_);
+    return now;
+  }
+
+  void reset() { pause_ = first_; }
+
+ private:
+  int yields_left_;
+  const microseconds first_;
+  microseconds pause_;
+  const microseconds longest_;
+};
+
+}  // namespace
+
+Progress::Progress(MPI_Comm parent, bool spare_core) : spare_core_(spare_core) {
+  check(MPI_Comm_dup(parent, &comm_), "MPI_Comm_dup", -1, "the communicator of the pipeline");
+  MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
+  MPI_Comm_rank(comm_, &rank_);
+  thread_ = std::thread([this] { run(); });
+}
+
+Progress::~Progress() { close(); }
+
+void Progress::close() {
+  {
+    Lock held = lock();
+    if (closed_) return;
+    closed_ = closing_ = true;
+  }
+  wake_.notify_all();
+  thread_.join();
+  int finalized = 0;
+  MPI_Finalized(&finalized);
+  if (finalized) return;
+  for (std::size_t index = 0; index < requests_.size(); ++index) cancel(index);
+  requests_.clear();
+  pending_.clear();
+  MPI_Comm_free(&comm_);
+}
+
+ProgressStatistics Progress::statistics() {
+  Lock held = lock();
+  return statistics_;
+}
+
+void Progress::send(Endpoint* endpoint, std::size_t slot, const void* data, std::size_t bytes, int peer, int tag) {
+  rethrow();
+  MPI_Request request;
+  // Bytes, whatever the dtype: MPI knows no bf16, and both ends are of one architecture.
+  check(MPI_Isend(data, static_cast<int>(bytes), MPI_BYTE, peer, tag, comm_, &request), "MPI_Isend", rank_,
+        endpoint->describe(slot));
+  ++sends_;
+  post({endpoint, slot, true}, request);
+}
+
+void Progress::receive(Endpoint* endpoint, std::size_t slot, void* data, std::size_t bytes, int peer, int tag) {
+  rethrow();
+  MPI_Request request;
+  check(MPI_Irecv(data, static_cast<int>(bytes), MPI_BYTE, peer, tag, comm_, &request), "MPI_Irecv", rank_,
+        endpoint->describe(slot));
+  post({endpoint, slot, false}, request);
+}
+
+void Progress::post(const Pending& pending, MPI_Request request) {
+  requests_.push_back(request);
+  pending_.push_back(pending);
+  finished_.resize(requests_.size());
+  statuses_.resize(requests_.size());
+  wake_.notify_all();
+}
+
+void Progress::wait(const std::function<bool()>& done, double limit_s,
+                    const std::function<std::exception_ptr(double)>& stalled,
+                    const std::function<void()>& interrupted) {
+  Lock held = lock();
+  main_waits_ = true;
+  struct Over {
+    Progress& progress;
+    Lock& held;
+    ~Over() {
+      if (!held.owns_lock()) held.lock();
+      progress.main_waits_ = false;
+      progress.wake_.notify_all();
+    }
+  } over{*this, held};
+
+  // Messages of a busy pipeline come within microseconds: look out for those first, then sleep, in
+  // steps that stay short against any forward.
+  Patience patience(spare_core_, 50, microseconds(10), microseconds(100));
+  const Clock::time_point began = Clock::now();
+  Clock::time_point asked = began;
+  while (true) {
+    rethrow();
+    poll();
+    ++statistics_.polls_waiting;
+    if (done()) return;
+    held.unlock();
+    patience.rest();
+    const Clock::time_point now = Clock::now();
+    if (now - asked > std::chrono::milliseconds(50)) {
+      asked = now;
+      interrupted();
+      if (const double waited = seconds_since(began); waited > limit_s) {
+        held.lock();
+        std::rethrow_exception(stalled(waited));
+      }
+    }
+    held.lock();
+  }
+}
+
+void Progress::poll_once() {
+  Lock held = lock();
+  rethrow();
+  poll();
+}
+
+void Progress::forget(Endpoint* endpoint) {
+  Lock held = lock();
+  if (closed_) return;
+  for (std::size_t index = requests_.size(); index-- > 0;) {
+    if (pending_[index].endpoint != endpoint) continue;
+    cancel(index);
+    requests_.erase(requests_.begin() + static_cast<std::ptrdiff_t>(index));
+    pending_.erase(pending_.begin() + static_cast<std::ptrdiff_t>(index));
+  }
+}
+
+void Progress::cancel(std::size_t index) {
+  if (pending_[index].is_send) {
+    --sends_;
+    MPI_Request_free(&requests_[index]);  // sends cannot be cancelled; MPI finishes it by itself
+    return;
+  }
+  MPI_Cancel(&requests_[index]);
+  MPI_Wait(&requests_[index], MPI_STATUS_IGNORE);
+}
+
+bool Progress::poll() {
+  if (requests_.empty()) return false;
+  int count = 0;
+  const int code = MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &count, finished_.data(),
+                                statuses_.data());
+  if (code != MPI_SUCCESS && code != MPI_ERR_IN_STATUS) check(code, "MPI_Testsome", rank_, "all channels");
+  if (count == MPI_UNDEFINED || count == 0) return false;
+  statistics_.completions += static_cast<std::uint64_t>(count);
+
+  // Take the finished ones out first: completed() may post new requests.
+  std::vector<Pending> complete;
+  complete.reserve(static_cast<std::size_t>(count));
+  for (int i = 0; i < count; ++i) {
+    const Pending& pending = pending_[static_cast<std::size_t>(finished_[static_cast<std::size_t>(i)])];
+    if (code == MPI_ERR_IN_STATUS) {
+      check(statuses_[static_cast<std::size_t>(i)].MPI_ERROR, pending.is_send ? "MPI_Isend" : "MPI_Irecv", rank_,
+            pending.endpoint->describe(pending.slot));
+    }
+    complete.push_back(pending);
+    sends_ -= pending.is_send;
+  }
+  std::size_t kept = 0;
+  for (std::size_t index = 0; index < requests_.size(); ++index) {
+    if (requests_[index] == MPI_REQUEST_NULL) continue;
+    requests_[kept] = requests_[index];
+    pending_[kept] = pending_[index];
+    ++kept;
+  }
+  requests_.resize(kept);
+  pending_.resize(kept);
+  for (const Pending& pending : complete) pending.endpoint->completed(pending.slot);
+  return true;
+}
+
+void Progress::run() {
+  // Sleeps of microseconds are otherwise rounded up by 50.
+  prctl(PR_SET_TIMERSLACK, 1000UL);
+  // 200 µs between polls hides a transfer completely behind compute and costs well under 1 % of a
+  // core; with nothing of ours to push, every 500 µs is enough.
+  Patience pushing(false, 0, microseconds(20), microseconds(200));
+  Patience idling(false, 0, microseconds(50), microseconds(500));
+  Lock held = lock();
+  while (true) {
+    wake_.wait(held, [this] { return closing_ || (!main_waits_ && !requests_.empty() && !failure_); });
+    if (closing_) return;
+    try {
+      ++statistics_.polls_computing;
+      if (poll()) {
+        pushing.reset();
+        idling.reset();
+      }
+    } catch (...) {
+      failure_ = std::current_exception();  // for the main thread, at its next call
+      continue;
+    }
+    const microseconds pause = sends_ > 0 ? pushing.pause() : idling.pause();
+    wake_.wait_for(held, pause, [this] { return closing_; });
+  }
+}
+
+void Progress::rethrow() {
+  if (failure_) std::rethrow_exception(failure_);
+}
+
+}  // namespace pipedream

@@ -1,0 +1,110 @@
+// Progress: the one place where this core calls MPI.
+//
+// No MPI moves a large message by itself: somebody has to call it. While the main thread computes,
+// that is the progress thread; while the main thread waits for a message it has nothing better to
+// do than call MPI itself, which saves handing over between threads, and the progress thread rests:
+//
+//   main       | forward 3 ........ | wait: poll poll poll | backward 1 ......... |
+//   progress   | poll   poll   poll |                      | poll   poll   poll   |    time ->
+//
+// A poll is one MPI_Testsome over all requests, behind one mutex. Between polls a thread that has no
+// core to spare sleeps, so that it never takes a core that a compute thread of some rank needs.
+#pragma once
+
+#include <mpi.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace pipedream {
+
+// Something that has requests under way: one end of a channel.
+class Endpoint {
+ public:
+  virtual ~Endpoint() = default;
+  // One request of `slot` is complete. Called with the lock held, maybe on the progress thread.
+  virtual void completed(std::size_t slot) = 0;
+  // What the request was for, in an error's text.
+  virtual std::string describe(std::size_t slot) const = 0;
+};
+
+struct ProgressStatistics {
+  std::uint64_t polls_waiting = 0;    // by the main thread
+  std::uint64_t polls_computing = 0;  // by the progress thread
+  std::uint64_t completions = 0;
+};
+
+class Progress {
+ public:
+  // Collective over `parent`, which is duplicated: no message of anybody else's can be mistaken for
+  // one of ours. `spare_core`: whether a core is left for this rank's second thread.
+  Progress(MPI_Comm parent, bool spare_core);
+  ~Progress();
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+
+  // Cancels what is still posted and frees the communicator. Harmless when called twice, or after
+  // MPI_Finalize.
+  void close();
+
+  int rank() const { return rank_; }
+  ProgressStatistics statistics();
+
+  using Lock = std::unique_lock<std::mutex>;
+  Lock lock() { return Lock(mutex_); }
+
+  // With the lock held: post a request for `endpoint`. `call` is the MPI call's name.
+  void send(Endpoint* endpoint, std::size_t slot, const void* data, std::size_t bytes, int peer, int tag);
+  void receive(Endpoint* endpoint, std::size_t slot, void* data, std::size_t bytes, int peer, int tag);
+
+  // Polls until `done()`, called with the lock held, is true. `stalled(seconds)` makes the exception
+  // to throw after `limit_s`; `interrupted()` runs now and then without the lock and may throw.
+  void wait(const std::function<bool()>& done, double limit_s,
+            const std::function<std::exception_ptr(double)>& stalled, const std::function<void()>& interrupted);
+
+  // One poll, for a question that does not wait.
+  void poll_once();
+
+  // Forget the requests of an endpoint that goes away.
+  void forget(Endpoint* endpoint);
+
+ private:
+  struct Pending {
+    Endpoint* endpoint;
+    std::size_t slot;
+    bool is_send;
+  };
+
+  bool poll();  // with the lock held; whether anything was completed
+  void post(const Pending& pending, MPI_Request request);
+  void run();   // the progress thread
+  void rethrow();
+  void cancel(std::size_t index);
+
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<MPI_Request> requests_;
+  std::vector<Pending> pending_;  // parallel to requests_
+  std::vector<int> finished_;     // indices, scratch of poll
+  std::vector<MPI_Status> statuses_;
+  std::size_t sends_ = 0;  // of requests_
+  std::exception_ptr failure_;
+  ProgressStatistics statistics_;
+  bool main_waits_ = false;
+  bool closing_ = false;
+  bool closed_ = false;
+
+  MPI_Comm comm_ = MPI_COMM_NULL;
+  int rank_ = -1;
+  const bool spare_core_;
+  std::thread thread_;
+};
+
+}  // namespace pipedream

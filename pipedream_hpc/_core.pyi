@@ -1,0 +1,119 @@
+"""Channels over MPI (C++, csrc/channel.hpp and csrc/progress.hpp)."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+from pipedream_hpc._memory import Memory, View
+
+comm_bytes: int  # sizeof(MPI_Comm) at build time
+
+class CoreError(RuntimeError): ...
+
+class MpiError(CoreError):
+    """An MPI call failed: names rank, call, peer and minibatch."""
+
+class MessageError(CoreError):
+    """A message is not what was planned: names who sent it, what was expected and what came."""
+
+class StallError(CoreError):
+    """Nobody answered within the stall limit: names who waits for what from whom."""
+
+def library_version() -> str:
+    """The running MPI library's own words."""
+
+def built_with() -> str:
+    """The MPI whose header this was built with."""
+
+def initialized() -> bool:
+    """Whether the MPI library this module sees is initialised."""
+
+def allocations() -> int:
+    """Buffers this module has allocated; constant after warm-up."""
+
+@final
+class Progress:
+    """Makes every MPI call of the core: a thread while the main thread computes, the main thread while it waits.
+
+    Args:
+        comm: an mpi4py communicator; duplicated (collective).
+        spare_core: whether a core is left for this rank's second thread; otherwise it sleeps between polls.
+    """
+
+    def __init__(self, comm: Any, *, spare_core: bool = False) -> None: ...
+    def close(self) -> None:
+        """Cancel what is posted and free the communicator. Collective; harmless when called twice."""
+    def statistics(self) -> dict[str, int]:
+        """Polls by the main thread, polls by the progress thread, requests completed."""
+
+@final
+class SendChannel:
+    """Sending end of one direction of a boundary: zero-copy, at most two sends under way.
+
+    Args:
+        peer: rank of the receiver in the communicator.
+        tag: the same on both ends, and of no other channel between the two ranks in this direction.
+        capacity: bytes of the largest payload.
+        label: what it carries, for messages to people.
+        memory: kind of the payload's memory.
+    """
+
+    def __init__(
+        self, progress: Progress, peer: int, tag: int, capacity: int, label: str, memory: Memory = "host"
+    ) -> None: ...
+    def send(
+        self, minibatch: int, address: int, nbytes: int, dtype: str, shape: Sequence[int], stall_limit_s: float
+    ) -> None:
+        """Send `nbytes` bytes at `address`. Waits while two sends are under way.
+
+        When send number k returns, send number k - 2 is complete: keep the last two tensors alive.
+        Raises MessageError (larger than the capacity), MpiError, StallError.
+        """
+    def drain(self, stall_limit_s: float) -> None:
+        """Wait until everything sent is complete."""
+    @property
+    def in_flight(self) -> int:
+        """Sends under way, 0 to 2."""
+    @property
+    def messages(self) -> int: ...
+    @property
+    def payload_bytes(self) -> int: ...
+
+@final
+class ReceiveChannel:
+    """Receiving end of one direction of a boundary: persistent slots, receives posted ahead.
+
+    Args:
+        slots: how many tensors can be held or under way at once.
+        dtype: planned dtype, such as `float32`.
+        shape: planned shape; a message may be smaller in the first dimension only.
+    """
+
+    def __init__(
+        self,
+        progress: Progress,
+        peer: int,
+        tag: int,
+        capacity: int,
+        slots: int,
+        dtype: str,
+        shape: Sequence[int],
+        label: str,
+        memory: Memory = "host",
+    ) -> None: ...
+    def ready(self) -> bool:
+        """Whether `receive` would return at once."""
+    def receive(self, minibatch: int, stall_limit_s: float) -> tuple[int, tuple[int, ...]]:
+        """Wait for the next message, which must be that of `minibatch`; returns (slot, shape).
+
+        Raises MessageError, MpiError, StallError.
+        """
+    def slot(self, index: int) -> View:
+        """Memory of a slot's payload."""
+    def __len__(self) -> int:
+        """Slots."""
+    def release(self, index: int) -> None:
+        """Give a slot back; the next receive into it is posted at once."""
+    @property
+    def messages(self) -> int: ...
+    @property
+    def payload_bytes(self) -> int: ...

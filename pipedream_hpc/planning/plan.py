@@ -1,0 +1,120 @@
+"""Plan: which layers run where, and what that should cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge
+
+from pipedream_hpc.files import STRICT
+from pipedream_hpc.planning.profile import Bytes, Count, Seconds
+
+Rank = Annotated[int, Ge(0)]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: a run of layers and the ranks that hold a replica of it.
+
+    Times are seconds per minibatch of the whole stage (already divided by its replicas).
+
+    Attributes:
+        layers: names of its layers, in order.
+        ranks: one rank per replica.
+        forward_s: measured forward time of one minibatch on one replica.
+        backward_s: measured backward time of one minibatch on one replica.
+        compute_s: (forward_s + backward_s) / replicas.
+        sync_s: gradient synchronisation of the replicas per minibatch.
+        boundary_s: sending its output on and getting the gradient back; 0 for the last stage.
+        in_flight: minibatches, and so weight versions, alive on one replica.
+        parameter_bytes: trainable parameters of one version.
+        output_bytes: activations sent on per minibatch; the last stage's are not sent.
+        output_shape: of one whole minibatch; None when the profile did not say.
+        output_dtype: such as `float32`; None when the profile did not say.
+        limit: which of `compute`, `sync`, `boundary` this stage waits for.
+    """
+
+    __pydantic_config__ = STRICT
+
+    layers: tuple[str, ...]
+    ranks: tuple[Rank, ...]
+    forward_s: Seconds
+    backward_s: Seconds
+    compute_s: Seconds
+    sync_s: Seconds
+    boundary_s: Seconds
+    in_flight: Count
+    parameter_bytes: Bytes
+    output_bytes: Bytes
+    output_shape: tuple[int, ...] | None
+    output_dtype: str | None
+    limit: str
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("a stage needs at least one layer")
+        if not self.ranks:
+            raise ValueError("a stage needs at least one rank")
+
+    @property
+    def replicas(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages in order, every rank in exactly one of them.
+
+    Attributes:
+        model: name of the profiled model.
+        minibatch: samples per minibatch the figures are for.
+        schedule: name of the schedule, such as `1f1b`.
+        cost: name of the cost formula the plan was made with.
+        stages: input stage first.
+        bottleneck_s: predicted seconds per minibatch in the steady state: the slowest stage or boundary.
+        single_device_s: seconds per minibatch of the whole model on one device.
+    """
+
+    __pydantic_config__ = STRICT
+    FORMAT: ClassVar[str] = "pipedream-plan"
+    VERSION: ClassVar[int] = 1
+
+    model: str
+    minibatch: Count
+    schedule: str
+    cost: str
+    stages: tuple[StagePlan, ...]
+    bottleneck_s: Seconds
+    single_device_s: Seconds
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("a plan needs at least one stage")
+        ranks = sorted(rank for stage in self.stages for rank in stage.ranks)
+        if ranks != list(range(len(ranks))):
+            raise ValueError(f"stages: the ranks should be 0 to {len(ranks) - 1}, each once, but are {ranks}")
+
+    @property
+    def ranks(self) -> int:
+        """Ranks the plan runs on."""
+        return sum(stage.replicas for stage in self.stages)
+
+    @property
+    def layout(self) -> tuple[tuple[int, ...], ...]:
+        """Ranks of every stage: the part of a plan that schedules need."""
+        return tuple(stage.ranks for stage in self.stages)
+
+    @property
+    def straight(self) -> bool:
+        """Whether no stage is replicated."""
+        return all(stage.replicas == 1 for stage in self.stages)
+
+    @property
+    def config(self) -> str:
+        """Replicas per stage as the paper writes it, such as `2-1-1`."""
+        return "-".join(str(stage.replicas) for stage in self.stages)
+
+    def stage_of(self, rank: int) -> int:
+        """Index of the stage that `rank` works on."""
+        return next(index for index, stage in enumerate(self.stages) if rank in stage.ranks)

@@ -1,0 +1,86 @@
+"""Profile: what each layer of a model costs, measured on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from annotated_types import Ge, Gt
+
+from pipedream_hpc.files import STRICT
+
+Seconds = Annotated[float, Ge(0)]
+Bytes = Annotated[int, Ge(0)]
+Count = Annotated[int, Gt(0)]
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One layer, for one whole minibatch (the T_l, a_l and w_l of the paper, section 3.1).
+
+    Attributes:
+        name: fully qualified name in the model, such as `features.3`.
+        kind: class or function, such as `Conv2d`.
+        forward_s: forward time in seconds.
+        backward_s: backward time in seconds.
+        output_bytes: bytes of the output activations; as many come back as gradients.
+        parameter_bytes: bytes of the trainable parameters.
+        stash_bytes: bytes autograd keeps from this layer's forward to its backward.
+        output_shape: shape of the output, first dimension the minibatch; None when imported.
+        output_dtype: such as `float32`; None when imported.
+    """
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    kind: str
+    forward_s: Seconds
+    backward_s: Seconds
+    output_bytes: Bytes
+    parameter_bytes: Bytes
+    stash_bytes: Bytes = 0
+    output_shape: tuple[Annotated[int, Ge(0)], ...] | None = None
+    output_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The layers of one model in topological order.
+
+    Attributes:
+        model: the name it is known by.
+        device: where it was measured, such as `cpu` or the GPU's name.
+        minibatch: samples in the measured minibatch.
+        layers: in topological order of the layer graph.
+        edges: (producer, consumer) pairs of layer indices; a chain is (0, 1), (1, 2), ...
+    """
+
+    __pydantic_config__ = STRICT
+    FORMAT: ClassVar[str] = "pipedream-profile"
+    VERSION: ClassVar[int] = 1
+
+    model: str
+    device: str
+    minibatch: Count
+    layers: tuple[LayerProfile, ...]
+    edges: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("a profile needs at least one layer")
+        names: dict[str, int] = {}
+        for index, layer in enumerate(self.layers):
+            if layer.name in names:
+                raise ValueError(f"layers[{index}].name: '{layer.name}' is also layer {names[layer.name]}")
+            names[layer.name] = index
+        for index, (producer, consumer) in enumerate(self.edges):
+            if not 0 <= producer < consumer < len(self.layers):
+                raise ValueError(
+                    f"edges[{index}]: ({producer}, {consumer}) does not run forwards between "
+                    f"layers 0 and {len(self.layers) - 1}"
+                )
+
+    @property
+    def total_s(self) -> float:
+        """Forward and backward time of the whole model for one minibatch, in seconds."""
+        return sum(layer.forward_s + layer.backward_s for layer in self.layers)

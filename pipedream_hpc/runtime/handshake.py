@@ -1,0 +1,66 @@
+"""Handshake: ranks agree before they depend on each other.
+
+Everything is compared on rank 0, point to point and with a time limit, so that a rank that never
+comes is named, and one that brings something else is told apart, before the first collective call.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pipedream_hpc.cluster.world import World
+from pipedream_hpc.errors import PipedreamError
+
+_TAG = 7
+
+
+def agree(world: World, facts: dict[str, Any], *, limit_s: float) -> list[dict[str, Any]]:
+    """Exchange `facts` between all ranks; returns every rank's, in rank order.
+
+    Raises:
+        PipedreamError: a rank did not answer within `limit_s` seconds.
+    """
+    if world.comm is None or world.size == 1:
+        return [facts]
+    deadline = time.monotonic() + limit_s
+    if world.rank != 0:
+        world.comm.send(facts, dest=0, tag=_TAG)
+        return _wait(world.comm.irecv(1 << 20, source=0, tag=_TAG), deadline, "rank 0", limit_s)
+    requests = {rank: world.comm.irecv(1 << 20, source=rank, tag=_TAG) for rank in range(1, world.size)}
+    gathered = [facts, *({} for _ in requests)]
+    for rank, request in requests.items():
+        gathered[rank] = _wait(request, deadline, f"rank {rank}", limit_s)
+    for rank in requests:
+        world.comm.send(gathered, dest=rank, tag=_TAG)
+    return gathered
+
+
+def same(answers: list[dict[str, Any]], remedies: dict[str, str]) -> None:
+    """Check that all ranks brought the same for every key of `remedies`.
+
+    Raises:
+        PipedreamError: says which rank brought what, and the key's remedy.
+    """
+    for key, remedy in remedies.items():
+        for rank, answer in enumerate(answers):
+            if answer[key] != answers[0][key]:
+                raise PipedreamError(
+                    f"ranks disagree about the {key}: {answers[0][key]} on rank 0, "
+                    f"{answer[key]} on rank {rank}: {remedy}"
+                )
+
+
+def _wait(request: Any, deadline: float, who: str, limit_s: float) -> Any:
+    pause = 1e-4
+    while True:
+        done, value = request.test()
+        if done:
+            return value
+        if time.monotonic() > deadline:
+            raise PipedreamError(
+                f"{who} did not answer within {limit_s:.0f} s: look at that rank's log; "
+                "a longer limit is Pipeline(stall_limit_s=...)"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 0.01)
