@@ -19,9 +19,7 @@ from pipedream_hpc.core import load_core
 from pipedream_hpc.runtime.transport import Boundary, LocalChannel, LocalOutbox, MpiInbox, MpiOutbox
 from pipedream_hpc.runtime.worker import Ports
 from pipedream_hpc.schedule.actions import Layout
-
-#: One gradient is in the backward at work, the next may arrive meanwhile.
-GRADIENT_SLOTS = 2
+from pipedream_hpc.schedule.play import GRADIENT_SLOTS
 
 
 @dataclass(frozen=True)

@@ -94,8 +94,16 @@ Action = Receive | Send | Forward | Backward | Reduce | Update
 class Schedule(Protocol):
     """A pure function of layout and number of minibatches: the actions of every rank, in order."""
 
-    layout: Layout
-    minibatches: int
+    @property
+    def layout(self) -> Layout: ...
+
+    @property
+    def minibatches(self) -> int: ...
+
+    @property
+    def training(self) -> bool:
+        """Whether there are backwards and updates."""
+        ...
 
     def actions(self, rank: int) -> Iterator[Action]:
         """The actions of `rank`, in the order they are carried out."""
