@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -11,6 +12,15 @@ from pipedream_hpc.files import STRICT
 from pipedream_hpc.planning.profile import Bytes, Count, Seconds
 
 Rank = Annotated[int, Ge(0)]
+
+
+def warm_up(replicas: Sequence[int], stage: int) -> int:
+    """Forwards a replica of `stage` runs before its first backward, given the replicas per stage.
+
+    Enough to keep everything downstream busy: ceil(ranks after the stage / its replicas). For the
+    input stage it is the paper's NOAM (section 3.2) less one, since NOAM counts the minibatch at work.
+    """
+    return -(-sum(replicas[stage + 1 :]) // replicas[stage])
 
 
 @dataclass(frozen=True)

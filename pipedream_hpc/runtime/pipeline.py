@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pipedream_hpc import __version__
+from pipedream_hpc.cluster.abort import install
 from pipedream_hpc.cluster.threads import threads_per_rank
 from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.errors import PipedreamError
@@ -83,6 +84,7 @@ class Pipeline:
         trace: bool = False,
     ) -> None:
         self.world: World = join()
+        install(self.world)
         graph = capture(model, example)
         self.plan = _plan(plan, graph)
         name = str(plan) if isinstance(plan, str | Path) else "the plan"

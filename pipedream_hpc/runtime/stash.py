@@ -15,6 +15,7 @@ version of its forward. No bytes move, whatever the size of the weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,10 +37,13 @@ class _Slot:
     trained: bool
     holders: tuple[tuple[dict[str, nn.Parameter | None], str], ...]
 
-    def view(self, slab: torch.Tensor) -> nn.Parameter:
-        nbytes = self.shape.numel() * self.dtype.itemsize
-        values = slab[self.offset : self.offset + nbytes].view(self.dtype).view(self.shape)
-        return nn.Parameter(values, requires_grad=self.trained)
+    def view(self, slab: Any) -> nn.Parameter:
+        """A leaf over this parameter's place in `slab`, with a version counter of its own."""
+        if not self.shape.numel():
+            return nn.Parameter(torch.empty(self.shape, dtype=self.dtype), requires_grad=self.trained)
+        count = self.shape.numel()
+        values = torch.frombuffer(slab, dtype=self.dtype, count=count, offset=self.offset)
+        return nn.Parameter(values.view(self.shape), requires_grad=self.trained)
 
 
 class WeightStash:
@@ -59,17 +63,17 @@ class WeightStash:
         self._leaves: list[list[nn.Parameter]] = []
         originals = dict(module.named_parameters())
         for index in range(slabs):
-            slab = torch.frombuffer(self._pool.slab(index), dtype=torch.uint8)
-            self._leaves.append([slot.view(slab) for slot in self._slots])
+            self._leaves.append([slot.view(self._pool.slab(index)) for slot in self._slots])
         with torch.no_grad():
             for slot, leaf in zip(self._slots, self._leaves[self._pool.newest_slab], strict=True):
                 leaf.copy_(originals[slot.name])
         self._bound = -1
         self._bind(self._pool.newest_slab)
         # The optimizer keeps one set of parameter objects for its whole life, so that its state
-        # stays keyed to them; before each step they are pointed at the slab that is written.
+        # stays keyed to them; before each step they are pointed at the slab that is written. (.data
+        # also leaves autograd's version counter behind: this slab's bytes are saved by nobody.)
         self._trained = [index for index, slot in enumerate(self._slots) if slot.trained]
-        self._cursors = [nn.Parameter(self._leaves[0][index].detach()) for index in self._trained]
+        self._cursors = [nn.Parameter(self._leaves[0][index].data) for index in self._trained]
         self.optimizer = optimizer(self._cursors) if self._cursors else None
 
     @property

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pipedream_hpc.planning.plan import warm_up
 from pipedream_hpc.schedule.actions import Action, Backward, Forward, Layout, Receive, Reduce, Send, Update
 
 
@@ -34,33 +35,27 @@ class OneFOneB:
     minibatches: int
     training = True
 
-    def warm_up(self, stage: int) -> int:
-        """Forwards a replica of `stage` runs before its first backward.
-
-        Enough to keep everything downstream busy: ceil(ranks after the stage / its replicas), which
-        for the input stage is the paper's NOAM less one.
-        """
-        downstream = sum(len(ranks) for ranks in self.layout[stage + 1 :])
-        return -(-downstream // len(self.layout[stage]))
-
     def in_flight(self, stage: int) -> int:
         """Most minibatches alive at once on a replica of `stage`, and so most weight versions."""
-        return self.warm_up(stage) + 1
+        return self._warm_up(stage) + 1
+
+    def _warm_up(self, stage: int) -> int:
+        return warm_up([len(ranks) for ranks in self.layout], stage)
 
     def actions(self, rank: int) -> Iterator[Action]:
         """The actions of `rank`, in order."""
         stage = next(index for index, ranks in enumerate(self.layout) if rank in ranks)
         replicas = len(self.layout[stage])
         own = range(self.layout[stage].index(rank), self.minibatches, replicas)
-        warm_up = self.warm_up(stage)
-        for turn in range(len(own) + warm_up):
+        ahead = self._warm_up(stage)
+        for turn in range(len(own) + ahead):
             # Local turn t runs forward t and, once warmed up, backward t - W; at either end of the
             # schedule only one of the two is left.
             if turn < len(own):
-                yield from self._forward(stage, own[turn], version=max(0, turn - warm_up))
-            done = turn - warm_up
+                yield from self._forward(stage, own[turn], version=max(0, turn - ahead))
+            done = turn - ahead
             if 0 <= done < len(own):
-                yield from self._backward(stage, own[done], version=max(0, done - warm_up))
+                yield from self._backward(stage, own[done], version=max(0, done - ahead))
                 yield from self._update(stage, done)
         rounds = -(-self.minibatches // replicas)
         if len(own) < rounds:
