@@ -1,7 +1,15 @@
 """One rank fails: one message, and every rank stops.
 
 An exception that nobody catches would end its own rank and leave the others waiting for ever. The
-hook prints it once, with the rank, and takes the whole job down.
+hook prints it once, with the rank, and takes the whole job down::
+
+    rank 0   raises ── speaks ── MPI_Abort
+    rank 1   raises ── waits 0.3 s ──────── ✕     the same bad input everywhere: one message
+    rank 2   raises ── waits 0.6 s ──────── ✕
+    rank 3   computes, or waits in MPI ──── ✕
+
+A rank killed from outside says nothing; there the launcher's SIGTERM ends the others, whose default
+handler is left in place for that.
 """
 
 from __future__ import annotations
@@ -11,45 +19,62 @@ import sys
 import time
 import traceback
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
 
-#: Bad input is usually the same on all ranks. Rank 0 speaks at once, the others later and later, so
-#: that its abort silences them, while a rank that fails alone is heard all the same.
+if TYPE_CHECKING:
+    from pipedream_hpc.cluster.world import World
+
 _HEAD_START_S = 0.3
 _MOST_HEAD_STARTS = 8
 
-BAD_INPUT, FAILED = 2, 1
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def head_start_s(rank: int) -> float:
+    """Seconds `rank` keeps silent so that a lower one with the same to say is heard alone.
+
+    Rank 0 speaks at once. A rank that fails by itself is heard all the same, after 2.4 s at most.
+    """
+    return _HEAD_START_S * min(rank, _MOST_HEAD_STARTS)
 
 
 def message(error: BaseException) -> str:
-    """One sentence for bad input, the traceback for anything else."""
+    """One sentence for bad input, the traceback for anything else; ends in a newline."""
     if isinstance(error, PipedreamError):
         return f"pipedream: {error}\n"
     return "".join(traceback.format_exception(error))
 
 
+def status(error: BaseException) -> int:
+    """Exit status: 2 for bad input, 130 for an interrupt, 1 for anything else."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return BAD_INPUT if isinstance(error, PipedreamError) else FAILED
+
+
 def stop_everybody(world: World, error: BaseException) -> None:
-    """Print `error` once for the whole job and end all its ranks; does not return."""
-    status = BAD_INPUT if isinstance(error, PipedreamError) else FAILED
-    time.sleep(_HEAD_START_S * min(world.rank, _MOST_HEAD_STARTS))
-    prefix = f"[rank {world.rank}/{world.size} on {world.host}] "
-    text = "".join(prefix + line for line in message(error).splitlines(keepends=True))
-    sys.stdout.flush()
-    sys.stderr.write(text)
-    sys.stderr.flush()
-    world.comm.Abort(status)
+    """Print `error` once for the whole job and end all its ranks. Does not return."""
+    time.sleep(head_start_s(world.rank))
+    try:
+        prefix = f"[rank {world.rank}/{world.size} {world.host}] "
+        sys.stdout.flush()
+        # In one write, so that lines of other ranks do not get in between.
+        sys.stderr.write("".join(prefix + line for line in message(error).splitlines(keepends=True)))
+        sys.stderr.flush()
+    finally:
+        world.comm.Abort(status(error))
 
 
 def install(world: World) -> None:
     """From now on an uncaught exception of this rank stops all ranks. Nothing to do for a single one."""
-    if world.comm is None or world.size == 1:
+    if world.size == 1:
         return
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
-            os._exit(130)  # every rank got the interrupt; nobody is left waiting
+            os._exit(INTERRUPTED)  # every rank got the interrupt; nobody is left waiting
         stop_everybody(world, error.with_traceback(trace))
 
     sys.excepthook = hook

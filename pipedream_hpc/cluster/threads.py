@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import os
 
+from pipedream_hpc.cluster.world import join
+
 
 def cores() -> int:
-    """Cores this process may use: its cpuset, not the machine."""
-    return len(os.sched_getaffinity(0))
+    """Cores that the ranks of this node may use between them.
+
+    Counted from their cpusets, not from the machine: a container or a batch job seldom has all of it.
+    """
+    return join().node_cores
 
 
 def threads_per_rank(ranks_on_node: int) -> int:
     """Compute threads of one rank: OMP_NUM_THREADS if it is set, else an even share of the cores."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, int(given)) if given.isdecimal() else max(1, cores() // ranks_on_node)
+    # OMP_NUM_THREADS may be a list, one entry per level of nesting.
+    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    return max(1, cores() // max(1, ranks_on_node))
 
 
 def spare_core(ranks_on_node: int) -> bool:
-    """Whether the progress thread of a rank has a core that no compute thread needs."""
+    """Whether the progress thread of a rank has a core that no compute thread needs.
+
+    Only then may it spin; otherwise it would take turns with compute and slow both down.
+    """
     return cores() >= ranks_on_node * (threads_per_rank(ranks_on_node) + 1)

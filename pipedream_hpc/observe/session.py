@@ -1,0 +1,86 @@
+"""Session: what a person sees of a training run, and the files it leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipedream_hpc.files import write_json
+from pipedream_hpc.observe.metrics import minibatch_s, split
+from pipedream_hpc.observe.tables import human_bytes, human_seconds, plan_table, sent_bytes, split_table
+from pipedream_hpc.observe.timeline import draw
+from pipedream_hpc.observe.trace_file import save_trace
+from pipedream_hpc.planning.plan import Plan
+from pipedream_hpc.schedule.trace import Trace
+
+
+class Session:
+    """Reports on rank 0 and is silent elsewhere: a progress bar on a terminal, plain lines in a log.
+
+    Args:
+        plan: what is run.
+        out: folder for trace.json, timeline.png and summary.json.
+        is_root: whether this is rank 0.
+    """
+
+    def __init__(self, plan: Plan, out: Path, *, is_root: bool) -> None:
+        self._plan, self._out, self._is_root = plan, out, is_root
+        self._console = Console(quiet=not is_root)
+        self._began = time.perf_counter()
+        self._accuracy: float | None = None
+        self._loss = float("nan")
+        self._epochs = 0
+        self._epoch_s = 0.0
+        self._console.print(plan_table(plan))
+
+    @contextmanager
+    def epoch(self, number: int, minibatches: int) -> Iterator[Callable[[int, int], None]]:
+        """Around one epoch of training; yields the callback for `Pipeline.fit`."""
+        began = time.perf_counter()
+        columns = (TextColumn("epoch {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        shown = self._is_root and self._console.is_terminal
+        with Progress(*columns, console=self._console, transient=True, disable=not shown) as progress:
+            task = progress.add_task(str(number), total=minibatches)
+            yield lambda done, _: progress.update(task, completed=done)
+        self._epoch_s = time.perf_counter() - began
+
+    def say(self, epoch: int, loss: float, accuracy: float | None) -> None:
+        """One line about an epoch."""
+        self._loss, self._accuracy, self._epochs = loss, accuracy, epoch + 1
+        tested = "" if accuracy is None else f"  test accuracy {accuracy:.4f}"
+        self._console.print(f"epoch {epoch}  loss {loss:.4f}{tested}  {self._epoch_s:.2f} s", highlight=False)
+
+    def finish(self, trace: Trace) -> None:
+        """Tables of the last epoch, and the files."""
+        if not self._is_root:
+            return
+        seconds, splits, per_minibatch = time.perf_counter() - self._began, split(trace), minibatch_s(trace)
+        self._console.print(plan_table(self._plan, splits))
+        self._console.print(split_table(splits))
+        sent = sum(sent_bytes(self._plan, stage) for stage in range(len(self._plan.stages)))
+        self._console.print(
+            f"{human_seconds(per_minibatch)} per minibatch measured in the steady state "
+            f"({human_seconds(self._plan.bottleneck_s)} predicted), {human_bytes(sent)} sent per minibatch"
+        )
+        save_trace(trace, self._out / "trace.json")
+        draw(trace, self._out / "timeline.png")
+        write_json(
+            self._out / "summary.json",
+            {
+                "test_accuracy": self._accuracy,
+                "loss": self._loss,
+                "epochs": self._epochs,
+                "ranks": self._plan.ranks,
+                "stages": len(self._plan.stages),
+                "seconds": round(seconds, 3),
+                "minibatch_ms": round(per_minibatch * 1e3, 4),
+                "predicted_minibatch_ms": round(self._plan.bottleneck_s * 1e3, 4),
+                "sent_bytes_per_minibatch": sent,
+            },
+        )
+        self._console.print(f"written to {self._out}: trace.json (opens in Perfetto), timeline.png, summary.json")

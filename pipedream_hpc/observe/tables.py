@@ -1,0 +1,107 @@
+"""Tables for people: a profile, a topology, a plan, and a plan beside what was measured."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from pipedream_hpc.observe.metrics import RankSplit
+from pipedream_hpc.planning.plan import Plan
+from pipedream_hpc.planning.profile import Profile
+from pipedream_hpc.planning.topology import Topology
+
+
+def human_bytes(count: float) -> str:
+    """Such as `1.5 MB`, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Such as `2.31 ms`."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1 or unit == "µs":
+            return f"{seconds * scale:.3g} {unit}"
+    raise AssertionError
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < 2 else "right")
+    return table
+
+
+def profile_table(profile: Profile) -> Table:
+    """One row per layer."""
+    title = f"{profile.model} on {profile.device}, {profile.minibatch} samples per minibatch"
+    table = _table(title, "layer", "kind", "forward", "backward", "output", "parameters", "stash")
+    for layer in profile.layers:
+        table.add_row(
+            layer.name,
+            layer.kind,
+            human_seconds(layer.forward_s),
+            human_seconds(layer.backward_s),
+            human_bytes(layer.output_bytes),
+            human_bytes(layer.parameter_bytes),
+            human_bytes(layer.stash_bytes),
+        )
+    return table
+
+
+def topology_table(topology: Topology) -> Table:
+    """One row per level."""
+    hosts = len(set(topology.hosts))
+    where = f" on {hosts} host{'s' if hosts > 1 else ''}" if hosts else ""
+    table = _table(f"{topology.devices} devices ({topology.device}){where}", "level", "joins", "latency", "bandwidth")
+    for level in topology.levels:
+        table.add_row(
+            level.name, str(level.count), human_seconds(level.latency_s), f"{human_bytes(level.bandwidth)}/s"
+        )
+    return table
+
+
+def plan_table(plan: Plan, measured: list[RankSplit] | None = None) -> Table:
+    """One row per stage; with `measured`, what a minibatch took beside what was predicted."""
+    title = f"{plan.model}: {len(plan.stages)} stages on {plan.ranks} ranks ({plan.config}), {plan.schedule}"
+    compute = ["predicted"] if measured is None else ["predicted", "measured"]
+    table = _table(title, "stage", "layers", "ranks", *compute, "weight versions", "parameters", "sent", "limit")
+    for index, stage in enumerate(plan.stages):
+        first, last = stage.layers[0], stage.layers[-1]
+        times = [human_seconds(stage.forward_s + stage.backward_s)]
+        if measured is not None:
+            own = [each for each in measured if each.stage == index]
+            times.append(human_seconds(sum(each.forward_s + each.backward_s for each in own) / len(own)))
+        table.add_row(
+            str(index),
+            f"{first} … {last} ({len(stage.layers)})" if first != last else first,
+            ", ".join(map(str, stage.ranks)),
+            *times,
+            str(stage.in_flight),
+            human_bytes(stage.parameter_bytes),
+            human_bytes(sent_bytes(plan, index)),
+            stage.limit,
+        )
+    return table
+
+
+def sent_bytes(plan: Plan, stage: int) -> int:
+    """Bytes a stage sends per minibatch: its activations on, its input's gradient back."""
+    forth = plan.stages[stage].output_bytes if stage + 1 < len(plan.stages) else 0
+    back = plan.stages[stage - 1].output_bytes if stage > 0 else 0
+    return forth + back
+
+
+def split_table(splits: list[RankSplit]) -> Table:
+    """One row per rank: where its time went."""
+    table = _table("where the time went", "rank", "stage", "forward", "backward", "update", "reduce", "wait",
+                   "send", "idle", "busy")  # fmt: skip
+    for each in splits:
+        shares = [
+            f"{each.seconds[kind] / each.span_s:.1%}" if each.span_s else "-"
+            for kind in ("forward", "backward", "update", "reduce", "receive", "send", "idle")
+        ]
+        table.add_row(str(each.rank), str(each.stage), *shares, f"{each.busy:.1%}")
+    return table
