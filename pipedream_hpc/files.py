@@ -41,10 +41,17 @@ D = TypeVar("D", bound=Document)
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; it takes the name `path` only if the block succeeds."""
+    """Open a temporary file beside `path`; it takes the name `path` only if the block succeeds.
+
+    Raises:
+        PipedreamError: it cannot be written there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise PipedreamError(f"{path}: cannot be written: {error.strerror}") from None
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -55,8 +62,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise PipedreamError(f"{path}: cannot be written: {error.strerror}") from None
         raise
 
 
@@ -79,6 +88,15 @@ def load(cls: type[D], path: str | Path) -> D:
         PipedreamError: the file is missing, is no JSON, holds another noun or version, or a field
             is unknown, missing, of the wrong type or impossible.
     """
+    return parse(cls, read_document(cls, path), path)
+
+
+def read_document(cls: type[Document], path: str | Path) -> dict[str, Any]:
+    """The fields of the `cls` in `path`, still unchecked; format and version are right and left out.
+
+    Raises:
+        PipedreamError: the file is missing, is no JSON, or holds another noun or version.
+    """
     try:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -93,10 +111,19 @@ def load(cls: type[D], path: str | Path) -> D:
             f"{path}: field 'version' is {content.get('version')!r}; this pipedream reads version "
             f"{cls.VERSION}: make the file anew with the same command"
         )
-    body = {key: value for key, value in content.items() if key not in ("format", "version")}
+    return {key: value for key, value in content.items() if key not in ("format", "version")}
+
+
+def parse(cls: type[D], body: dict[str, Any], path: str | Path) -> D:
+    """Make a `cls` of the fields in `body`, strictly; `path` is named in errors.
+
+    Raises:
+        PipedreamError: a field is unknown, missing, of the wrong type or impossible.
+    """
     try:
         # Through JSON text, so that strict mode knows lists may be tuples.
-        return _adapter(cls).validate_json(json.dumps(body))
+        made: D = _adapter(cls).validate_json(json.dumps(body))
+        return made
     except ValidationError as error:
         raise PipedreamError(f"{path}: {_sentence(error)}") from None
 

@@ -9,8 +9,7 @@ import typer
 
 from pipedream_hpc import __version__
 from pipedream_hpc.cli import partition, probe, profile, simulate, trace, train
-from pipedream_hpc.cluster.abort import BAD_INPUT, message, stop_everybody
-from pipedream_hpc.cluster.world import join
+from pipedream_hpc.cluster import abort
 from pipedream_hpc.errors import PipedreamError
 
 app = typer.Typer(
@@ -54,16 +53,12 @@ def main() -> None:
     """Run the command line; bad input ends in one sentence and exit status 2, on all ranks together."""
     try:
         app()
-    except Exception as error:
-        # Asking MPI who we are is what failed if there is no world.
-        world = None
-        try:
-            world = join()
-        except PipedreamError:
-            pass
-        if world is not None and world.size > 1:
-            stop_everybody(world, error)
-        if not isinstance(error, PipedreamError):
-            raise
-        sys.stderr.write(message(error))
-        sys.exit(BAD_INPUT)
+    except SystemExit as leaving:
+        if leaving.code:
+            abort.take_others_along(leaving)
+        raise
+    except PipedreamError as error:
+        if abort.installed():
+            raise  # the hook says it, once for all ranks, and stops them
+        sys.stderr.write(abort.message(error))
+        sys.exit(abort.BAD_INPUT)

@@ -26,7 +26,12 @@ def run(
         bool, typer.Option("--straight", help="One replica per stage: what `pipedream train` runs today.")
     ] = False,
     cost: Annotated[str, typer.Option(help="Cost formula: paper2018 or ring.")] = "paper2018",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path(
+        "plan.json"
+    ),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan file instead of the table.")
+    ] = False,
 ) -> None:
     """Cut a model into stages, so that the slowest stage is as fast as can be.
 
@@ -39,11 +44,10 @@ def run(
 
     Next: pipedream simulate plan.json (predict the timeline), pipedream train ... --plan plan.json
     """
-    from rich.console import Console
-
     from pipedream_hpc.errors import PipedreamError
     from pipedream_hpc.files import load, save
-    from pipedream_hpc.observe.tables import human_seconds, plan_table
+    from pipedream_hpc.observe import terminal
+    from pipedream_hpc.observe.tables import human_seconds, plan_table, speed_up
     from pipedream_hpc.planning.profile import Profile
     from pipedream_hpc.planning.solver import solve
     from pipedream_hpc.planning.topology import Level, Topology
@@ -56,12 +60,17 @@ def run(
             raise PipedreamError(f"--bandwidth should be positive bytes per second, not {bandwidth:g}")
         links = Topology((Level("network", devices, 0.0, bandwidth),), device=layers.device)
     else:
-        raise PipedreamError("say what to plan for: either --topology FILE, or both --devices and --bandwidth")
+        raise PipedreamError(
+            "say what to plan for: either --topology FILE, or both --devices and --bandwidth"
+        )
     plan = solve(layers, links, cost=cost, straight=straight)
     save(plan, output)
-    console = Console()
+    if as_json:
+        typer.echo(output.read_text(), nl=False)
+        return
+    console = terminal.console()
     console.print(plan_table(plan))
     console.print(
         f"{human_seconds(plan.bottleneck_s)} per minibatch predicted, "
-        f"{plan.single_device_s / plan.bottleneck_s if plan.bottleneck_s else 0:.2f}x one device; written to {output}"
+        f"{speed_up(plan):.2f}x one device; written to {output}"
     )

@@ -24,19 +24,16 @@ def run(
 
     Next: pipedream partition PROFILE --topology topology.json
     """
-    from rich.console import Console
-
-    from pipedream_hpc.cluster.abort import install
     from pipedream_hpc.cluster.probe import measure
     from pipedream_hpc.cluster.world import join
     from pipedream_hpc.files import save
+    from pipedream_hpc.observe import terminal
     from pipedream_hpc.observe.tables import topology_table
 
     world = join()
-    install(world)
     topology = measure(world, repeats=repeats)
     if world.is_root:
         save(topology, output)
-        console = Console()
+        console = terminal.console()
         console.print(topology_table(topology))
         console.print(f"written to {output}")

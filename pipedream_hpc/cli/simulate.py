@@ -14,22 +14,25 @@ def run(
         Optional[Path],  # noqa: UP045
         typer.Option("--topology", "-t", help="Links; without it messages take no time."),
     ] = None,
-    minibatches: Annotated[int, typer.Option(help="How many to send through.", min=0)] = 20,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the predicted trace.")] = Path(
-        "predicted.json"
-    ),
+    minibatches: Annotated[int, typer.Option(help="How many to send through.", min=1)] = 20,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where to write the predicted trace.")
+    ] = Path("predicted.json"),
     png: Annotated[Optional[Path], typer.Option(help="Draw it as well.")] = None,  # noqa: UP045
 ) -> None:
     """Predict the timeline of a plan, and prove that its schedule cannot hang.
 
-    Nothing is run: the schedule is played with the plan's measured times.
+    Nothing is run: the schedule is played with the plan's measured times, every send blocking and
+    every buffer bounded.
 
         pipedream simulate plan.json --topology topology.json --png predicted.png
-    """
-    from rich.console import Console
 
+    Next: pipedream train TARGET --plan plan.json, and lay the measured timeline beside this one:
+    pipedream trace out/trace.json --compare predicted.json --png both.png
+    """
     from pipedream_hpc.files import load
-    from pipedream_hpc.observe.metrics import minibatch_s, split
+    from pipedream_hpc.observe import terminal
+    from pipedream_hpc.observe.metrics import bubble, minibatch_s, split
     from pipedream_hpc.observe.tables import human_seconds, split_table
     from pipedream_hpc.observe.timeline import draw
     from pipedream_hpc.observe.trace_file import save_trace
@@ -45,11 +48,14 @@ def run(
     proof = verify(schedule)
     trace = simulate(schedule, planned, load(Topology, topology) if topology else instant)
     save_trace(trace, output)
-    console = Console()
-    console.print(split_table(split(trace)))
+    console = terminal.console()
+    splits = split(trace)
+    console.print(split_table(splits))
+    versions = ", ".join(map(str, proof.versions))
     console.print(
-        f"{human_seconds(minibatch_s(trace))} per minibatch in the steady state; no deadlock in {proof.actions} "
-        f"actions; weight versions per stage {', '.join(map(str, proof.versions))}; written to {output}"
+        f"{human_seconds(minibatch_s(trace))} per minibatch in the steady state, bubble {bubble(splits):.1%}\n"
+        f"no deadlock in {proof.actions} actions; weight versions per stage: {versions}\n"
+        f"written to {output}"
     )
     if png is not None:
         draw(trace, png)

@@ -10,11 +10,18 @@ import typer
 
 def run(
     target: Annotated[
-        str, typer.Argument(help="Python file or module with a function job(args) that returns a pipedream_hpc.Job.")
+        str,
+        typer.Argument(
+            help="Python file or module with a function job(args) that returns a pipedream_hpc.Job."
+        ),
     ],
     args: Annotated[Optional[list[str]], typer.Argument(help="Passed on to job(args), after --.")] = None,  # noqa: UP045
-    plan: Annotated[str, typer.Option(help="A plan file, or a number of stages to cut evenly.")] = "plan.json",
-    out: Annotated[Path, typer.Option(help="Folder for trace.json, timeline.png and summary.json.")] = Path("out"),
+    plan: Annotated[
+        str, typer.Option(help="A plan file, or a number of stages to cut evenly.")
+    ] = "plan.json",
+    out: Annotated[Path, typer.Option(help="Folder for trace.json, timeline.png and summary.json.")] = Path(
+        "out"
+    ),
     epochs: Annotated[Optional[int], typer.Option(help="Instead of the job's own number.", min=1)] = None,  # noqa: UP045
     until_accuracy: Annotated[
         Optional[float],  # noqa: UP045
@@ -24,6 +31,9 @@ def run(
     stall_limit: Annotated[
         float, typer.Option(help="Seconds a rank waits for another before it says for whom, and stops.")
     ] = 300.0,
+    trace: Annotated[
+        bool, typer.Option(help="Note down what ran when, and write trace.json and timeline.png.")
+    ] = True,
 ) -> None:
     """Train with 1F1B and weight stashing, one stage per rank.
 
@@ -35,23 +45,22 @@ def run(
 
     Next: pipedream trace out/trace.json
     """
-    from pipedream_hpc.cluster.abort import install
     from pipedream_hpc.cluster.world import join
     from pipedream_hpc.job import load
     from pipedream_hpc.observe.session import Session
     from pipedream_hpc.runtime.pipeline import Pipeline
 
-    install(join())
+    join()  # first: from here on a rank that fails stops the others
     job = load(target, args or [])
     pipeline = Pipeline(
         job.model,
         loss=job.loss,
         optimizer=job.optimizer,
         example=job.example,
-        plan=int(plan) if plan.isdecimal() else plan,
+        plan=stages(plan),
         seed=seed,
         stall_limit_s=stall_limit,
-        trace=True,
+        trace=trace,
     )
     session = Session(pipeline.plan, out, is_root=pipeline.world.is_root)
     for epoch in range(epochs or job.epochs):
@@ -61,5 +70,22 @@ def run(
         session.say(epoch, loss, accuracy)
         if until_accuracy is not None and accuracy is not None and accuracy >= until_accuracy:
             break
-    session.finish(pipeline.last_trace())
+    session.finish(pipeline.last_trace() if trace else None)
     pipeline.close()
+
+
+def stages(plan: str) -> str | int:
+    """`--plan` as Pipeline takes it: the number of stages, or the file as it was given.
+
+    Raises:
+        PipedreamError: the number is 0.
+    """
+    from pipedream_hpc.errors import PipedreamError
+
+    if not plan.isdecimal():
+        return plan
+    if int(plan) < 1:
+        raise PipedreamError(
+            f"--plan {plan}: a pipeline needs at least one stage: give a plan file or a number from 1"
+        )
+    return int(plan)

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -67,14 +68,36 @@ def stop_everybody(world: World, error: BaseException) -> None:
         world.comm.Abort(status(error))
 
 
-def install(world: World) -> None:
-    """From now on an uncaught exception of this rank stops all ranks. Nothing to do for a single one."""
-    if world.size == 1:
-        return
+@dataclass(frozen=True)
+class _Hook:
+    """What Python calls with an exception that nobody caught."""
 
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    world: World
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
             os._exit(INTERRUPTED)  # every rank got the interrupt; nobody is left waiting
-        stop_everybody(world, error.with_traceback(trace))
+        stop_everybody(self.world, error.with_traceback(trace))
 
-    sys.excepthook = hook
+
+def install(world: World) -> None:
+    """From now on an uncaught exception of this rank stops all ranks. Nothing to do for a single one."""
+    if world.size > 1:
+        sys.excepthook = _Hook(world)
+
+
+def installed() -> bool:
+    """Whether an uncaught exception of this process stops all ranks."""
+    return isinstance(sys.excepthook, _Hook)
+
+
+def take_others_along(leaving: SystemExit) -> None:
+    """A rank that leaves with a failing status ends the others too, which would wait for it in vain.
+
+    Returns where there are no others.
+    """
+    hook = sys.excepthook
+    if isinstance(hook, _Hook):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        hook.world.comm.Abort(leaving.code if isinstance(leaving.code, int) else FAILED)

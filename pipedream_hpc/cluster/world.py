@@ -18,7 +18,14 @@ from pipedream_hpc.errors import PipedreamError
 #: variables need a closer look, see `launched`.
 _RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "MPI_LOCALRANKID")
 #: How many processes it started, the surest first.
-_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_NRANKS", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "MPI_LOCALNRANKS")
+_SIZE = (
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "PALS_NRANKS",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_NTASKS",
+    "MPI_LOCALNRANKS",
+)
 _LOCAL_RANK = (
     "OMPI_COMM_WORLD_LOCAL_RANK",
     "SLURM_LOCALID",

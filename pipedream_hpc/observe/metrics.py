@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 from pipedream_hpc.schedule.trace import Kind, Span, Trace
 
+KINDS: tuple[Kind, ...] = ("forward", "backward", "receive", "send", "reduce", "update")
+#: What has to be done whatever the schedule; the rest of a rank's time is bubble or messages.
+_WORK: tuple[Kind, ...] = ("forward", "backward", "reduce", "update")
+
 
 @dataclass(frozen=True)
 class RankSplit:
@@ -18,8 +22,9 @@ class RankSplit:
         stage: the stage it worked on.
         forward_s: median forward of one minibatch.
         backward_s: median backward of one minibatch.
-        seconds: total by kind of action; `receive` is waiting for messages, `idle` the rest.
-        span_s: from the first action to the last.
+        seconds: total by kind of action; `receive` is waiting for messages, `idle` the time with no
+            action at all, such as before the first minibatch arrives.
+        span_s: from the first action of any rank to the last: the same for all ranks of a trace.
     """
 
     rank: int
@@ -32,8 +37,7 @@ class RankSplit:
     @property
     def busy(self) -> float:
         """Fraction of the span spent in forward, backward, reductions and updates."""
-        work = sum(self.seconds[kind] for kind in ("forward", "backward", "reduce", "update"))
-        return work / self.span_s if self.span_s else 0.0
+        return sum(self.seconds[kind] for kind in _WORK) / self.span_s if self.span_s else 0.0
 
 
 def split(trace: Trace) -> list[RankSplit]:
@@ -41,31 +45,50 @@ def split(trace: Trace) -> list[RankSplit]:
     by_rank: dict[int, list[Span]] = defaultdict(list)
     for span in trace.spans:
         by_rank[span.rank].append(span)
+    began_s, ended_s = extent(trace)
     splits = []
     for stage, ranks in enumerate(trace.layout):
         for rank in ranks:
-            spans = by_rank[rank]
-            kinds: tuple[Kind, ...] = ("forward", "backward", "receive", "send", "reduce", "update")
-            lengths = {kind: [s.end_s - s.start_s for s in spans if s.kind == kind] for kind in kinds}
-            span_s = max((s.end_s for s in spans), default=0.0) - min((s.start_s for s in spans), default=0.0)
+            lengths = {kind: [s.end_s - s.start_s for s in by_rank[rank] if s.kind == kind] for kind in KINDS}
             seconds: dict[str, float] = {kind: sum(values) for kind, values in lengths.items()}
-            seconds["idle"] = max(0.0, span_s - sum(seconds.values()))
-            forward_s, backward_s = (statistics.median(lengths[kind] or [0.0]) for kind in ("forward", "backward"))
-            splits.append(RankSplit(rank, stage, forward_s, backward_s, seconds, span_s))
+            seconds["idle"] = max(0.0, ended_s - began_s - sum(seconds.values()))
+            forward_s, backward_s = (
+                statistics.median(lengths[kind] or [0.0]) for kind in ("forward", "backward")
+            )
+            splits.append(RankSplit(rank, stage, forward_s, backward_s, seconds, ended_s - began_s))
     return sorted(splits, key=lambda each: each.rank)
+
+
+def extent(trace: Trace) -> tuple[float, float]:
+    """When the first action of any rank began and the last one ended, in seconds; (0, 0) if none ran."""
+    began_s = min((span.start_s for span in trace.spans), default=0.0)
+    return began_s, max((span.end_s for span in trace.spans), default=0.0)
+
+
+def bubble(splits: list[RankSplit]) -> float:
+    """Fraction of all ranks' time in which they did no work, start-up and drain included."""
+    return 1 - statistics.fmean(each.busy for each in splits) if splits else 0.0
+
+
+def left_at(trace: Trace) -> list[float]:
+    """When each minibatch left the pipeline: the ends of backward in the input stage, sorted, in seconds."""
+    return sorted(s.end_s for s in trace.spans if s.kind == "backward" and s.rank in trace.layout[0])
 
 
 def minibatch_s(trace: Trace) -> float:
     """Seconds per minibatch in the steady state.
 
-    Median interval between successive ends of backward in the input stage, where a minibatch
-    leaves the pipeline; start-up (before the first) and drain (the last `ranks` minibatches, which
-    have no new forwards beside them) do not count when there are enough others.
+    Median interval between minibatches that leave the pipeline, leaving out as many at either end
+    as there are ranks: start-up, and drain, where backwards have no new forwards beside them. The R
+    replicas of an input stage may finish together and then all be busy, so the interval taken is
+    that over R minibatches. A trace too short for all this is taken whole, and one of a single
+    minibatch gives the time that took.
     """
-    ends = sorted(s.end_s for s in trace.spans if s.kind == "backward" and s.rank in trace.layout[0])
-    ranks = sum(len(members) for members in trace.layout)
-    steady = ends[: len(ends) - ranks] if len(ends) > 2 * ranks else ends
-    gaps = [later - earlier for earlier, later in zip(steady, steady[1:], strict=False)]
+    ends = left_at(trace)
+    ranks, replicas = sum(len(members) for members in trace.layout), len(trace.layout[0])
+    steady = ends[ranks:-ranks] if len(ends) > 2 * ranks + replicas else ends
+    gaps = [(after - before) / replicas for before, after in zip(steady, steady[replicas:], strict=False)]
     if gaps:
         return statistics.median(gaps)
-    return max((s.end_s for s in trace.spans), default=0.0) / max(1, trace.minibatches)
+    began_s, ended_s = extent(trace)
+    return (ended_s - began_s) / max(1, trace.minibatches)

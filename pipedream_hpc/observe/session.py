@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipedream_hpc.files import write_json
-from pipedream_hpc.observe.metrics import minibatch_s, split
+from pipedream_hpc.observe import terminal
+from pipedream_hpc.observe.metrics import bubble, minibatch_s, split
 from pipedream_hpc.observe.tables import human_bytes, human_seconds, plan_table, sent_bytes, split_table
 from pipedream_hpc.observe.timeline import draw
 from pipedream_hpc.observe.trace_file import save_trace
@@ -30,7 +32,7 @@ class Session:
 
     def __init__(self, plan: Plan, out: Path, *, is_root: bool) -> None:
         self._plan, self._out, self._is_root = plan, out, is_root
-        self._console = Console(quiet=not is_root)
+        self._console = terminal.console(quiet=not is_root)
         self._began = time.perf_counter()
         self._accuracy: float | None = None
         self._loss = float("nan")
@@ -42,7 +44,12 @@ class Session:
     def epoch(self, number: int, minibatches: int) -> Iterator[Callable[[int, int], None]]:
         """Around one epoch of training; yields the callback for `Pipeline.fit`."""
         began = time.perf_counter()
-        columns = (TextColumn("epoch {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("epoch {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         shown = self._is_root and self._console.is_terminal
         with Progress(*columns, console=self._console, transient=True, disable=not shown) as progress:
             task = progress.add_task(str(number), total=minibatches)
@@ -53,34 +60,40 @@ class Session:
         """One line about an epoch."""
         self._loss, self._accuracy, self._epochs = loss, accuracy, epoch + 1
         tested = "" if accuracy is None else f"  test accuracy {accuracy:.4f}"
-        self._console.print(f"epoch {epoch}  loss {loss:.4f}{tested}  {self._epoch_s:.2f} s", highlight=False)
+        self._console.print(f"epoch {epoch}  loss {loss:.4f}{tested}  {self._epoch_s:.2f} s")
 
-    def finish(self, trace: Trace) -> None:
-        """Tables of the last epoch, and the files."""
+    def finish(self, trace: Trace | None) -> None:
+        """Tables of the last epoch, and the files; without a trace, the summary alone."""
         if not self._is_root:
             return
-        seconds, splits, per_minibatch = time.perf_counter() - self._began, split(trace), minibatch_s(trace)
-        self._console.print(plan_table(self._plan, splits))
-        self._console.print(split_table(splits))
-        sent = sum(sent_bytes(self._plan, stage) for stage in range(len(self._plan.stages)))
-        self._console.print(
-            f"{human_seconds(per_minibatch)} per minibatch measured in the steady state "
-            f"({human_seconds(self._plan.bottleneck_s)} predicted), {human_bytes(sent)} sent per minibatch"
-        )
-        save_trace(trace, self._out / "trace.json")
-        draw(trace, self._out / "timeline.png")
-        write_json(
-            self._out / "summary.json",
-            {
-                "test_accuracy": self._accuracy,
-                "loss": self._loss,
-                "epochs": self._epochs,
-                "ranks": self._plan.ranks,
-                "stages": len(self._plan.stages),
-                "seconds": round(seconds, 3),
-                "minibatch_ms": round(per_minibatch * 1e3, 4),
-                "predicted_minibatch_ms": round(self._plan.bottleneck_s * 1e3, 4),
-                "sent_bytes_per_minibatch": sent,
-            },
-        )
-        self._console.print(f"written to {self._out}: trace.json (opens in Perfetto), timeline.png, summary.json")
+        plan, finite = self._plan, math.isfinite(self._loss)
+        sent = sum(sent_bytes(plan, stage) for stage in range(len(plan.stages)))
+        summary: dict[str, Any] = {
+            "test_accuracy": self._accuracy,
+            "loss": self._loss if finite else None,  # JSON knows no NaN
+            "epochs": self._epochs,
+            "ranks": plan.ranks,
+            "stages": len(plan.stages),
+            "replicas": plan.config,
+            "seconds": round(time.perf_counter() - self._began, 3),
+            "predicted_minibatch_ms": round(plan.bottleneck_s * 1e3, 4),
+            "weight_versions": [stage.in_flight for stage in plan.stages],
+            "sent_bytes_per_minibatch": sent,
+        }
+        written = ["summary.json"]
+        if trace is not None:
+            splits, per_minibatch = split(trace), minibatch_s(trace)
+            summary["minibatch_ms"] = round(per_minibatch * 1e3, 4)
+            summary["bubble"] = round(bubble(splits), 4)
+            self._console.print(plan_table(plan, splits))
+            self._console.print(split_table(splits))
+            self._console.print(
+                f"{human_seconds(per_minibatch)} per minibatch measured in the steady state "
+                f"({human_seconds(plan.bottleneck_s)} predicted), {human_bytes(sent)} sent per minibatch, "
+                f"bubble {bubble(splits):.1%}"
+            )
+            save_trace(trace, self._out / "trace.json")
+            draw(trace, self._out / "timeline.png")
+            written = ["trace.json (opens in Perfetto)", "timeline.png", *written]
+        write_json(self._out / "summary.json", summary)
+        self._console.print(f"written to {self._out}: {', '.join(written)}")

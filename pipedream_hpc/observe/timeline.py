@@ -1,92 +1,161 @@
-"""Timeline: a trace as a picture, one lane per rank, time from left to right."""
+"""Timeline: a trace as a picture, one lane per rank, time from left to right.
+
+The paper's figure 8, drawn from what ran::
+
+            start-up      ┊ steady state              ┊ drain
+    rank 0  0 1 2 3 .     ┊ [ 0 ]4[ 1 ]5[ 2 ]6[ 3 ]7  ┊ [ 4 ] [ 5 ] ...
+    rank 1    0 1 2 . . [ 0 ]3[ 1 ]4[ 2 ]5[ 3 ]6      ┊
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import atomic_write
+from pipedream_hpc.observe.metrics import extent, left_at
 from pipedream_hpc.schedule.trace import Trace
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 # Blue and orange stay apart for colour-blind readers, and in grey: one is dark, the other light.
-_FORWARD, _BACKWARD, _UPDATE, _REDUCE = "#1f5fa8", "#f5a742", "#3c3c3c", "#8a5aa8"
+_COLOURS = {"forward": "#1f5fa8", "backward": "#f5a742", "reduce": "#8a5aa8", "update": "#3c3c3c"}
 _INK = {"forward": "white", "backward": "black"}
+_QUIET = "#666666"
+
+_WIDTH_IN, _LANE_IN, _DPI = 15.0, 0.55, 130
+_LEFT_IN, _RIGHT_IN = 1.45, 0.3
+_FONT_PT = 8.5
+#: Width of a digit of that size, and how small a number may get before it is left out.
+_DIGIT_PT, _SMALLEST_PT = 0.62, 5.0
 
 
-def draw(traces: Trace | Sequence[Trace], path: str | Path, *, minibatches: int = 14) -> None:
+def draw(traces: Trace | Sequence[Trace], path: str | Path, *, minibatches: int = 12) -> None:
     """Draw one trace, or several over each other on one time axis, as PNG.
 
     Forward and backward carry the minibatch's number; updates are thin marks; waiting is left
-    white. Drawn is the time until the input stage has done the backward of `minibatches`
-    minibatches: start-up and the steady state behind it.
-    """
-    import matplotlib
+    white. Drawn is the time until `minibatches` minibatches have left the pipeline of the slowest
+    trace: start-up and the beginning of the steady state, which then goes on alike.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Raises:
+        PipedreamError: a trace holds no actions.
+    """
+    shown = [traces] if isinstance(traces, Trace) else list(traces)
+    if not shown or not all(trace.spans for trace in shown):
+        raise PipedreamError("there is nothing to draw: the trace holds no actions (no minibatch was run)")
+
+    # pyplot would look for a display; a figure of its own needs none and leaves no state behind.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    shown = [traces] if isinstance(traces, Trace) else list(traces)
-    ends = [_window_s(trace, minibatches) for trace in shown]
-    window_s = max(ends)
-    unit, scale = ("ms", 1e3) if window_s < 10 else ("s", 1.0)
-    lanes = max(sum(len(ranks) for ranks in trace.layout) for trace in shown)
-    figure, axes = plt.subplots(
-        len(shown), 1, figsize=(15, 1.1 + len(shown) * (0.55 * lanes + 0.6)), squeeze=False, sharex=True
+    window_s = max(_window_s(trace, minibatches) for trace in shown)
+    unit, scale = next(
+        (u, k) for u, k in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if window_s * k >= 2 or u == "µs"
     )
-    for axis, trace in zip(axes[:, 0], shown, strict=True):
+    lanes = [sum(len(ranks) for ranks in trace.layout) for trace in shown]
+    # Inches from the top: legend, then per trace a title, its lanes and room for the axis.
+    head, title, foot = 0.3, 0.62, 0.5
+    height = head + sum(title + foot + _LANE_IN * count for count in lanes)
+    figure = Figure(figsize=(_WIDTH_IN, height), facecolor="white")
+    FigureCanvasAgg(figure)
+    top = height - head
+    for trace, count in zip(shown, lanes, strict=True):
+        top -= title + _LANE_IN * count
+        box = (_LEFT_IN, top, _WIDTH_IN - _LEFT_IN - _RIGHT_IN, _LANE_IN * count)
+        axis = figure.add_axes((box[0] / _WIDTH_IN, box[1] / height, box[2] / _WIDTH_IN, box[3] / height))
+        top -= foot
         _lanes(axis, trace, window_s, scale)
-        partly = min(trace.minibatches, minibatches) < trace.minibatches
-        what = f"the first {minibatches} of {trace.minibatches}" if partly else f"all {trace.minibatches}"
-        axis.set_title(f"{trace.source}: {what} minibatches", loc="left", fontsize=11)
-    axes[-1, 0].set_xlabel(f"time ({unit})")
-    handles = [Patch(color=_FORWARD, label="forward"), Patch(color=_BACKWARD, label="backward")]
-    handles.append(Patch(color=_UPDATE, label="update"))
-    if any(span.kind == "reduce" for trace in shown for span in trace.spans):
-        handles.append(Patch(color=_REDUCE, label="reduce"))
-    figure.legend(handles=handles, loc="upper right", ncols=len(handles), frameon=False)
-    figure.tight_layout()
+        _phases(axis, trace, window_s, scale)
+        axis.set_title(_title(trace, window_s), loc="left", fontsize=11.5, fontweight="bold", pad=20)
+    axis.set_xlabel(f"time ({unit})")
+    kinds = [kind for kind in _COLOURS if any(span.kind == kind for trace in shown for span in trace.spans)]
+    figure.legend(
+        handles=[*(Patch(color=_COLOURS[kind], label=kind) for kind in kinds),
+                 Patch(facecolor="white", edgecolor="#bbbbbb", label="waiting")],
+        loc="upper right", bbox_to_anchor=(1 - _RIGHT_IN / _WIDTH_IN, 1), ncols=len(kinds) + 1,
+        frameon=False, handlelength=1.4, columnspacing=1.4,
+    )  # fmt: skip
     with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=130)
-    plt.close(figure)
+        figure.savefig(file, format="png", dpi=_DPI)
 
 
 def _window_s(trace: Trace, minibatches: int) -> float:
-    backwards = sorted(s.end_s for s in trace.spans if s.kind == "backward" and s.rank in trace.layout[0])
-    whole = max((span.end_s for span in trace.spans), default=1.0)
-    return backwards[minibatches - 1] if len(backwards) > minibatches else whole
+    """Seconds from the trace's first action that are drawn."""
+    began_s, ended_s = extent(trace)
+    left = left_at(trace)
+    return (left[minibatches - 1] if len(left) > minibatches else ended_s) - began_s
 
 
-def _lanes(axis: object, trace: Trace, window_s: float, scale: float) -> None:
-    from matplotlib.axes import Axes
+def _title(trace: Trace, window_s: float) -> str:
+    began_s, ended_s = extent(trace)
+    if ended_s - began_s <= window_s:
+        return f"{trace.source}: all {trace.minibatches} minibatches"
+    done = sum(end_s - began_s <= window_s for end_s in left_at(trace))
+    return f"{trace.source}: the first {done} of {trace.minibatches} minibatches"
 
-    assert isinstance(axis, Axes)
+
+def _lanes(axis: Axes, trace: Trace, window_s: float, scale: float) -> None:
+    """The bars of every rank and their numbers."""
+    began_s, _ = extent(trace)
     order = [(rank, stage) for stage, ranks in enumerate(trace.layout) for rank in ranks]
     lane = {rank: index for index, (rank, _) in enumerate(order)}
-    colours = {"forward": _FORWARD, "backward": _BACKWARD, "reduce": _REDUCE}
-    points_per_s = 900 / window_s  # about the width of the lanes, in points
+    points_per_s = (_WIDTH_IN - _LEFT_IN - _RIGHT_IN) * 72 / window_s
+    bars: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for span in trace.spans:
-        if span.start_s >= window_s:
+        start_s, end_s = span.start_s - began_s, min(span.end_s - began_s, window_s)
+        if start_s >= window_s or span.kind not in _COLOURS:
             continue
-        y, length_s = lane[span.rank], span.end_s - span.start_s
-        if span.kind in colours:
-            axis.barh(
-                y, length_s * scale, left=span.start_s * scale, height=0.84, color=colours[span.kind],
-                edgecolor="white", linewidth=0.4,
-            )  # fmt: skip
-            middle_s = (span.start_s + span.end_s) / 2
-            if length_s * points_per_s > 7 * len(str(span.minibatch)) and span.minibatch >= 0 and middle_s < window_s:
-                axis.text(
-                    middle_s * scale, y, str(span.minibatch), ha="center", va="center", fontsize=8,
-                    color=_INK.get(span.kind, "white"), clip_on=True,
-                )  # fmt: skip
-        elif span.kind == "update":
+        length_s = end_s - start_s
+        if span.kind == "update":
             # At least a hair wide, so that it can be seen at all.
-            width_s = max(length_s, window_s / 1500)
-            axis.barh(y, width_s * scale, left=span.start_s * scale, height=0.84, color=_UPDATE, linewidth=0)
+            length_s = max(length_s, window_s / 1500)
+        bars.setdefault((lane[span.rank], span.kind), []).append((start_s * scale, length_s * scale))
+        # A bar that the window cuts short keeps its number only if enough of it is left.
+        room_pt = length_s * points_per_s - 2
+        size_pt = min(_FONT_PT, room_pt / (_DIGIT_PT * len(str(span.minibatch))))
+        if span.kind in _INK and size_pt >= _SMALLEST_PT:
+            axis.text(
+                (start_s + length_s / 2) * scale, lane[span.rank], str(span.minibatch),
+                ha="center", va="center_baseline", fontsize=size_pt, color=_INK[span.kind],
+            )  # fmt: skip
+    for (y, kind), pieces in bars.items():
+        edge = 0.0 if kind == "update" else 0.5
+        axis.broken_barh(
+            pieces, (y - 0.41, 0.82), facecolor=_COLOURS[kind], edgecolor="white", linewidth=edge
+        )
     axis.set_yticks(range(len(order)), [f"rank {rank} (stage {stage})" for rank, stage in order])
     axis.set_ylim(len(order) - 0.5, -0.5)
     axis.set_xlim(0, window_s * scale)
     axis.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
+
+
+def _phases(axis: Axes, trace: Trace, window_s: float, scale: float) -> None:
+    """Start-up until the input stage's first backward, drain after its last forward."""
+    began_s, ended_s = extent(trace)
+    first_stage = [span for span in trace.spans if span.rank in trace.layout[0]]
+    backwards = [span.start_s for span in first_stage if span.kind == "backward"]
+    if not backwards:
+        return
+    steady_s = min(backwards) - began_s
+    drain_s = max(max(s.end_s for s in first_stage if s.kind == "forward") - began_s, steady_s)
+    phases = (
+        ("start-up", 0.0, steady_s),
+        ("steady state", steady_s, drain_s),
+        ("drain", drain_s, ended_s - began_s),
+    )
+    for name, start_s, end_s in phases:
+        end_s = min(end_s, window_s)
+        if end_s - start_s < window_s / 25:  # no room for the word
+            continue
+        axis.annotate(
+            name, ((start_s + end_s) / 2 * scale, 1), xycoords=("data", "axes fraction"), xytext=(0, 6),
+            textcoords="offset points", ha="center", fontsize=9, color=_QUIET, annotation_clip=False,
+        )  # fmt: skip
+        if start_s > 0:
+            axis.axvline(start_s * scale, color=_QUIET, linewidth=1, linestyle=(0, (3, 3)), zorder=0.5)

@@ -1,89 +1,129 @@
-"""A Trace on disk: a Chrome trace, which Perfetto and chrome://tracing open as it is.
+"""A Trace on disk is a Chrome trace: https://ui.perfetto.dev opens it as it is.
 
-One file serves both: beside the events stand the format, the layout and the source, from which
-`load_trace` makes the Trace again, exact to the nanosecond.
+::
+
+    {"format": "pipedream-trace", "version": 1, "source": "measured", "layout": [[0], [1]], ...
+     "traceEvents": [
+       {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "rank 1 (stage 1)"}},
+       {"ph": "X", "name": "F3", "cat": "forward", "pid": 1, "tid": 1, "ts": 8125.25, "dur": 912.004,
+        "args": {"minibatch": 3, "version": 2, "stage": 1}}, ...]}
+
+Times are microseconds with three decimals, so that nanoseconds come back as they went.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.files import STRICT, load, write_json
-from pipedream_hpc.schedule.trace import Kind, Span, Trace
+from pipedream_hpc.files import parse, read_document, write_json
+from pipedream_hpc.schedule.trace import Span, Trace
 
-#: Chrome's reserved colour names, so that forward and backward are told apart at a glance.
-_COLOURS = {"forward": "thread_state_running", "backward": "thread_state_iowait", "update": "grey"}
-_LETTERS = {"forward": "F", "backward": "B"}
-
-
-@dataclass(frozen=True)
-class _ChromeTrace:
-    """What `load` validates: the file as it is."""
-
-    __pydantic_config__ = STRICT
-    FORMAT: ClassVar[str] = Trace.FORMAT
-    VERSION: ClassVar[int] = Trace.VERSION
-
-    source: Literal["measured", "simulated"]
-    layout: tuple[tuple[int, ...], ...]
-    minibatches: int
-    displayTimeUnit: str  # noqa: N815
-    traceEvents: list[dict[str, Any]]  # noqa: N815
+#: Perfetto draws each process in a group of its own: a measured and a simulated trace that were put
+#: into one file stay apart.
+_PROCESS = {"measured": 1, "simulated": 2}
+_LETTER = {"forward": "F", "backward": "B"}
+#: Names of the old Chrome viewer's palette; Perfetto has colours of its own.
+_COLOUR = {"forward": "rail_response", "backward": "rail_animation", "update": "grey", "reduce": "olive"}
 
 
 def save_trace(trace: Trace, path: str | Path) -> None:
-    """Write `trace`, atomically. Times in the events are microseconds."""
+    """Write `trace` to `path`, atomically."""
+    header = {
+        "format": trace.FORMAT,
+        "version": trace.VERSION,
+        "source": trace.source,
+        "layout": trace.layout,
+        "minibatches": trace.minibatches,
+        "displayTimeUnit": "ms",
+    }
+    spans = sorted(trace.spans, key=lambda span: (span.rank, span.start_s, span.end_s))
     stage_of = {rank: stage for stage, ranks in enumerate(trace.layout) for rank in ranks}
-    events: list[dict[str, Any]] = []
-    for rank, stage in sorted(stage_of.items()):
-        name = f"rank {rank} (stage {stage})"
-        events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": rank, "args": {"name": name}})
-        events.append({"ph": "M", "name": "thread_sort_index", "pid": 0, "tid": rank, "args": {"sort_index": rank}})
-    for span in sorted(trace.spans, key=lambda span: span.start_s):
-        event = {
-            "ph": "X",
-            "name": f"{_LETTERS[span.kind]}{span.minibatch}" if span.kind in _LETTERS else span.kind,
-            "cat": span.kind,
-            "pid": 0,
-            "tid": span.rank,
-            "ts": round(span.start_s * 1e6, 3),
-            "dur": round((span.end_s - span.start_s) * 1e6, 3),
-            "args": {"minibatch": span.minibatch, "version": span.version, "stage": stage_of[span.rank]},
-        }
-        if span.kind in _COLOURS:
-            event["cname"] = _COLOURS[span.kind]
-        events.append(event)
-    head = {"format": Trace.FORMAT, "version": Trace.VERSION, "source": trace.source}
-    body = {"layout": trace.layout, "minibatches": trace.minibatches, "displayTimeUnit": "ms", "traceEvents": events}
-    write_json(path, {**head, **body})
+    events = [*_names(trace, stage_of), *(_event(trace, span, stage_of) for span in spans)]
+    write_json(path, {**header, "traceEvents": events})
 
 
 def load_trace(path: str | Path) -> Trace:
-    """Read a trace that `save_trace` wrote.
+    """Read a Trace from `path`; its spans are sorted by rank, then by time.
 
     Raises:
-        PipedreamError: names the file and the field or event that is wrong.
+        PipedreamError: the file is missing, is no JSON, holds something else or another version, or
+            an event is not one that `save_trace` writes.
     """
-    document = load(_ChromeTrace, path)
-    ranks = {rank for members in document.layout for rank in members}
-    spans = []
-    for index, event in enumerate(document.traceEvents):
-        if event.get("ph") != "X":
-            continue
-        try:
-            kind: Kind = event["cat"]
-            start_s, duration_s = float(event["ts"]) * 1e-6, float(event["dur"]) * 1e-6
-            span = Span(
-                event["tid"], kind, event["args"]["minibatch"], event["args"]["version"], start_s, start_s + duration_s
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise PipedreamError(f"{path}: traceEvents[{index}]: {type(error).__name__}: {error}") from None
-        if span.rank not in ranks or duration_s < 0:
-            raise PipedreamError(
-                f"{path}: traceEvents[{index}]: tid {span.rank} is no rank of the layout, or dur is negative"
-            )
-        spans.append(span)
-    return Trace(document.source, document.layout, document.minibatches, tuple(spans))
+    body = read_document(Trace, path)
+    body.pop("displayTimeUnit", None)
+    events = body.pop("traceEvents", None)
+    if not isinstance(events, list):
+        raise PipedreamError(f"{path}: field 'traceEvents' should be a list but is {type(events).__name__}")
+    spans = [
+        _span(path, index, event)
+        for index, event in enumerate(events)
+        if not (isinstance(event, dict) and event.get("ph") == "M")
+    ]
+    trace = parse(Trace, {**body, "spans": spans}, path)
+    ranks = {rank for members in trace.layout for rank in members}
+    for span in trace.spans:
+        if span.rank not in ranks:
+            raise PipedreamError(f"{path}: an event has tid {span.rank}, but the layout has no such rank")
+    return trace
+
+
+def _names(trace: Trace, stage_of: dict[int, int]) -> list[dict[str, Any]]:
+    """Metadata: what Perfetto calls the process and the threads, and in which order they stand."""
+    process = _PROCESS[trace.source]
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "process_name", "pid": process, "args": {"name": f"pipeline, {trace.source}"}}
+    ]
+    for rank, stage in stage_of.items():
+        thread = {"ph": "M", "pid": process, "tid": rank}
+        events.append({**thread, "name": "thread_name", "args": {"name": f"rank {rank} (stage {stage})"}})
+        events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": rank}})
+    return events
+
+
+def _event(trace: Trace, span: Span, stage_of: dict[int, int]) -> dict[str, Any]:
+    start_ns, end_ns = round(span.start_s * 1e9), round(span.end_s * 1e9)
+    name: str = span.kind
+    if span.minibatch >= 0:
+        name = f"{_LETTER.get(span.kind, span.kind + ' ')}{span.minibatch}"
+    elif span.kind == "update":
+        name = f"update to v{span.version}"
+    event: dict[str, Any] = {
+        "ph": "X",
+        "name": name,
+        "cat": span.kind,
+        "pid": _PROCESS[trace.source],
+        "tid": span.rank,
+        "ts": start_ns / 1000,
+        "dur": (end_ns - start_ns) / 1000,
+        "args": {"minibatch": span.minibatch, "version": span.version, "stage": stage_of[span.rank]},
+    }
+    if span.kind in _COLOUR:
+        event["cname"] = _COLOUR[span.kind]
+    return event
+
+
+def _span(path: str | Path, index: int, event: Any) -> dict[str, Any]:
+    """The fields of a Span from a complete event, still unchecked but for the times."""
+    where = f"{path}: traceEvents[{index}]"
+    if not isinstance(event, dict) or event.get("ph") != "X":
+        raise PipedreamError(f"{where}: should be a complete event ('ph': 'X') as `pipedream` writes it")
+    args = event.get("args")
+    fields = {
+        "rank": event.get("tid"),
+        "kind": event.get("cat"),
+        "minibatch": args.get("minibatch") if isinstance(args, dict) else None,
+        "version": args.get("version") if isinstance(args, dict) else None,
+    }
+    for name in ("ts", "dur"):
+        value = event.get(name)
+        # NaN and infinity are what Python's json reads though JSON has no such numbers.
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            raise PipedreamError(f"{where}.{name}: should be a number of microseconds but is {value!r}")
+    if event["dur"] < 0:
+        raise PipedreamError(f"{where}.dur: should not be negative but is {event['dur']!r}")
+    start_ns = round(event["ts"] * 1000)
+    end_ns = start_ns + round(event["dur"] * 1000)
+    return {**fields, "start_s": start_ns / 1e9, "end_s": end_ns / 1e9}

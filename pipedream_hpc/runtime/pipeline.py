@@ -32,6 +32,7 @@ from pipedream_hpc.planning.topology import Level, Topology
 from pipedream_hpc.runtime.emulator import carry_out, emulate
 from pipedream_hpc.runtime.feed import Feed
 from pipedream_hpc.runtime.handshake import agree, same
+from pipedream_hpc.runtime.stall import is_stall, report
 from pipedream_hpc.runtime.stash import WeightStash
 from pipedream_hpc.runtime.transport import Boundary
 from pipedream_hpc.runtime.wiring import Wiring, local_wiring, mpi_wiring
@@ -209,6 +210,10 @@ class Pipeline:
                 finished(worker, action)
             for worker in self._workers:
                 worker.end()
+        except Exception as error:
+            if is_stall(error):
+                raise report(self.world, str(error.__cause__ or error)) from None
+            raise
         finally:
             torch.random.set_rng_state(rng)
         if training and self._tracing:

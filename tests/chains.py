@@ -1,0 +1,65 @@
+"""Small models, data and optimizers that several tests train."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+SAMPLES, FEATURES, CLASSES = 8, 12, 5
+
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "adam": partial(torch.optim.Adam, lr=0.01),
+}
+
+
+def plain_model() -> nn.Sequential:
+    """Four linear layers; the cut into n stages is as even as it can be."""
+    torch.manual_seed(1)
+    widths = (FEATURES, 16, 16, 16, CLASSES)
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def rich_model() -> nn.Sequential:
+    """Convolution, BatchNorm, dropout, in-place ReLU, a reshape: what a plain chain has not."""
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 3, 4)),
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.ReLU(inplace=True),
+        nn.Linear(48, 24),
+        nn.Dropout(0.2),
+        nn.Linear(24, CLASSES),
+    )
+
+
+MODELS = {"plain": plain_model, "rich": rich_model}
+
+
+def minibatches(count: int, last: int = SAMPLES) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`count` minibatches of random inputs and labels; the last one has `last` samples."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = [SAMPLES] * (count - 1) + [last] * (count > 0)
+    return [
+        (
+            torch.randn(size, FEATURES, generator=generator),
+            torch.randint(0, CLASSES, (size,), generator=generator),
+        )
+        for size in sizes
+    ]
+
+
+def example() -> torch.Tensor:
+    return torch.zeros(SAMPLES, FEATURES)

@@ -1,0 +1,56 @@
+"""Train a chain of tests/chains.py and write down everything that tests compare.
+
+    python train_chain.py '{"stages": 4, "model": "plain", "optimizer": "sgd", "epochs": [40, 40], "out": "x.pt"}'
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import chains
+
+from pipedream_hpc import Pipeline, core
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    wanted = json.loads(sys.argv[1])
+    model = chains.MODELS[wanted["model"]]()
+    pipeline = Pipeline(
+        model,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=chains.OPTIMIZERS[wanted["optimizer"]],
+        example=chains.example(),
+        plan=wanted["stages"],
+        trace=True,
+        stall_limit_s=30,
+    )
+    report = {"ranks": pipeline.world.size, "losses": [], "scores": [], "traces": [], "allocations": []}
+    for count in wanted["epochs"]:
+        batches = chains.minibatches(count, last=wanted.get("last", chains.SAMPLES))
+        report["losses"].append(pipeline.fit(batches))
+        report["scores"].append(pipeline.evaluate(batches))
+        report["traces"].append(
+            [(s.rank, s.kind, s.minibatch, s.version) for s in pipeline.last_trace().spans if s.version >= 0]
+        )
+        report["allocations"].append(
+            core.load_memory().allocations() + (core.load_core().allocations() if pipeline.world.size > 1 else 0)
+        )
+    report["slabs"] = {worker.rank: worker.stash.slabs for worker in pipeline._workers}
+    report["weights"] = pipeline.state_dict()
+    if pipeline.world.comm is not None:
+        for part in pipeline.world.comm.allgather((report["losses"], report["scores"])):
+            assert str(part) == str((report["losses"], report["scores"])), "the same answer everywhere"
+        report["slabs"] = {k: v for part in pipeline.world.comm.allgather(report["slabs"]) for k, v in part.items()}
+        report["allocations"] = pipeline.world.comm.allgather(report["allocations"])
+    pipeline.close()
+    if pipeline.rank == 0:
+        torch.save(report, wanted["out"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""The commands one after the other, as a person types them."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pictures
+import pytest
+import ranks
+from typer.testing import CliRunner
+
+from pipedream_hpc import __version__
+from pipedream_hpc.cli import app
+from pipedream_hpc.files import load, save
+from pipedream_hpc.observe.trace_file import load_trace
+from pipedream_hpc.planning.plan import Plan
+from pipedream_hpc.planning.profile import Profile
+
+JOB = str(ranks.PROGRAMS / "small_job.py")
+PIPEDREAM = (sys.executable, "-m", "pipedream_hpc.cli")
+COMMANDS = ("profile", "probe", "partition", "simulate", "train", "trace")
+
+Command = Callable[..., str]
+
+
+@pytest.fixture
+def pipedream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Run a command in an empty folder; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: object) -> str:
+        result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+
+    return run
+
+
+@pytest.fixture
+def profiled(pipedream: Command) -> Command:
+    """A folder with profile.json."""
+    pipedream("profile", JOB, "-o", "profile.json", "--minibatches", 2)
+    return pipedream
+
+
+@pytest.fixture
+def planned(profiled: Command) -> Command:
+    """A folder with plan.json for two ranks."""
+    profiled("partition", "profile.json", "--devices", 2, "--bandwidth", 1e9, "--straight")
+    return profiled
+
+
+def test_profile(profiled: Command) -> None:
+    profile = load(Profile, "profile.json")
+    assert [layer.kind for layer in profile.layers] == ["Linear", "Tanh", "Linear", "Tanh", "Linear"]
+    assert (profile.model, profile.minibatch) == ("small_job", 8)
+
+
+def test_arguments_behind_two_dashes_are_the_jobs(pipedream: Command) -> None:
+    pipedream("profile", JOB, "-o", "profile.json", "--minibatches", 1, "--", "--width", "12")
+    assert load(Profile, "profile.json").layers[0].output_shape == (8, 12)
+
+
+def test_partition(planned: Command) -> None:
+    plan = load(Plan, "plan.json")
+    assert (plan.ranks, plan.straight, plan.cost) == (2, True, "paper2018")
+
+
+def test_partition_prints_the_plan_for_programs(profiled: Command) -> None:
+    output = profiled("partition", "profile.json", "--devices", 2, "--bandwidth", 1e9, "--json", "-o", "p.json")
+    assert json.loads(output) == json.loads(Path("p.json").read_text())
+    assert json.loads(output)["format"] == "pipedream-plan"
+
+
+def test_simulate_and_trace(planned: Command) -> None:
+    output = planned("simulate", "plan.json", "--minibatches", 6, "-o", "predicted.json", "--png", "predicted.png")
+    assert "no deadlock in" in output
+    assert "weight versions per stage: 2, 1" in output
+    assert load_trace("predicted.json").minibatches == 6
+    output = planned("trace", "predicted.json", "--compare", "predicted.json", "--png", "both.png")
+    assert output.count("simulated: ") == 2
+    assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in ("predicted.png", "both.png"))
+
+
+def test_simulate_a_replicated_plan(pipedream: Command) -> None:
+    save(pictures.plan(2, 1), "plan.json")
+    pipedream("simulate", "plan.json", "-o", "predicted.json", "--png", "predicted.png")
+    assert load_trace("predicted.json").layout == ((0, 1), (2,))
+
+
+def test_train_in_one_process(planned: Command) -> None:
+    output = planned("train", JOB, "--plan", "plan.json", "--out", "out", "--epochs", 3)
+    epochs = re.findall(r"^epoch (\d)  loss \d\.\d{4}  test accuracy \d\.\d{4}  \d+\.\d\d s$", output, re.MULTILINE)
+    assert epochs == ["0", "1", "2"]
+    assert sorted(path.name for path in Path("out").iterdir()) == ["summary.json", "timeline.png", "trace.json"]
+    summary = json.loads(Path("out/summary.json").read_text())
+    assert (summary["epochs"], summary["ranks"], summary["stages"]) == (3, 2, 2)
+    assert load_trace("out/trace.json").minibatches == 8
+
+
+def test_train_stops_at_the_accuracy_asked_for(planned: Command) -> None:
+    planned("train", JOB, "--plan", "plan.json", "--until-accuracy", 0, "--no-trace")
+    assert json.loads(Path("out/summary.json").read_text())["epochs"] == 1
+    assert not Path("out/trace.json").exists()
+
+
+def test_train_on_ranks_gives_the_losses_of_one_process(planned: Command) -> None:
+    alone = planned("train", JOB, "--plan", "plan.json", "--out", "alone")
+    finished = ranks.mpirun(2, *PIPEDREAM, "train", JOB, "--plan", "plan.json", "--out", "ranks")
+    assert finished.status == 0, finished.output
+
+    def losses(output: str) -> list[str]:
+        return re.findall(r"^epoch \d  loss \S+  test accuracy \S+", output, re.MULTILINE)
+
+    assert losses(finished.output) == losses(alone)
+    # What a batch log gets: root's words alone, no colours, no bar that moves.
+    assert finished.output.count("written to ranks") == 1
+    assert "\x1b" not in finished.output
+    assert "\r" not in finished.output.replace("\r\n", "\n")  # a pseudo-terminal ends lines so
+    trace = load_trace("ranks/trace.json")
+    assert {span.rank for span in trace.spans} == {0, 1}
+    assert all(span.end_s >= span.start_s >= 0 for span in trace.spans)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(pipedream: Command, command: str) -> None:
+    text = pipedream(command, "--help")
+    assert f"pipedream {command}" in text.split("Options")[0].split("Usage:")[1].split("\n", 1)[1]  # an example
+    assert "Next:" in text
+
+
+def test_help_lists_the_commands_in_the_order_of_use(pipedream: Command) -> None:
+    text = pipedream("--help")
+    shown = re.findall(rf"^│ ({'|'.join(COMMANDS)}) ", text, re.MULTILINE)
+    assert shown == list(COMMANDS)
+
+
+def test_version_and_help_load_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "from pipedream_hpc.cli import main\n"
+        "try: main()\n"
+        "finally: print([m for m in ('torch', 'numpy', 'matplotlib', 'mpi4py') if m in sys.modules])"
+    )
+    finished = ranks.alone(sys.executable, "-c", script, "--version")
+    assert finished.output.splitlines() == [f"pipedream {__version__}", "[]"]
+    assert ranks.alone(sys.executable, "-c", script, "train", "--help").output.splitlines()[-1] == "[]"

@@ -1,0 +1,127 @@
+"""One wrong input of each kind: one sentence, exit status 2, no traceback."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pictures
+import pytest
+import ranks
+
+from pipedream_hpc.cli import main
+from pipedream_hpc.files import save
+from pipedream_hpc.planning.profile import LayerProfile, Profile
+
+JOB = str(ranks.PROGRAMS / "small_job.py")
+PIPEDREAM = (sys.executable, "-m", "pipedream_hpc.cli")
+LINKS = ("--devices", "2", "--bandwidth", "1e9")
+
+
+def profile() -> Profile:
+    layers = tuple(LayerProfile(f"l{i}", "Linear", 1e-3, 2e-3, 1000, 1000) for i in range(3))
+    return Profile("net", "cpu", 8, layers, ((0, 1), (1, 2)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a good profile and plan, and files with something wrong in them."""
+    monkeypatch.chdir(tmp_path)
+    save(profile(), "profile.json")
+    save(pictures.plan(1, 1), "plan.json")
+    save(pictures.plan(2, 1), "replicated.json")
+    wrong = json.loads(Path("profile.json").read_text())
+    wrong["layers"][1]["forward_s"] = -1.0
+    Path("negative.json").write_text(json.dumps(wrong))
+    Path("broken.json").write_text("{")
+    Path("nothing.py").write_text("x = 1\n")
+    Path("other.py").write_text("def job(args): return 3\n")
+    Path("published.txt").write_text("node1 -- Linear -- a minute\n")
+    Path("occupied").write_text("a file where a folder should be\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("partition absent.json", "absent.json: cannot be read: No such file or directory"),
+        ("partition broken.json --devices 2 --bandwidth 1e9", "broken.json: is not JSON"),
+        ("partition plan.json --devices 2 --bandwidth 1e9", "'format' should be 'pipedream-profile' but is"),
+        ("partition negative.json --devices 2 --bandwidth 1e9", "field 'layers[1].forward_s'"),
+        ("partition profile.json", "either --topology FILE, or both --devices and --bandwidth"),
+        ("partition profile.json --devices 2", "either --topology FILE, or both --devices and --bandwidth"),
+        ("partition profile.json --devices 2 --bandwidth 0", "--bandwidth should be positive"),
+        ("partition profile.json --devices 9 --bandwidth 1e9 --straight", "9 stages were asked for"),
+        ("partition profile.json --devices 2 --bandwidth 1e9 --cost free", "no cost formula 'free'"),
+        ("partition profile.json --devices 2 --bandwidth 1e9 -o occupied/p.json", "occupied/p.json: cannot be written"),
+        ("profile", "either a TARGET to measure or --import FILE"),
+        ("profile absent.py", "absent.py: no such file"),
+        ("profile no_such_module", "no module named 'no_such_module'"),
+        ("profile nothing.py", "nothing.py has no function job"),
+        ("profile other.py", "job(args) returned int"),
+        ("profile --import published.txt", "published.txt"),
+        (f"profile {JOB} --minibatches 0", "minibatches to profile should be at least 1"),
+        (f"profile {JOB} -- --height 3", "small_job.py takes --width 12 or nothing"),
+        ("probe", "only one rank was started"),
+        ("simulate profile.json", "'format' should be 'pipedream-plan'"),
+        ("trace plan.json", "'format' should be 'pipedream-trace'"),
+        (f"train {JOB} --plan absent.json", "absent.json: cannot be read"),
+        (f"train {JOB} --plan plan.json", "plan.json was made for another model"),
+        (f"train {JOB} --plan 0", "needs at least one stage"),
+        (f"train {JOB} --plan 9", "9 stages were asked for"),
+    ],
+)
+def test_bad_input(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    sentence: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pipedream", *command.split()])
+    with pytest.raises(SystemExit) as left:
+        main()
+    printed = capsys.readouterr().err
+    assert left.value.code == 2
+    assert printed.startswith("pipedream: ")
+    assert sentence in printed
+    assert printed.count("\n") == 1, printed
+
+
+@pytest.mark.parametrize("command", ["fly", "simulate plan.json --minibatches none", "trace", "train"])
+def test_bad_usage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pipedream", *command.split()])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert "Usage: " in capsys.readouterr().err
+
+
+def test_nothing_is_left_behind_by_a_failed_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(path.name for path in folder.iterdir())
+    monkeypatch.setattr(sys, "argv", ["pipedream", "partition", "negative.json", *LINKS])
+    with pytest.raises(SystemExit):
+        main()
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_on_four_ranks_bad_input_is_said_once(folder: Path) -> None:
+    finished = ranks.mpirun(4, *PIPEDREAM, "train", JOB, "--plan", "absent.json", timeout=60)
+    assert finished.status == 2, finished.output
+    assert len(re.findall(r"absent\.json: cannot be read", finished.output)) == 1, finished.output
+    assert "Traceback" not in finished.output
+
+
+def test_a_job_that_exits_on_one_rank_ends_the_others(folder: Path) -> None:
+    Path("leaves.py").write_text(
+        "import os, sys, time\n"
+        "def job(args):\n"
+        "    if os.environ['OMPI_COMM_WORLD_RANK'] == '1': sys.exit(3)\n"
+        "    time.sleep(3600)\n"
+    )
+    finished = ranks.mpirun(2, *PIPEDREAM, "train", "leaves.py", "--plan", "2", timeout=60)
+    assert finished.status == 3, finished.output

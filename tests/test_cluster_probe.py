@@ -1,0 +1,85 @@
+"""Links: from times to α and β, and from ranks to levels."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+
+from pipedream_hpc.cluster.probe import MOST_PAIRS, SIZES, fit, group, measure, pairs_across, pairs_within
+from pipedream_hpc.cluster.world import World
+from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.files import load
+from pipedream_hpc.planning.topology import Topology
+
+
+@pytest.mark.parametrize(("latency_s", "bandwidth"), [(2e-6, 1e10), (5e-5, 1.25e9), (1e-3, 1e8)])
+def test_a_link_is_recovered_from_its_times(latency_s: float, bandwidth: float) -> None:
+    assert fit(SIZES, [latency_s + size / bandwidth for size in SIZES]) == pytest.approx((latency_s, bandwidth))
+
+
+def test_small_messages_count_as_much_as_large_ones() -> None:
+    # One large message is 20 % late: α, thousands of times smaller, must not move by more than that.
+    times = [1e-6 + size / 1e9 for size in SIZES]
+    times[-1] *= 1.2
+    latency_s, bandwidth = fit(SIZES, times)
+    assert latency_s == pytest.approx(1e-6, rel=0.2)
+    assert bandwidth == pytest.approx(1e9, rel=0.2)
+
+
+@pytest.mark.parametrize("times", [[1e-5] * len(SIZES), [size / 1e10 for size in reversed(SIZES)]])
+def test_noise_makes_no_impossible_link(times: list[float]) -> None:
+    latency_s, bandwidth = fit(SIZES, times)
+    assert latency_s >= 0
+    assert bandwidth > 0
+
+
+def test_hosts_become_nodes() -> None:
+    assert group(["a", "a", "b", "b"]) == [[0, 1], [2, 3]]
+    assert group(["a", "b"]) == [[0], [1]]
+
+
+def test_nodes_of_different_size() -> None:
+    with pytest.raises(PipedreamError, match=r"a has 2, b has 1: set --ntasks-per-node"):
+        group(["a", "a", "b"])
+
+
+def test_ranks_dealt_out_in_turn() -> None:
+    with pytest.raises(PipedreamError, match=r"a has ranks \[0, 2\]: use --distribution=block"):
+        group(["a", "b", "a", "b"])
+
+
+def test_few_pairs_are_all_measured_and_many_are_sampled() -> None:
+    nodes = [[0, 1, 2], [3, 4, 5]]
+    assert pairs_within(nodes) == [(0, 1), (0, 2), (1, 2), (3, 4), (3, 5), (4, 5)]
+    assert len(pairs_across(nodes)) == 9
+    assert all(a < 3 <= b for a, b in pairs_across(nodes))
+    many = [list(range(first, first + 64)) for first in range(0, 4096, 64)]
+    within, across = pairs_within(many), pairs_across(many)
+    assert len(within) == len(across) == MOST_PAIRS
+    assert all(a < b and a // 64 == b // 64 for a, b in within)
+    assert all(a < b and a // 64 != b // 64 for a, b in across)
+    # Every rank must come to the same pairs by itself.
+    assert (within, across) == (pairs_within(many), pairs_across(many))
+
+
+def test_one_rank_has_no_link() -> None:
+    with pytest.raises(PipedreamError, match=r"only one rank was started.*mpirun -n 4 pipedream probe"):
+        measure(World(0, 1, 0, 1, "a"))
+
+
+def test_four_ranks_of_this_machine(tmp_path: Path) -> None:
+    path = tmp_path / "topology.json"
+    finished = ranks.mpirun(4, sys.executable, "-m", "pipedream_hpc.cli", "probe", "-o", path, timeout=120)
+    assert finished.status == 0, finished.output
+    topology = load(Topology, path)
+    (level,) = topology.levels
+    assert (level.name, level.count, len(set(topology.hosts))) == ("node", 4, 1)
+    # Shared memory: less than a hundredth of a second, more than a megabyte per second.
+    assert level.latency_s < 1e-2
+    assert level.bandwidth > 1e6
+    assert topology.device_memory_bytes
+    assert finished.output.count("written to") == 1
+    assert "\x1b" not in finished.output

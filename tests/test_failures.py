@@ -1,0 +1,146 @@
+"""Whatever goes wrong on one rank, every rank stops within seconds and one message says why."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import chains
+import pytest
+import ranks
+from torch import nn
+
+from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.files import load, save
+from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.profiler import count
+from pipedream_hpc.planning.plan import Plan
+from pipedream_hpc.planning.solver import solve
+from pipedream_hpc.planning.topology import Level, Topology
+from pipedream_hpc.runtime.pipeline import Pipeline
+
+SOON = 10.0  # seconds from the fault to the end of the last rank: the promise
+
+
+def flat(devices: int) -> Topology:
+    return Topology((Level("node", devices, 0.0, 1e9),), device="cpu")
+
+
+def plan_file(folder: Path, model: nn.Module, devices: int, *, straight: bool = True) -> Path:
+    path = folder / "plan.json"
+    save(solve(count(capture(model, chains.example())), flat(devices), straight=straight), path)
+    return path
+
+
+def fails(how: str, *args: object, launched: int = 4) -> str:
+    """Output of a job that fails soon and everywhere."""
+    finished = ranks.python(launched, "failing.py", how, *args, timeout=60)
+    assert finished.status != 0, finished.output
+    assert "all went well" not in finished.output
+    began = max(float(stamp) for stamp in re.findall(r"stamp (\d+\.\d+)", finished.output))
+    assert finished.ended - began < SOON, f"{finished.ended - began:.1f} s\n{finished.output}"
+    return finished.output
+
+
+def sentence(output: str, ranks: int = 4) -> str:
+    """The one line of bad input in `output`."""
+    lines = re.findall(rf"\[rank \d/{ranks}[^\]]*\] pipedream: (.*)", output)
+    assert len(lines) == 1, output
+    return str(lines[0])
+
+
+def test_a_rank_that_raises() -> None:
+    output = fails("raise")
+    assert output.count("ValueError: the labels of this minibatch are broken") == 2, output  # cause, and summary
+    assert "rank 3 (stage 3) failed at 'forward 4 on version 4'" in output
+    assert "rank 0 (stage 0) failed" not in output
+
+
+def test_a_rank_killed_by_sigkill() -> None:
+    output = fails("kill")
+    # The launcher's own words: which rank, where, which signal.
+    assert re.search(r"rank 3 .* on\s+signal 9 \(Killed\)", output), output
+
+
+def test_a_rank_that_does_not_answer_is_named() -> None:
+    text = sentence(fails("sleep"))
+    assert "nobody answers. No word from rank 3:" in text
+    for rank in (0, 1, 2):
+        waiting = rf"rank {rank} has waited 3\.\d s for minibatch \d: gradient of layer '\d' \(stage {rank}\) from rank {rank + 1}"
+        assert re.search(waiting, text), text
+
+
+def test_a_rank_that_never_comes_to_the_epoch_is_named() -> None:
+    assert sentence(fails("absent")).startswith("rank 2 did not answer within 3 s")
+
+
+def test_a_plan_for_three_ranks_started_on_four(tmp_path: Path) -> None:
+    text = sentence(fails("plan", plan_file(tmp_path, chains.plain_model(), 3)))
+    assert "is for 3 ranks, but 4 were started: start 3 (mpirun -n 3 ...)" in text
+
+
+def test_a_model_that_does_not_match_its_plan(tmp_path: Path) -> None:
+    text = sentence(fails("model", plan_file(tmp_path, chains.rich_model(), 4)))
+    assert "was made for another model" in text
+    assert "profile and partition this model again" in text
+
+
+def test_a_minibatch_larger_than_the_example() -> None:
+    output = fails("large")
+    assert "has shape (9, 16) and dtype float32, but the example led to (8, 16)" in output
+    assert "give Pipeline an example as large as the largest minibatch" in output
+
+
+def test_ranks_that_read_different_data() -> None:
+    assert "ranks 0 and 3 read different first minibatches" in sentence(fails("data"))
+
+
+def test_ranks_with_loaders_of_different_lengths() -> None:
+    assert "ranks disagree about the minibatches: 20 on rank 0, 19 on rank 3" in sentence(fails("length"))
+
+
+def make(model: nn.Module, plan: Plan | Path | int) -> Pipeline:
+    return Pipeline(
+        model,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=chains.OPTIMIZERS["sgd"],
+        example=chains.example(),
+        plan=plan,
+    )
+
+
+def test_a_replicated_plan_is_refused(tmp_path: Path) -> None:
+    plan = load(Plan, plan_file(tmp_path, chains.plain_model(), 4, straight=False))
+    assert not plan.straight
+    with pytest.raises(PipedreamError, match=r"replicates stages .* partition --straight"):
+        make(chains.plain_model(), plan)
+
+
+def test_other_weights_under_the_same_names(tmp_path: Path) -> None:
+    plan = load(Plan, plan_file(tmp_path, chains.plain_model(), 2))
+    wider = chains.plain_model()
+    wider[2], wider[4] = nn.Linear(16, 20), nn.Linear(20, 16)
+    with pytest.raises(PipedreamError, match=r"stage \d .* bytes of parameters in the plan and \d+ in the model"):
+        make(wider, plan)
+
+
+def test_weights_tied_across_stages() -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh())
+    model[2].weight = model[0].weight
+    with pytest.raises(PipedreamError, match=r"'0\.weight'|'2\.weight'"):
+        make(model, 2)
+
+
+def test_a_loader_without_length() -> None:
+    with pytest.raises(PipedreamError, match="generator has no length"):
+        make(chains.plain_model(), 2).fit(batch for batch in chains.minibatches(3))
+
+
+def test_a_loader_that_yields_no_pairs() -> None:
+    with pytest.raises(PipedreamError, match="minibatch 0 of the loader is no \\(input, target\\) pair"):
+        make(chains.plain_model(), 2).fit([1, 2])
+
+
+def test_more_stages_than_layers() -> None:
+    with pytest.raises(PipedreamError, match="9 stages were asked for, but 'Sequential' can be cut into 7"):
+        make(chains.plain_model(), 9)

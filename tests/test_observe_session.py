@@ -1,0 +1,58 @@
+"""What a training run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pictures
+import pytest
+
+from pipedream_hpc.observe.session import Session
+from pipedream_hpc.observe.trace_file import load_trace
+
+RUN = """
+    rank 0  F0 F1 .  .  B0 B0 U  B1 B1 U
+    rank 1  .  F0 B0 B0 F1 B1 B1 .  .  .
+    """
+
+
+def run(session: Session, *, loss: float = 0.25) -> None:
+    with session.epoch(0, 2) as on_minibatch:
+        on_minibatch(1, 2)
+        on_minibatch(2, 2)
+    session.say(0, loss, 0.9)
+
+
+def test_files_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session(pictures.plan(1, 1), tmp_path, is_root=True)
+    run(session)
+    session.finish(pictures.trace(RUN))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["test_accuracy"], summary["loss"], summary["epochs"]) == (0.9, 0.25, 1)
+    assert (summary["ranks"], summary["stages"], summary["weight_versions"]) == (2, 2, [2, 1])
+    assert summary["minibatch_ms"] == pytest.approx(3)
+    assert summary["predicted_minibatch_ms"] == pytest.approx(3)
+    assert summary["sent_bytes_per_minibatch"] == 500_000
+    assert load_trace(tmp_path / "trace.json").minibatches == 2
+    assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    output = capsys.readouterr().out
+    assert "epoch 0  loss 0.2500  test accuracy 0.9000" in output
+    assert "measured" in output
+    assert "\x1b" not in output
+
+
+def test_without_a_trace_there_is_a_summary(tmp_path: Path) -> None:
+    session = Session(pictures.plan(1, 1), tmp_path, is_root=True)
+    run(session, loss=float("nan"))
+    session.finish(None)
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    assert json.loads((tmp_path / "summary.json").read_text())["loss"] is None
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session(pictures.plan(1, 1), tmp_path, is_root=False)
+    run(session)
+    session.finish(pictures.trace(RUN))
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
