@@ -73,10 +73,9 @@ PYBIND11_MODULE(_core, module) {
   module.attr("comm_bytes") = sizeof(MPI_Comm);
 
   py::class_<Progress, std::shared_ptr<Progress>>(module, "Progress")
-      .def(py::init(
-               [](py::object comm, bool spare_core) {
-                 return std::make_shared<Progress>(communicator(comm), spare_core);
-               }),
+      .def(py::init([](py::object comm, bool spare_core) {
+             return std::make_shared<Progress>(communicator(comm), spare_core);
+           }),
            py::arg("comm"), py::kw_only(), py::arg("spare_core") = false)
       .def("close", &Progress::close, py::call_guard<py::gil_scoped_release>())
       .def("statistics", [](Progress& progress) {
@@ -89,8 +88,8 @@ PYBIND11_MODULE(_core, module) {
       });
 
   py::class_<SendChannel>(module, "SendChannel")
-      .def(py::init([](std::shared_ptr<Progress> progress, int peer, int tag, std::size_t capacity,
-                       std::string label, const std::string& memory) {
+      .def(py::init([](std::shared_ptr<Progress> progress, int peer, int tag, std::size_t capacity, std::string label,
+                       const std::string& memory) {
              return std::make_unique<SendChannel>(std::move(progress),
                                                   line(peer, tag, capacity, memory, std::move(label)));
            }),
@@ -119,9 +118,8 @@ PYBIND11_MODULE(_core, module) {
                              [](const SendChannel& channel) { return channel.traffic().payload_bytes; });
 
   py::class_<ReceiveChannel>(module, "ReceiveChannel")
-      .def(py::init([](std::shared_ptr<Progress> progress, int peer, int tag, std::size_t capacity,
-                       std::size_t slots, std::string dtype, Shape shape, std::string label,
-                       const std::string& memory) {
+      .def(py::init([](std::shared_ptr<Progress> progress, int peer, int tag, std::size_t capacity, std::size_t slots,
+                       std::string dtype, Shape shape, std::string label, const std::string& memory) {
              return std::make_unique<ReceiveChannel>(std::move(progress),
                                                      line(peer, tag, capacity, memory, std::move(label)), slots,
                                                      std::move(dtype), std::move(shape));

@@ -87,8 +87,8 @@ void SendChannel::wait_for(const std::function<bool()>& done, const std::string&
       done, waiting.stall_limit_s,
       [&](double waited) {
         return std::make_exception_ptr(
-            StallError("rank " + std::to_string(progress_->rank()) + " has waited " + with_one_decimal(waited) +
-                       " s " + what + ": " + line_.label + " to rank " + std::to_string(line_.peer) + "; " +
+            StallError("rank " + std::to_string(progress_->rank()) + " has waited " + with_one_decimal(waited) + " s " +
+                       what + ": " + line_.label + " to rank " + std::to_string(line_.peer) + "; " +
                        std::to_string(traffic_.messages) + " messages sent so far, of which rank " +
                        std::to_string(line_.peer) + " has not taken the last; see what that rank is doing"));
       },
@@ -148,12 +148,12 @@ std::pair<std::size_t, Shape> ReceiveChannel::receive(std::int64_t minibatch, co
       [&] { return slot.requests == 0; }, waiting.stall_limit_s,
       [&](double waited) {
         const std::string last =
-            traffic_.messages == 0 ? "none" : std::to_string(traffic_.messages) + ", the last was minibatch " +
-                                                  std::to_string(last_minibatch_);
-        return std::make_exception_ptr(StallError("rank " + std::to_string(progress_->rank()) + " has waited " +
-                                                  with_one_decimal(waited) + " s for minibatch " +
-                                                  std::to_string(minibatch) + ": " + from() +
-                                                  "; messages received so far: " + last));
+            traffic_.messages == 0
+                ? "none"
+                : std::to_string(traffic_.messages) + ", the last was minibatch " + std::to_string(last_minibatch_);
+        return std::make_exception_ptr(StallError(
+            "rank " + std::to_string(progress_->rank()) + " has waited " + with_one_decimal(waited) +
+            " s for minibatch " + std::to_string(minibatch) + ": " + from() + "; messages received so far: " + last));
       },
       waiting.interrupted);
   if (line_.small()) std::memcpy(&slot.header, slot.memory.data(), sizeof slot.header);

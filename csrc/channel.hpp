@@ -72,9 +72,9 @@ class SendChannel final : public Endpoint {
 
  private:
   struct Outgoing {
-    Header header;      // large messages
-    Buffer staging;     // small messages: header and payload
-    int requests = 0;   // under way
+    Header header;     // large messages
+    Buffer staging;    // small messages: header and payload
+    int requests = 0;  // under way
   };
   void wait_for(const std::function<bool()>& done, const std::string& what, const Waiting& waiting);
 

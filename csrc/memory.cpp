@@ -45,10 +45,10 @@ Where where_from(const std::string& name) {
 }
 
 Buffer::Buffer(std::size_t bytes, Where where)
-    : data_(where == Where::host ? allocate_host(bytes) : cuda::allocate(bytes, where),
-            where == Where::host     ? free_host
-            : where == Where::pinned ? cuda::free_pinned
-                                     : cuda::free_device),
+    : data_(where == Where::host ? allocate_host(bytes) : cuda::allocate(bytes, where), where == Where::host ? free_host
+                                                                                        : where == Where::pinned
+                                                                                            ? cuda::free_pinned
+                                                                                            : cuda::free_device),
       bytes_(bytes),
       where_(where) {
   ++allocated;

@@ -178,8 +178,8 @@ void Progress::cancel(std::size_t index) {
 bool Progress::poll() {
   if (requests_.empty()) return false;
   int count = 0;
-  const int code = MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &count, finished_.data(),
-                                statuses_.data());
+  const int code =
+      MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &count, finished_.data(), statuses_.data());
   if (code != MPI_SUCCESS && code != MPI_ERR_IN_STATUS) check(code, "MPI_Testsome", rank_, "all channels");
   if (count == MPI_UNDEFINED || count == 0) return false;
   statistics_.completions += static_cast<std::uint64_t>(count);

@@ -66,8 +66,8 @@ class Progress {
 
   // Polls until `done()`, called with the lock held, is true. `stalled(seconds)` makes the exception
   // to throw after `limit_s`; `interrupted()` runs now and then without the lock and may throw.
-  void wait(const std::function<bool()>& done, double limit_s,
-            const std::function<std::exception_ptr(double)>& stalled, const std::function<void()>& interrupted);
+  void wait(const std::function<bool()>& done, double limit_s, const std::function<std::exception_ptr(double)>& stalled,
+            const std::function<void()>& interrupted);
 
   // One poll, for a question that does not wait.
   void poll_once();
@@ -84,7 +84,7 @@ class Progress {
 
   bool poll();  // with the lock held; whether anything was completed
   void post(const Pending& pending, MPI_Request request);
-  void run();   // the progress thread
+  void run();  // the progress thread
   void rethrow();
   void cancel(std::size_t index);
 

@@ -58,11 +58,11 @@ class WeightPool {
   std::string all_held() const;
 
   std::vector<Buffer> slabs_;
-  std::vector<std::int64_t> version_;                    // by slab; -1 while never written
-  std::vector<std::size_t> references_;                  // by slab: minibatches that hold it
-  std::unordered_map<std::int64_t, std::size_t> held_;   // minibatch -> slab
+  std::vector<std::int64_t> version_;                   // by slab; -1 while never written
+  std::vector<std::size_t> references_;                 // by slab: minibatches that hold it
+  std::unordered_map<std::int64_t, std::size_t> held_;  // minibatch -> slab
   std::size_t newest_ = 0;
-  std::size_t writing_;                                  // slab under begin_update, or none_
+  std::size_t writing_;  // slab under begin_update, or none_
   static constexpr std::size_t none_ = static_cast<std::size_t>(-1);
 };
 

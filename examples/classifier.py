@@ -1,7 +1,7 @@
 """The demo's job: a convolutional classifier on real images.
 
-    pipedream profile examples/classifier.py                                 scikit-learn's digits, 8x8
-    pipedream profile examples/classifier.py -- --data fashion-mnist DIR     IDX files of Fashion-MNIST, 28x28
+pipedream profile examples/classifier.py                                 scikit-learn's digits, 8x8
+pipedream profile examples/classifier.py -- --data fashion-mnist DIR     IDX files of Fashion-MNIST, 28x28
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train a small convolutional network on handwritten digits.
 
-    python digits.py                   all four stages in this one process
-    mpirun -n 4 python digits.py       one stage per rank: the same numbers
-    srun --mpi=pmix -n 4 python digits.py
+python digits.py                   all four stages in this one process
+mpirun -n 4 python digits.py       one stage per rank: the same numbers
+srun --mpi=pmix -n 4 python digits.py
 """
 
 from functools import partial

@@ -43,9 +43,7 @@ def load_core() -> ModuleType:
     try:
         core = import_module("pipedream_hpc._core")
     except ImportError as error:
-        raise PipedreamError(
-            f"the core of pipedream_hpc does not load with this MPI ({error}): {_REBUILD}"
-        ) from None
+        raise PipedreamError(f"the core of pipedream_hpc does not load with this MPI ({error}): {_REBUILD}") from None
     running = MPI.Get_library_version().splitlines()[0].split("\0")[0]
     if not core.initialized() or core.library_version() != MPI.Get_library_version():
         own = core.library_version().splitlines()[0]

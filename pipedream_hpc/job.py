@@ -78,7 +78,8 @@ def _module(target: str) -> ModuleType:
     if not path.is_file():
         raise PipedreamError(f"{target}: no such file: give the Python file that defines job(args)")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     # As `python train.py` would have it: neighbours of the file can be imported, and pickled
     # objects (data loader workers) find their classes again.

@@ -83,3 +83,31 @@ def test_four_ranks_of_this_machine(tmp_path: Path) -> None:
     assert topology.device_memory_bytes
     assert finished.output.count("written to") == 1
     assert "\x1b" not in finished.output
+
+
+def test_two_hosts_make_two_levels() -> None:
+    # One machine that says it is two: ranks 0 and 1 on `a`, 2 and 3 on `b`.
+    script = (
+        "import dataclasses\n"
+        "from pipedream_hpc.cluster.probe import measure\n"
+        "from pipedream_hpc.cluster.world import join\n"
+        "world = join()\n"
+        "topology = measure(dataclasses.replace(world, host='aabb'[world.rank]), repeats=2)\n"
+        "same = len(set(world.comm.allgather(topology))) == 1\n"
+        "if world.is_root: print(same, [(x.name, x.count) for x in topology.levels], topology.hosts)\n"
+    )
+    finished = ranks.mpirun(4, sys.executable, "-c", script, timeout=120)
+    assert finished.output.strip() == "True [('node', 2), ('network', 2)] ('a', 'a', 'b', 'b')"
+
+
+def test_hosts_with_unlike_numbers_of_ranks_end_in_one_sentence() -> None:
+    script = (
+        "import dataclasses\n"
+        "from pipedream_hpc.cluster.probe import measure\n"
+        "from pipedream_hpc.cluster.world import join\n"
+        "world = join()\n"
+        "measure(dataclasses.replace(world, host='aab'[world.rank]))\n"
+    )
+    finished = ranks.mpirun(3, sys.executable, "-c", script, timeout=60)
+    assert finished.status == 2, finished.output
+    assert finished.output.count("every node needs as many ranks as the others, but a has 2, b has 1") == 1

@@ -43,7 +43,7 @@ def test_whether_a_launcher_started_this_process(environment: dict[str, str], ex
     ],
 )
 def test_several_tasks_that_are_alone_each(environment: dict[str, str], remedy: str) -> None:
-    with pytest.raises(PipedreamError, match="started 4 tasks, but MPI .* sees only this one") as caught:
+    with pytest.raises(PipedreamError, match=r"started 4 tasks, but MPI .* sees only this one") as caught:
         check_size(environment, 1, "Open MPI v5")
     assert remedy in str(caught.value)
 
@@ -71,9 +71,13 @@ def test_ranks_of_one_node() -> None:
 
 def test_ranks_bound_to_a_core_each_share_out_them_all() -> None:
     # Rank r may use core r mod CORES and no other; together they have the union.
-    bind = f"import os, runpy; os.sched_setaffinity(0, [sorted(os.sched_getaffinity(0))[int(os.environ['OMPI_COMM_WORLD_RANK']) % {CORES}]])"
     program = ranks.PROGRAMS / "place.py"
-    script = f"{bind}; runpy.run_path({str(program)!r}, run_name='__main__')"
+    script = (
+        "import os, runpy\n"
+        "own = sorted(os.sched_getaffinity(0))\n"
+        "os.sched_setaffinity(0, [own[int(os.environ['OMPI_COMM_WORLD_RANK']) % len(own)]])\n"
+        f"runpy.run_path({str(program)!r}, run_name='__main__')\n"
+    )
     finished = ranks.mpirun(2, sys.executable, "-c", script, timeout=60)
     assert finished.output.strip() == str([(rank, 2, rank, 2, min(2, CORES)) for rank in range(2)])
 

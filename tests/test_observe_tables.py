@@ -9,7 +9,14 @@ from rich.table import Table
 
 from pipedream_hpc.observe import terminal
 from pipedream_hpc.observe.metrics import split
-from pipedream_hpc.observe.tables import human_bytes, human_seconds, plan_table, sent_bytes, speed_up, split_table
+from pipedream_hpc.observe.tables import (
+    human_bytes,
+    human_seconds,
+    plan_table,
+    sent_bytes,
+    speed_up,
+    split_table,
+)
 
 
 def text(table: Table) -> str:

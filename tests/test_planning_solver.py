@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -29,7 +29,7 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
     """All ways to write `total` as an ordered sum of `parts` positive numbers."""
     for bars in combinations(range(1, total), parts - 1):
         marks = (0, *bars, total)
-        yield tuple(b - a for a, b in zip(marks, marks[1:], strict=False))
+        yield tuple(b - a for a, b in pairwise(marks))
 
 
 def slowest(profile: Profile, sizes: tuple[int, ...], replicas: tuple[int, ...], b: float, factor: int) -> float:
@@ -64,7 +64,9 @@ chains = st.lists(layer, min_size=1, max_size=8).map(chain)
 
 
 @settings(max_examples=300, deadline=None)
-@given(profile=chains, devices=st.integers(1, 5), bandwidth=st.floats(10, 1e4), cost=st.sampled_from(["paper2018", "ring"]))
+@given(
+    profile=chains, devices=st.integers(1, 5), bandwidth=st.floats(10, 1e4), cost=st.sampled_from(["paper2018", "ring"])
+)
 def test_equals_exhaustive_search(profile: Profile, devices: int, bandwidth: float, cost: str) -> None:
     factor = {"paper2018": 4, "ring": 2}[cost]
     plan = solve(profile, flat(devices, bandwidth), cost=cost)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given, settings
@@ -31,10 +31,8 @@ from pipedream_hpc.schedule.verifier import shortened, verify
 
 def layout(*replicas: int) -> Layout:
     """Ranks numbered stage by stage: layout(2, 1) is ((0, 1), (2,))."""
-    ranks, made = iter(range(sum(replicas))), []
-    for count in replicas:
-        made.append(tuple(next(ranks) for _ in range(count)))
-    return tuple(made)
+    ranks = iter(range(sum(replicas)))
+    return tuple(tuple(next(ranks) for _ in range(count)) for count in replicas)
 
 
 def lanes(schedule: Schedule) -> list[str]:
@@ -218,7 +216,9 @@ def test_finds_a_backward_on_another_version_than_its_forward() -> None:
     def newest(rank: int, actions: list[Action]) -> list[Action]:
         return [Backward(a.minibatch, a.version + 1) if a == Backward(3, 1) else a for a in actions]
 
-    with pytest.raises(ScheduleError, match=r"rank 0 \(stage 0\) at 'backward 3 on version 2': its forward used version 1"):
+    with pytest.raises(
+        ScheduleError, match=r"rank 0 \(stage 0\) at 'backward 3 on version 2': its forward used version 1"
+    ):
         verify(Tampered(OneFOneB(layout(1, 1, 1), 6), newest))
 
 
@@ -226,7 +226,7 @@ def test_finds_more_in_flight_than_planned() -> None:
     def eager(rank: int, actions: list[Action]) -> list[Action]:
         if rank != 0:
             return actions
-        forwards = [a for a in actions if isinstance(a, Forward) or isinstance(a, Send)]
+        forwards = [a for a in actions if isinstance(a, (Forward, Send))]
         return [Forward(a.minibatch, 0) if isinstance(a, Forward) else a for a in forwards] + [
             a for a in actions if a not in forwards
         ]
@@ -296,5 +296,4 @@ def test_the_simulated_trace_holds_every_action() -> None:
     assert len(spans) == sum(1 for rank in range(3) for _ in schedule.actions(rank))
     for rank in range(3):
         own = [s for s in spans if s.rank == rank]
-        assert all(a.end_s <= b.start_s + 1e-12 for a, b in zip(own, own[1:], strict=False)), "one thing at a time"
-
+        assert all(a.end_s <= b.start_s + 1e-12 for a, b in pairwise(own)), "one thing at a time"

@@ -26,12 +26,8 @@ def run(
         bool, typer.Option("--straight", help="One replica per stage: what `pipedream train` runs today.")
     ] = False,
     cost: Annotated[str, typer.Option(help="Cost formula: paper2018 or ring.")] = "paper2018",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path(
-        "plan.json"
-    ),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the plan file instead of the table.")
-    ] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the plan.")] = Path("plan.json"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan file instead of the table.")] = False,
 ) -> None:
     """Cut a model into stages, so that the slowest stage is as fast as can be.
 
@@ -60,9 +56,7 @@ def run(
             raise PipedreamError(f"--bandwidth should be positive bytes per second, not {bandwidth:g}")
         links = Topology((Level("network", devices, 0.0, bandwidth),), device=layers.device)
     else:
-        raise PipedreamError(
-            "say what to plan for: either --topology FILE, or both --devices and --bandwidth"
-        )
+        raise PipedreamError("say what to plan for: either --topology FILE, or both --devices and --bandwidth")
     plan = solve(layers, links, cost=cost, straight=straight)
     save(plan, output)
     if as_json:

@@ -12,24 +12,16 @@ def run(
     context: typer.Context,
     target: Annotated[
         Optional[str],  # noqa: UP045 - typer reads it at run time
-        typer.Argument(
-            help="Python file or module with a function job(args) that returns a pipedream_hpc.Job."
-        ),
+        typer.Argument(help="Python file or module with a function job(args) that returns a pipedream_hpc.Job."),
     ] = None,
     args: Annotated[Optional[list[str]], typer.Argument(help="Passed on to job(args), after --.")] = None,  # noqa: UP045
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the profile.")] = Path(
-        "profile.json"
-    ),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the profile.")] = Path("profile.json"),
     minibatches: Annotated[int, typer.Option(help="Minibatches to measure; medians are kept.")] = 20,
     imported: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(
-            "--import", help="Instead of measuring, read a profile in PipeDream's published text format."
-        ),
+        typer.Option("--import", help="Instead of measuring, read a profile in PipeDream's published text format."),
     ] = None,
-    minibatch: Annotated[
-        int, typer.Option(help="With --import: samples per minibatch it was made with.")
-    ] = 1,
+    minibatch: Annotated[int, typer.Option(help="With --import: samples per minibatch it was made with.")] = 1,
 ) -> None:
     """Measure every layer of a model on this device.
 

@@ -15,9 +15,9 @@ def run(
         typer.Option("--topology", "-t", help="Links; without it messages take no time."),
     ] = None,
     minibatches: Annotated[int, typer.Option(help="How many to send through.", min=1)] = 20,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where to write the predicted trace.")
-    ] = Path("predicted.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the predicted trace.")] = Path(
+        "predicted.json"
+    ),
     png: Annotated[Optional[Path], typer.Option(help="Draw it as well.")] = None,  # noqa: UP045
 ) -> None:
     """Predict the timeline of a plan, and prove that its schedule cannot hang.
@@ -53,7 +53,8 @@ def run(
     console.print(split_table(splits))
     versions = ", ".join(map(str, proof.versions))
     console.print(
-        f"{human_seconds(minibatch_s(trace))} per minibatch in the steady state, bubble {bubble(splits):.1%}\n"
+        f"{human_seconds(minibatch_s(trace))} per minibatch in the steady state, "
+        f"bubble {bubble(splits):.1%}\n"
         f"no deadlock in {proof.actions} actions; weight versions per stage: {versions}\n"
         f"written to {output}"
     )

@@ -9,9 +9,7 @@ import typer
 
 
 def run(
-    trace: Annotated[
-        Path, typer.Argument(help="A trace that `pipedream train` or `pipedream simulate` wrote.")
-    ],
+    trace: Annotated[Path, typer.Argument(help="A trace that `pipedream train` or `pipedream simulate` wrote.")],
     png: Annotated[Optional[Path], typer.Option(help="Draw the timeline.")] = None,  # noqa: UP045
     compare: Annotated[
         Optional[Path],  # noqa: UP045

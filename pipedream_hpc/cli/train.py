@@ -11,17 +11,11 @@ import typer
 def run(
     target: Annotated[
         str,
-        typer.Argument(
-            help="Python file or module with a function job(args) that returns a pipedream_hpc.Job."
-        ),
+        typer.Argument(help="Python file or module with a function job(args) that returns a pipedream_hpc.Job."),
     ],
     args: Annotated[Optional[list[str]], typer.Argument(help="Passed on to job(args), after --.")] = None,  # noqa: UP045
-    plan: Annotated[
-        str, typer.Option(help="A plan file, or a number of stages to cut evenly.")
-    ] = "plan.json",
-    out: Annotated[Path, typer.Option(help="Folder for trace.json, timeline.png and summary.json.")] = Path(
-        "out"
-    ),
+    plan: Annotated[str, typer.Option(help="A plan file, or a number of stages to cut evenly.")] = "plan.json",
+    out: Annotated[Path, typer.Option(help="Folder for trace.json, timeline.png and summary.json.")] = Path("out"),
     epochs: Annotated[Optional[int], typer.Option(help="Instead of the job's own number.", min=1)] = None,  # noqa: UP045
     until_accuracy: Annotated[
         Optional[float],  # noqa: UP045
@@ -31,9 +25,7 @@ def run(
     stall_limit: Annotated[
         float, typer.Option(help="Seconds a rank waits for another before it says for whom, and stops.")
     ] = 300.0,
-    trace: Annotated[
-        bool, typer.Option(help="Note down what ran when, and write trace.json and timeline.png.")
-    ] = True,
+    trace: Annotated[bool, typer.Option(help="Note down what ran when, and write trace.json and timeline.png.")] = True,
 ) -> None:
     """Train with 1F1B and weight stashing, one stage per rank.
 
@@ -85,7 +77,5 @@ def stages(plan: str) -> str | int:
     if not plan.isdecimal():
         return plan
     if int(plan) < 1:
-        raise PipedreamError(
-            f"--plan {plan}: a pipeline needs at least one stage: give a plan file or a number from 1"
-        )
+        raise PipedreamError(f"--plan {plan}: a pipeline needs at least one stage: give a plan file or a number from 1")
     return int(plan)

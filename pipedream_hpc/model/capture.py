@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -90,9 +90,7 @@ def capture(model: nn.Module, example: torch.Tensor, leaves: Sequence[type[nn.Mo
             "a pipeline feeds one tensor: wrap the model so that forward takes exactly one"
         )
     operations = _propagate(model, graph, example)
-    layers = tuple(
-        _layer(model, nodes, sum(operations[node] for node in nodes)) for nodes in _segments(model, graph)
-    )
+    layers = tuple(_layer(model, nodes, sum(operations[node] for node in nodes)) for nodes in _segments(model, graph))
     _uniquely_named(layers)
     return LayerGraph(model, layers, tuple(example.shape), example.dtype)
 
@@ -198,7 +196,9 @@ def _layer(model: nn.Module, nodes: tuple[fx.Node, ...], operations: int) -> Lay
         name, kind = modules[0], type(model.get_submodule(modules[0])).__name__
     else:
         # A block is known by the deepest module that holds all of it, a function by its own name.
-        prefix = commonprefix([target.split(".") for target in modules]) if len(modules) > 1 else []
+        columns = zip(*(target.split(".") for target in modules), strict=False)
+        prefix = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, columns)]
+        prefix = prefix if len(modules) > 1 else []
         name = ".".join(prefix) or nodes[-1].name
         kind = type(model.get_submodule(name)).__name__ if prefix else nodes[-1].name.rstrip("_0123456789")
     parameters: dict[str, nn.Parameter] = {}

@@ -70,6 +70,12 @@ def _in_place(model: nn.Module, node: fx.Node) -> bool:
 _AUGMENTED = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
 
 
+def enter(leaf: torch.Tensor) -> torch.Tensor:
+    """`leaf` for a stage that writes into its input; see Enter."""
+    entered: torch.Tensor = Enter.apply(leaf)  # type: ignore[no-untyped-call]
+    return entered
+
+
 class Enter(torch.autograd.Function):
     """Let a stage write into its input.
 
@@ -84,5 +90,5 @@ class Enter(torch.autograd.Function):
         return alias.set_(leaf.untyped_storage(), leaf.storage_offset(), leaf.shape, leaf.stride())
 
     @staticmethod
-    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
         return gradient

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.capture import Layer, LayerGraph
-from pipedream_hpc.model.cut import Enter, stage_module
+from pipedream_hpc.model.cut import enter, stage_module
 from pipedream_hpc.planning.profile import LayerProfile, Profile
 
 
@@ -99,7 +99,7 @@ def _one_minibatch(
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             began = time.perf_counter()
-            output = module(Enter.apply(entry) if module.meta["rewrites_input"] else entry)
+            output = module(enter(entry) if module.meta["rewrites_input"] else entry)
             forward_s = time.perf_counter() - began
         backward_s = 0.0
         if output.requires_grad:

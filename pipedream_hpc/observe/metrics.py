@@ -52,9 +52,7 @@ def split(trace: Trace) -> list[RankSplit]:
             lengths = {kind: [s.end_s - s.start_s for s in by_rank[rank] if s.kind == kind] for kind in KINDS}
             seconds: dict[str, float] = {kind: sum(values) for kind, values in lengths.items()}
             seconds["idle"] = max(0.0, ended_s - began_s - sum(seconds.values()))
-            forward_s, backward_s = (
-                statistics.median(lengths[kind] or [0.0]) for kind in ("forward", "backward")
-            )
+            forward_s, backward_s = (statistics.median(lengths[kind] or [0.0]) for kind in ("forward", "backward"))
             splits.append(RankSplit(rank, stage, forward_s, backward_s, seconds, ended_s - began_s))
     return sorted(splits, key=lambda each: each.rank)
 

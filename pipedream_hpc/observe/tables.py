@@ -23,9 +23,7 @@ def human_seconds(seconds: float) -> str:
     """Such as `2.31 ms`."""
     if seconds >= 100:
         return f"{seconds:.0f} s"
-    unit, scale = next(
-        (u, k) for u, k in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if seconds * k >= 0.9995 or u == "µs"
-    )
+    unit, scale = next((u, k) for u, k in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if seconds * k >= 0.9995 or u == "µs")
     return f"{seconds * scale:.3g} {unit}"
 
 
@@ -57,13 +55,9 @@ def topology_table(topology: Topology) -> Table:
     """One row per level."""
     hosts = len(set(topology.hosts))
     where = f" on {hosts} host{'s' if hosts > 1 else ''}" if hosts else ""
-    table = _table(
-        f"{topology.devices} devices ({topology.device}){where}", "level", "joins", "latency", "bandwidth"
-    )
+    table = _table(f"{topology.devices} devices ({topology.device}){where}", "level", "joins", "latency", "bandwidth")
     for level in topology.levels:
-        table.add_row(
-            level.name, str(level.count), human_seconds(level.latency_s), f"{human_bytes(level.bandwidth)}/s"
-        )
+        table.add_row(level.name, str(level.count), human_seconds(level.latency_s), f"{human_bytes(level.bandwidth)}/s")
     return table
 
 
@@ -71,9 +65,7 @@ def plan_table(plan: Plan, measured: list[RankSplit] | None = None) -> Table:
     """One row per stage; with `measured`, what a minibatch took beside what was predicted."""
     title = f"{plan.model}: {len(plan.stages)} stages on {plan.ranks} ranks ({plan.config}), {plan.schedule}"
     compute = ["predicted"] if measured is None else ["predicted", "measured"]
-    table = _table(
-        title, "stage", "layers", "ranks", *compute, "weight versions", "parameters", "sent", "limit"
-    )
+    table = _table(title, "stage", "layers", "ranks", *compute, "weight versions", "parameters", "sent", "limit")
     for index, stage in enumerate(plan.stages):
         first, last = stage.layers[0], stage.layers[-1]
         times = [human_seconds(stage.forward_s + stage.backward_s)]

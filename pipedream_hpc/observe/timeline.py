@@ -53,9 +53,7 @@ def draw(traces: Trace | Sequence[Trace], path: str | Path, *, minibatches: int 
     from matplotlib.patches import Patch
 
     window_s = max(_window_s(trace, minibatches) for trace in shown)
-    unit, scale = next(
-        (u, k) for u, k in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if window_s * k >= 2 or u == "µs"
-    )
+    unit, scale = next((u, k) for u, k in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if window_s * k >= 2 or u == "µs")
     lanes = [sum(len(ranks) for ranks in trace.layout) for trace in shown]
     # Inches from the top: legend, then per trace a title, its lanes and room for the axis.
     head, title, foot = 0.3, 0.62, 0.5
@@ -124,9 +122,7 @@ def _lanes(axis: Axes, trace: Trace, window_s: float, scale: float) -> None:
             )  # fmt: skip
     for (y, kind), pieces in bars.items():
         edge = 0.0 if kind == "update" else 0.5
-        axis.broken_barh(
-            pieces, (y - 0.41, 0.82), facecolor=_COLOURS[kind], edgecolor="white", linewidth=edge
-        )
+        axis.broken_barh(pieces, (y - 0.41, 0.82), facecolor=_COLOURS[kind], edgecolor="white", linewidth=edge)
     axis.set_yticks(range(len(order)), [f"rank {rank} (stage {stage})" for rank, stage in order])
     axis.set_ylim(len(order) - 0.5, -0.5)
     axis.set_xlim(0, window_s * scale)

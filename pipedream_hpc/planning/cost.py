@@ -21,7 +21,8 @@ Amount = float | npt.NDArray[Any]
 class Cost(Protocol):
     """A named way to price stages and boundaries, in seconds per minibatch."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def compute_s(self, total_s: Amount, replicas: Amount) -> Amount:
         """Compute of a stage: each replica takes every m-th minibatch, so T / m."""

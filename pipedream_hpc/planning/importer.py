@@ -104,8 +104,7 @@ def _parse(path: Path, text: str) -> _Graph:
             backward_s=_number(path, number, "backward_compute_time", node["backward"]) / 1e3,
             output_bytes=round(
                 sum(
-                    _number(path, number, "activation_size", part)
-                    for part in node["activation"].strip("[]").split(";")
+                    _number(path, number, "activation_size", part) for part in node["activation"].strip("[]").split(";")
                 )
             ),
             parameter_bytes=round(_number(path, number, "parameter_size", node["parameter"])),
@@ -125,13 +124,15 @@ def _number(path: Path, line: int, field_name: str, text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):
-        raise PipedreamError(f"{path}: line {line}: {field_name} should be a number of at least 0, not {text.strip()!r}")
+        raise PipedreamError(
+            f"{path}: line {line}: {field_name} should be a number of at least 0, not {text.strip()!r}"
+        )
     return value
 
 
 def _in_order(path: Path, graph: _Graph) -> list[str]:
     """Topological order; among nodes that could come next, the order of their numbers."""
-    sorter: TopologicalSorter[str] = TopologicalSorter({node: () for node in graph.layers})
+    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(graph.layers, ()))
     for node, consumers in graph.consumers.items():
         for consumer in consumers:
             sorter.add(consumer, node)

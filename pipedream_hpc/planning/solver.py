@@ -55,8 +55,8 @@ def solve(profile: Profile, topology: Topology, *, cost: str = "paper2018", stra
             f"{machines} stages were asked for, but '{profile.model}' can be cut into {len(chain)} at most: "
             f"use {len(chain)} devices or fewer, or allow replicas (without --straight)"
         )
-    pieces = _straight(chain, prices, machines, topology) if straight else _replicated(
-        chain, prices, machines, topology
+    pieces = (
+        _straight(chain, prices, machines, topology) if straight else _replicated(chain, prices, machines, topology)
     )
     return _plan(profile, topology, chain, prices, pieces)
 
@@ -76,16 +76,14 @@ def _replicated(chain: Chain, prices: Cost, machines: int, topology: Topology) -
             best[j, m], stages[j, m], came_from[j, m] = stage_s[0, m - 1], 1, (0, m)
             if j == 1 or m == 1:
                 continue
-            split = np.maximum(
-                np.maximum(best[1:j, m - 1 : 0 : -1], boundary_s[1:j, None]), stage_s[1:, : m - 1]
-            )
+            split = np.maximum(np.maximum(best[1:j, m - 1 : 0 : -1], boundary_s[1:j, None]), stage_s[1:, : m - 1])
             fewest = stages[1:j, m - 1 : 0 : -1] + 1
             time_s = split.min()
             candidates = np.where(split == time_s, fewest, np.iinfo(int).max)
-            i, m_last = np.unravel_index(candidates.argmin(), candidates.shape)
             if time_s < best[j, m]:
-                best[j, m], stages[j, m] = time_s, candidates[i, m_last]
-                came_from[j, m] = (int(i) + 1, int(m_last) + 1)
+                row, column = divmod(int(candidates.argmin()), candidates.shape[1])
+                best[j, m], stages[j, m] = time_s, candidates[row, column]
+                came_from[j, m] = (row + 1, column + 1)
     pieces, j, m = [], positions - 1, machines
     while j > 0:
         i, m_last = came_from[j, m]

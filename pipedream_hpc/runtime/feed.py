@@ -41,7 +41,8 @@ class Feed:
 
     def input(self, minibatch: int) -> torch.Tensor:
         """Input of the minibatch with this number within the epoch."""
-        return self._take(minibatch, "input")
+        inputs: torch.Tensor = self._take(minibatch, "input")
+        return inputs
 
     def target(self, minibatch: int) -> Any:
         """Target of the minibatch with this number within the epoch."""

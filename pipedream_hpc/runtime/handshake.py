@@ -26,7 +26,10 @@ def agree(world: World, facts: dict[str, Any], *, limit_s: float) -> list[dict[s
     deadline = time.monotonic() + limit_s
     if world.rank != 0:
         world.comm.send(facts, dest=0, tag=_TAG)
-        return _wait(world.comm.irecv(1 << 20, source=0, tag=_TAG), deadline, "rank 0", limit_s)
+        answers: list[dict[str, Any]] = _wait(
+            world.comm.irecv(1 << 20, source=0, tag=_TAG), deadline, "rank 0", limit_s
+        )
+        return answers
     requests = {rank: world.comm.irecv(1 << 20, source=rank, tag=_TAG) for rank in range(1, world.size)}
     gathered = [facts, *({} for _ in requests)]
     for rank, request in requests.items():

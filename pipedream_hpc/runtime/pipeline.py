@@ -1,8 +1,8 @@
 """Pipeline: what a user's program holds in its hand.
 
-    plan ──► stage modules ──► workers ──► fit, evaluate
-                                 ▲
-             all of them in one process, or this rank's own under mpirun / srun
+plan ──► stage modules ──► workers ──► fit, evaluate
+                             ▲
+         all of them in one process, or this rank's own under mpirun / srun
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipedream_hpc.job import Loss, OptimizerFactory
 from pipedream_hpc.model.capture import LayerGraph, capture
 from pipedream_hpc.model.cut import check_ties, stage_module
 from pipedream_hpc.model.profiler import count
-from pipedream_hpc.planning.plan import Plan
+from pipedream_hpc.planning.plan import Plan, StagePlan
 from pipedream_hpc.planning.solver import solve
 from pipedream_hpc.planning.topology import Level, Topology
 from pipedream_hpc.runtime.emulator import carry_out, emulate
@@ -37,7 +37,7 @@ from pipedream_hpc.runtime.stash import WeightStash
 from pipedream_hpc.runtime.transport import Boundary
 from pipedream_hpc.runtime.wiring import Wiring, local_wiring, mpi_wiring
 from pipedream_hpc.runtime.worker import Worker
-from pipedream_hpc.schedule.actions import Action, Backward, Forward, Schedule
+from pipedream_hpc.schedule.actions import Action, Backward, Schedule
 from pipedream_hpc.schedule.forward_only import ForwardOnly
 from pipedream_hpc.schedule.one_f_one_b import OneFOneB
 from pipedream_hpc.schedule.trace import Span, Trace
@@ -106,9 +106,7 @@ class Pipeline:
             if self.world.size > 1
             else local_wiring(self.plan.layout, boundaries, slots)
         )
-        self._workers = [
-            self._worker(graph, cuts, rank, loss, optimizer, seed) for rank in sorted(self._wiring.ports)
-        ]
+        self._workers = [self._worker(graph, cuts, rank, loss, optimizer, seed) for rank in sorted(self._wiring.ports)]
 
     @property
     def rank(self) -> int:
@@ -269,7 +267,7 @@ class Pipeline:
             "byte order": platform.machine(),
         }
         answers = agree(self.world, facts, limit_s=self._stall_limit_s)
-        same(answers, {key: "start every rank with the same" for key in facts})
+        same(answers, dict.fromkeys(facts, "start every rank with the same"))
 
     def _agree_on_data(self, schedule: Schedule, feed: Feed, sides: frozenset[str]) -> None:
         facts = {"minibatches": schedule.minibatches, "data": feed.fingerprint() if sides else None}
@@ -314,15 +312,17 @@ def _cuts(plan: Plan, graph: LayerGraph, name: str) -> list[tuple[int, int]]:
             f"{name} was made for another model: it has {len(planned)} layers, the model {len(graph.layers)}: {remedy}"
         )
     cuts, first = [], 0
-    for index, stage in enumerate(plan.stages):
-        last = first + len(stage.layers)
-        _check_stage(index, stage, graph, first, last, f"{name} was made for another model", remedy)
+    for index, planned_stage in enumerate(plan.stages):
+        last = first + len(planned_stage.layers)
+        _check_stage(index, planned_stage, graph, first, last, f"{name} was made for another model", remedy)
         cuts.append((first, last))
         first = last
     return cuts
 
 
-def _check_stage(index: int, stage: Any, graph: LayerGraph, first: int, last: int, wrong: str, remedy: str) -> None:
+def _check_stage(
+    index: int, stage: StagePlan, graph: LayerGraph, first: int, last: int, wrong: str, remedy: str
+) -> None:
     layers = graph.layers[first:last]
     parameter_bytes = sum(layer.parameter_bytes for layer in layers)
     if parameter_bytes != stage.parameter_bytes:

@@ -18,7 +18,7 @@ _TAG = 9
 _LISTEN_S = 2.0
 
 
-class StallReport(PipedreamError):
+class NobodyAnswersError(PipedreamError):
     """What all ranks that were heard have to say."""
 
 
@@ -27,10 +27,10 @@ def is_stall(error: BaseException) -> bool:
     return any(type(each).__name__ == "StallError" for each in (error, error.__cause__))
 
 
-def report(world: World, own_words: str) -> StallReport:
+def report(world: World, own_words: str) -> NobodyAnswersError:
     """Exchange `own_words` with the other stalled ranks; returns the error to raise."""
     if world.comm is None or world.size == 1:
-        return StallReport(own_words)
+        return NobodyAnswersError(own_words)
     others = [rank for rank in range(world.size) if rank != world.rank]
     requests = [world.comm.isend(own_words, dest=rank, tag=_TAG) for rank in others]
     heard = {world.rank: own_words}
@@ -44,9 +44,9 @@ def report(world: World, own_words: str) -> StallReport:
     silent = [str(rank) for rank in others if rank not in heard]
     words = "; ".join(heard[rank] for rank in sorted(heard))
     if not silent:
-        return StallReport(f"every rank waits for another: {words}")
+        return NobodyAnswersError(f"every rank waits for another: {words}")
     named = f"rank{'s' if len(silent) > 1 else ''} {', '.join(silent)}"
-    return StallReport(
+    return NobodyAnswersError(
         f"nobody answers. No word from {named}: it may be stuck in the loss, the data or the model (see what it "
         f"does with py-spy dump), or be slower than the stall limit. The others: {words}"
     )

@@ -15,13 +15,16 @@ version of its forward. No bytes move, whatever the size of the weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from pipedream_hpc.core import load_memory
 from pipedream_hpc.job import OptimizerFactory
+
+if TYPE_CHECKING:
+    from pipedream_hpc._memory import View, WeightPool
 
 _ALIGNMENT = 64  # bytes: a cache line, and enough for any vector instruction
 
@@ -37,7 +40,7 @@ class _Slot:
     trained: bool
     holders: tuple[tuple[dict[str, nn.Parameter | None], str], ...]
 
-    def view(self, slab: Any) -> nn.Parameter:
+    def view(self, slab: View) -> nn.Parameter:
         """A leaf over this parameter's place in `slab`, with a version counter of its own."""
         if not self.shape.numel():
             return nn.Parameter(torch.empty(self.shape, dtype=self.dtype), requires_grad=self.trained)
@@ -59,7 +62,7 @@ class WeightStash:
 
     def __init__(self, module: nn.Module, slabs: int, optimizer: OptimizerFactory) -> None:
         self._slots, nbytes = _lay_out(module)
-        self._pool = load_memory().WeightPool(nbytes, slabs)
+        self._pool: WeightPool = load_memory().WeightPool(nbytes, slabs)
         self._leaves: list[list[nn.Parameter]] = []
         originals = dict(module.named_parameters())
         for index in range(slabs):

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from pipedream_hpc.core import load_core
 from pipedream_hpc.errors import PipedreamError
+
+if TYPE_CHECKING:
+    from pipedream_hpc._core import Progress, ReceiveChannel, SendChannel
 
 
 @dataclass(frozen=True)
@@ -168,16 +171,16 @@ class MpiOutbox:
     """Sends tensors of one boundary to one rank through the core's double-buffered channel."""
 
     def __init__(
-        self, progress: Any, peer: int, tag: int, boundary: Boundary, what: str, stall_limit_s: float
+        self, progress: Progress, peer: int, tag: int, boundary: Boundary, what: str, stall_limit_s: float
     ) -> None:
         label = f"{what} of layer '{boundary.layer}' (stage {boundary.stage})"
-        self._channel = load_core().SendChannel(progress, peer, tag, boundary.nbytes, label)
+        self._channel: SendChannel = load_core().SendChannel(progress, peer, tag, boundary.nbytes, label)
         self._boundary, self._what, self._stall_limit_s = boundary, what, stall_limit_s
         # When send number k returns, send number k - 2 has gone: the last two must be kept alive.
         self._under_way: deque[torch.Tensor] = deque(maxlen=2)
 
     def ready(self) -> bool:
-        return bool(self._channel.in_flight < 2)
+        return self._channel.in_flight < 2
 
     def send(self, minibatch: int, tensor: torch.Tensor) -> None:
         self._boundary.check(tensor, self._what)
@@ -201,10 +204,10 @@ class MpiInbox:
     """Receives tensors of one boundary from one rank into persistent slots."""
 
     def __init__(
-        self, progress: Any, peer: int, tag: int, boundary: Boundary, what: str, slots: int, stall_limit_s: float
+        self, progress: Progress, peer: int, tag: int, boundary: Boundary, what: str, slots: int, stall_limit_s: float
     ) -> None:
         label = f"{what} of layer '{boundary.layer}' (stage {boundary.stage})"
-        self._channel = load_core().ReceiveChannel(
+        self._channel: ReceiveChannel = load_core().ReceiveChannel(
             progress, peer, tag, boundary.nbytes, slots, boundary.dtype_name, boundary.shape, label=label
         )
         count = torch.Size(boundary.shape).numel()
@@ -217,7 +220,7 @@ class MpiInbox:
         self._stall_limit_s = stall_limit_s
 
     def ready(self, minibatch: int) -> bool:
-        return bool(self._channel.ready())
+        return self._channel.ready()
 
     def receive(self, minibatch: int) -> torch.Tensor:
         slot, shape = self._channel.receive(minibatch, self._stall_limit_s)

@@ -69,9 +69,7 @@ def mpi_wiring(
         ports.gradient_out = MpiOutbox(progress, peer, tag + 1, boundary, "gradient", stall_limit_s)
     if stage < len(boundaries):
         boundary, peer, tag = boundaries[stage], layout[stage + 1][0], 2 * stage
-        ports.gradient_in = MpiInbox(
-            progress, peer, tag + 1, boundary, "gradient", GRADIENT_SLOTS, stall_limit_s
-        )
+        ports.gradient_in = MpiInbox(progress, peer, tag + 1, boundary, "gradient", GRADIENT_SLOTS, stall_limit_s)
         ports.activation_out = MpiOutbox(progress, peer, tag, boundary, "activation", stall_limit_s)
     offset_ns = _clock_offset_ns(world)
 

@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from pipedream_hpc.job import Loss
-from pipedream_hpc.model.cut import Enter
+from pipedream_hpc.model.cut import enter
 from pipedream_hpc.runtime.feed import Feed, seed_for
 from pipedream_hpc.runtime.stash import WeightStash
 from pipedream_hpc.runtime.transport import Inbox, Outbox
@@ -198,7 +198,7 @@ class Worker:
         self._current = self._minibatch_base + action.minibatch
         with torch.set_grad_enabled(self._training):
             entry = live.entry
-            output = self.module(Enter.apply(entry) if self._rewrites_input and entry.requires_grad else entry)
+            output = self.module(enter(entry) if self._rewrites_input and entry.requires_grad else entry)
             if self.ports.activation_out is None:
                 samples = output.shape[0]
                 output = self._score(output, self._feed.target(action.minibatch))
@@ -232,7 +232,7 @@ class Worker:
         self._check_version(self.stash.version_of(action.minibatch), action)
         assert live.output is not None
         if live.output.requires_grad:
-            live.output.backward(live.gradient)
+            torch.autograd.backward(live.output, live.gradient)
         live.output = None
         self._gradients = self.stash.release(action.minibatch)
         if self.ports.gradient_in is not None:

@@ -167,8 +167,8 @@ def play(schedule: Schedule, durations: Durations | None = None) -> Iterator[Ste
                     wake(("reduce", me.stage, action.round))
             else:
                 me.clock_s = start + clockwork.compute(rank, me.stage, action)
-                last = isinstance(action, Forward) and not schedule.training
-                if last and me.stage + 1 == len(schedule.layout) and action.minibatch in me.activation_from:
+                is_output = me.stage + 1 == len(schedule.layout)
+                if isinstance(action, Forward) and is_output and not schedule.training and me.stage > 0:
                     free(me.activation_from.pop(action.minibatch), rank, "activation", me.clock_s)
                 if isinstance(action, Update):
                     for peer in me.gradient_from:

@@ -1,6 +1,6 @@
 """Train a chain of tests/chains.py and write down everything that tests compare.
 
-    python train_chain.py '{"stages": 4, "model": "plain", "optimizer": "sgd", "epochs": [40, 40], "out": "x.pt"}'
+python train_chain.py '{"stages": 4, "model": "plain", "optimizer": "sgd", "epochs": [40, 40], "out": "x.pt"}'
 """
 
 import json
