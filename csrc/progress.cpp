@@ -41,12 +41,13 @@ class Patience {
   }
 
   void reset() { pause_ = first_; }
+  void relax(microseconds longest) { longest_ = longest; }
 
  private:
   int yields_left_;
   const microseconds first_;
   microseconds pause_;
-  const microseconds longest_;
+  microseconds longest_;
 };
 
 }  // namespace
@@ -139,6 +140,8 @@ void Progress::wait(const std::function<bool()>& done, double limit_s,
     if (now - asked > std::chrono::milliseconds(50)) {
       asked = now;
       interrupted();
+      // Who has waited this long does not mind a millisecond, and the others get the core.
+      patience.relax(microseconds(1000));
       if (const double waited = seconds_since(began); waited > limit_s) {
         held.lock();
         std::rethrow_exception(stalled(waited));

@@ -86,9 +86,10 @@ def test_a_model_that_does_not_match_its_plan(tmp_path: Path) -> None:
 
 
 def test_a_minibatch_larger_than_the_example() -> None:
-    output = fails("large")
-    assert "has shape (9, 16) and dtype float32, but the example led to (8, 16)" in output
-    assert "give Pipeline an example as large as the largest minibatch" in output
+    text = sentence(fails("large"))
+    assert text.startswith("rank 0 (stage 0) at 'send activation 3 to rank 1': activation of layer")
+    assert "has shape (9, 16) and dtype float32, but the example led to (8, 16)" in text
+    assert "give Pipeline an example as large as the largest minibatch" in text
 
 
 def test_ranks_that_read_different_data() -> None:

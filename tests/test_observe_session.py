@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pictures
 import pytest
 
+from pipedream_hpc.cluster.world import World
 from pipedream_hpc.observe.session import Session
 from pipedream_hpc.observe.trace_file import load_trace
+
+ROOT = World(rank=0, size=2, local_rank=0, local_size=2, host="here", node_cores=2)
 
 RUN = """
     rank 0  F0 F1 .  .  B0 B0 U  B1 B1 U
@@ -25,7 +29,7 @@ def run(session: Session, *, loss: float = 0.25) -> None:
 
 
 def test_files_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    session = Session(pictures.plan(1, 1), tmp_path, is_root=True)
+    session = Session(pictures.plan(1, 1), tmp_path, ROOT)
     run(session)
     session.finish(pictures.trace(RUN))
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -43,7 +47,7 @@ def test_files_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_without_a_trace_there_is_a_summary(tmp_path: Path) -> None:
-    session = Session(pictures.plan(1, 1), tmp_path, is_root=True)
+    session = Session(pictures.plan(1, 1), tmp_path, ROOT)
     run(session, loss=float("nan"))
     session.finish(None)
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
@@ -51,8 +55,17 @@ def test_without_a_trace_there_is_a_summary(tmp_path: Path) -> None:
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    session = Session(pictures.plan(1, 1), tmp_path, is_root=False)
+    session = Session(pictures.plan(1, 1), tmp_path, dataclasses.replace(ROOT, rank=1))
     run(session)
     session.finish(pictures.trace(RUN))
     assert capsys.readouterr() == ("", "")
     assert not list(tmp_path.iterdir())
+
+
+def test_says_when_ranks_share_cores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Predictions are for a core per rank: without the word, a laptop's figures look like a bug."""
+    for cores, said in ((2, False), (1, True)):
+        session = Session(pictures.plan(1, 1), tmp_path, dataclasses.replace(ROOT, node_cores=cores))
+        run(session)
+        session.finish(pictures.trace(RUN))
+        assert ("2 ranks share 1 cores" in capsys.readouterr().out) == said

@@ -54,7 +54,7 @@ def run(
         stall_limit_s=stall_limit,
         trace=trace,
     )
-    session = Session(pipeline.plan, out, is_root=pipeline.world.is_root)
+    session = Session(pipeline.plan, out, pipeline.world)
     for epoch in range(epochs or job.epochs):
         with session.epoch(epoch, len(job.train)) as on_minibatch:
             loss = pipeline.fit(job.train, on_minibatch)

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipedream_hpc.cluster.world import World
 from pipedream_hpc.files import write_json
 from pipedream_hpc.observe import terminal
 from pipedream_hpc.observe.metrics import bubble, minibatch_s, split
@@ -27,12 +28,14 @@ class Session:
     Args:
         plan: what is run.
         out: folder for trace.json, timeline.png and summary.json.
-        is_root: whether this is rank 0.
+        world: the ranks it runs on.
     """
 
-    def __init__(self, plan: Plan, out: Path, *, is_root: bool) -> None:
-        self._plan, self._out, self._is_root = plan, out, is_root
-        self._console = terminal.console(quiet=not is_root)
+    def __init__(self, plan: Plan, out: Path, world: World) -> None:
+        self._plan, self._out, self._is_root = plan, out, world.is_root
+        crowded = world.size > 1 and world.local_size > world.node_cores
+        self._shared_cores = f"{world.local_size} ranks share {world.node_cores} cores" if crowded else ""
+        self._console = terminal.console(quiet=not world.is_root)
         self._began = time.perf_counter()
         self._accuracy: float | None = None
         self._loss = float("nan")
@@ -92,6 +95,10 @@ class Session:
                 f"({human_seconds(plan.bottleneck_s)} predicted), {human_bytes(sent)} sent per minibatch, "
                 f"bubble {bubble(splits):.1%}"
             )
+            if self._shared_cores:
+                self._console.print(
+                    f"{self._shared_cores}: predictions take every rank to have a core of its own, so expect more"
+                )
             save_trace(trace, self._out / "trace.json")
             draw(trace, self._out / "timeline.png")
             written = ["trace.json (opens in Perfetto)", "timeline.png", *written]

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss
 from pipedream_hpc.model.cut import enter
 from pipedream_hpc.runtime.feed import Feed, seed_for
@@ -154,13 +155,14 @@ class Worker:
         """Carry out one action.
 
         Raises:
-            ActionError: whatever went wrong, with rank, stage and action.
+            PipedreamError: bad input, with rank, stage and action before its sentence.
+            ActionError: whatever else went wrong, likewise; the cause is chained.
         """
         began = time.perf_counter_ns()
         try:
             self._do[type(action)](action)
-        except KeyboardInterrupt:
-            raise
+        except PipedreamError as error:
+            raise PipedreamError(f"rank {self.rank} (stage {self.stage}) at '{action}': {error}") from error
         except Exception as error:
             raise ActionError(
                 f"rank {self.rank} (stage {self.stage}) failed at '{action}': {type(error).__name__}: {error}"

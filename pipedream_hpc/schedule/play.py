@@ -100,7 +100,7 @@ def play(schedule: Schedule, durations: Durations | None = None) -> Iterator[Ste
             todo = schedule.actions(rank)
             ranks[rank] = _Rank(stage, todo, next(todo, None))
     channels: dict[tuple[int, int, str], _Channel] = {}
-    reductions: dict[tuple[int, int], list[int]] = defaultdict(list)
+    reductions: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)  # who has come, and when
     runnable = deque(ranks)
     asleep: dict[object, list[int]] = defaultdict(list)  # what is waited for -> ranks
 
@@ -157,7 +157,7 @@ def play(schedule: Schedule, durations: Durations | None = None) -> Iterator[Ste
                 present = reductions[me.stage, action.round]
                 members = schedule.layout[me.stage]
                 if rank not in present:
-                    present.append(rank)
+                    present[rank] = start
                     if len(present) < len(members):
                         asleep["reduce", me.stage, action.round].append(rank)
                         break
@@ -165,6 +165,7 @@ def play(schedule: Schedule, durations: Durations | None = None) -> Iterator[Ste
                     for member in members:
                         ranks[member].clock_s = ready + clockwork.reduce(me.stage, action)
                     wake(("reduce", me.stage, action.round))
+                start = present[rank]
             else:
                 me.clock_s = start + clockwork.compute(rank, me.stage, action)
                 is_output = me.stage + 1 == len(schedule.layout)
