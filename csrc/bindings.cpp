@@ -73,10 +73,9 @@ PYBIND11_MODULE(_core, module) {
   module.attr("comm_bytes") = sizeof(MPI_Comm);
 
   py::class_<Progress, std::shared_ptr<Progress>>(module, "Progress")
-      .def(py::init([](py::object comm, bool spare_core) {
-             return std::make_shared<Progress>(communicator(comm), spare_core);
-           }),
-           py::arg("comm"), py::kw_only(), py::arg("spare_core") = false)
+      .def(py::init(
+               [](py::object comm, bool crowded) { return std::make_shared<Progress>(communicator(comm), crowded); }),
+           py::arg("comm"), py::kw_only(), py::arg("crowded") = false)
       .def("close", &Progress::close, py::call_guard<py::gil_scoped_release>())
       .def("statistics", [](Progress& progress) {
         const ProgressStatistics now = progress.statistics();

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <climits>
 
 #include "mpi_error.hpp"
 
@@ -16,13 +15,18 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
+// Polls before a waiting main thread begins to sleep. A poll and a yield take about 1 µs on an idle
+// core: with a core of its own a rank looks out for some 20 ms, crowded ones for a moment only.
+constexpr int yields_if_not = 20000;
+constexpr int yields_if_crowded = 50;
+
 double seconds_since(Clock::time_point began) { return std::chrono::duration<double>(Clock::now() - began).count(); }
 
 // How long a thread rests between two polls that found nothing.
 class Patience {
  public:
-  Patience(bool spare_core, int yields, microseconds first, microseconds longest)
-      : yields_left_(spare_core ? INT_MAX : yields), first_(first), pause_(first), longest_(longest) {}
+  Patience(int yields, microseconds first, microseconds longest)
+      : yields_left_(yields), first_(first), pause_(first), longest_(longest) {}
 
   void rest() {
     if (yields_left_ > 0) {
@@ -52,7 +56,7 @@ class Patience {
 
 }  // namespace
 
-Progress::Progress(MPI_Comm parent, bool spare_core) : spare_core_(spare_core) {
+Progress::Progress(MPI_Comm parent, bool crowded) : crowded_(crowded) {
   check(MPI_Comm_dup(parent, &comm_), "MPI_Comm_dup", -1, "the communicator of the pipeline");
   MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
   MPI_Comm_rank(comm_, &rank_);
@@ -106,7 +110,6 @@ void Progress::post(const Pending& pending, MPI_Request request) {
   pending_.push_back(pending);
   finished_.resize(requests_.size());
   statuses_.resize(requests_.size());
-  wake_.notify_all();
 }
 
 void Progress::wait(const std::function<bool()>& done, double limit_s,
@@ -120,13 +123,12 @@ void Progress::wait(const std::function<bool()>& done, double limit_s,
     ~Over() {
       if (!held.owns_lock()) held.lock();
       progress.main_waits_ = false;
-      progress.wake_.notify_all();
     }
   } over{*this, held};
 
-  // Messages of a busy pipeline come within microseconds: look out for those first, then sleep, in
-  // steps that stay short against any forward.
-  Patience patience(spare_core_, 50, microseconds(10), microseconds(100));
+  // Messages of a busy pipeline come soon: look out for those first, then sleep, in steps that stay
+  // short against any forward.
+  Patience patience(crowded_ ? yields_if_crowded : yields_if_not, microseconds(10), microseconds(100));
   const Clock::time_point began = Clock::now();
   Clock::time_point asked = began;
   while (true) {
@@ -217,24 +219,24 @@ void Progress::run() {
   prctl(PR_SET_TIMERSLACK, 1000UL);
   // 200 µs between polls hides a transfer completely behind compute and costs well under 1 % of a
   // core; with nothing of ours to push, every 500 µs is enough.
-  Patience pushing(false, 0, microseconds(20), microseconds(200));
-  Patience idling(false, 0, microseconds(50), microseconds(500));
+  Patience pushing(0, microseconds(20), microseconds(200));
+  Patience idling(0, microseconds(50), microseconds(500));
   Lock held = lock();
-  while (true) {
-    wake_.wait(held, [this] { return closing_ || (!main_waits_ && !requests_.empty() && !failure_); });
-    if (closing_) return;
-    try {
-      ++statistics_.polls_computing;
-      if (poll()) {
-        pushing.reset();
-        idling.reset();
+  while (!closing_) {
+    if (!main_waits_ && !failure_) {
+      try {
+        ++statistics_.polls_computing;
+        if (poll()) {
+          pushing.reset();
+          idling.reset();
+        }
+      } catch (...) {
+        failure_ = std::current_exception();  // for the main thread, at its next call
       }
-    } catch (...) {
-      failure_ = std::current_exception();  // for the main thread, at its next call
-      continue;
     }
-    const microseconds pause = sends_ > 0 ? pushing.pause() : idling.pause();
-    wake_.wait_for(held, pause, [this] { return closing_; });
+    // Nobody but close() wakes this thread: to be woken at every send would cost the main thread
+    // more than the send.
+    wake_.wait_for(held, sends_ > 0 ? pushing.pause() : idling.pause(), [this] { return closing_; });
   }
 }
 

@@ -7,8 +7,9 @@
 //   main       | forward 3 ........ | wait: poll poll poll | backward 1 ......... |
 //   progress   | poll   poll   poll |                      | poll   poll   poll   |    time ->
 //
-// A poll is one MPI_Testsome over all requests, behind one mutex. Between polls a thread that has no
-// core to spare sleeps, so that it never takes a core that a compute thread of some rank needs.
+// A poll is one MPI_Testsome over all requests, behind one mutex. Between polls the progress thread
+// sleeps, so that it never takes a core from compute; the main thread has its core to itself while
+// it waits and polls on, unless ranks are crowded and another rank's compute could use the core.
 #pragma once
 
 #include <mpi.h>
@@ -44,8 +45,8 @@ struct ProgressStatistics {
 class Progress {
  public:
   // Collective over `parent`, which is duplicated: no message of anybody else's can be mistaken for
-  // one of ours. `spare_core`: whether a core is left for this rank's second thread.
-  Progress(MPI_Comm parent, bool spare_core);
+  // one of ours. `crowded`: whether the ranks of this node want more cores than there are.
+  Progress(MPI_Comm parent, bool crowded);
   ~Progress();
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
@@ -103,7 +104,7 @@ class Progress {
 
   MPI_Comm comm_ = MPI_COMM_NULL;
   int rank_ = -1;
-  const bool spare_core_;
+  const bool crowded_;
   std::thread thread_;
 };
 

@@ -36,10 +36,10 @@ class Progress:
 
     Args:
         comm: an mpi4py communicator; duplicated (collective).
-        spare_core: whether a core is left for this rank's second thread; otherwise it sleeps between polls.
+        crowded: whether the node's ranks want more cores than there are; who waits then soon sleeps.
     """
 
-    def __init__(self, comm: Any, *, spare_core: bool = False) -> None: ...
+    def __init__(self, comm: Any, *, crowded: bool = False) -> None: ...
     def close(self) -> None:
         """Cancel what is posted and free the communicator. Collective; harmless when called twice."""
     def statistics(self) -> dict[str, int]:

@@ -105,10 +105,11 @@ def test_threads_per_rank(monkeypatch: pytest.MonkeyPatch, given: str | None, on
     assert threads.threads_per_rank(on_node) == expected
 
 
-def test_a_spare_core_is_one_that_compute_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_crowded_when_they_want_more_cores_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "join", lambda: World(0, 4, 0, 4, "a", node_cores=8))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert threads.spare_core(4)
-    assert not threads.spare_core(5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert not threads.crowded(4)
+    assert threads.crowded(5)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert not threads.spare_core(4)  # two threads each take all eight
+    assert not threads.crowded(8)  # an even share each
+    assert threads.crowded(9)

@@ -24,9 +24,9 @@ def threads_per_rank(ranks_on_node: int) -> int:
     return max(1, cores() // max(1, ranks_on_node))
 
 
-def spare_core(ranks_on_node: int) -> bool:
-    """Whether the progress thread of a rank has a core that no compute thread needs.
+def crowded(ranks_on_node: int) -> bool:
+    """Whether the compute threads of all ranks want more cores than there are.
 
-    Only then may it spin; otherwise it would take turns with compute and slow both down.
+    A rank that waits for a message must then leave its core to those that compute.
     """
-    return cores() >= ranks_on_node * (threads_per_rank(ranks_on_node) + 1)
+    return cores() < ranks_on_node * threads_per_rank(ranks_on_node)

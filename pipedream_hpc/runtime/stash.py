@@ -121,7 +121,8 @@ class WeightStash:
             cursor.grad = gradient
         if self.optimizer is not None:
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+        for cursor in self._cursors:
+            cursor.grad = None
         return self._pool.commit()
 
     def use_newest(self) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipedream_hpc.cluster.threads import spare_core
+from pipedream_hpc.cluster.threads import crowded
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.core import load_core
 from pipedream_hpc.runtime.transport import Boundary, LocalChannel, LocalOutbox, MpiInbox, MpiOutbox
@@ -59,7 +59,7 @@ def mpi_wiring(
 ) -> Wiring:
     """This process's rank; its neighbours are other processes. Collective."""
     stage = next(index for index, ranks in enumerate(layout) if world.rank in ranks)
-    progress = load_core().Progress(world.comm, spare_core=spare_core(world.local_size))
+    progress = load_core().Progress(world.comm, crowded=crowded(world.local_size))
     ports = Ports()
     # Receives are posted before anybody sends: a message never waits for its receiver.
     if stage > 0:
