@@ -59,7 +59,11 @@ bool initialized() {
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Channels over MPI.";
   py::module_::import("pipedream_hpc._memory");  // registers View
-  if (import_mpi4py() < 0) throw py::error_already_set();
+  if (import_mpi4py() < 0) {
+    // mpi4py's own words are about sizes of structures; what helps is the name of the other MPI.
+    PyErr_Clear();
+    throw py::import_error("built with " + built_with());
+  }
 
   auto core_error = py::register_exception<CoreError>(module, "CoreError", PyExc_RuntimeError);
   py::register_exception<MpiError>(module, "MpiError", core_error);

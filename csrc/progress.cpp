@@ -171,6 +171,7 @@ void Progress::forget(Endpoint* endpoint) {
 }
 
 void Progress::cancel(std::size_t index) {
+  if (requests_[index] == MPI_REQUEST_NULL) return;  // completed by the poll that failed
   if (pending_[index].is_send) {
     --sends_;
     MPI_Request_free(&requests_[index]);  // sends cannot be cancelled; MPI finishes it by itself

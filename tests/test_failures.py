@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import chains
@@ -96,6 +97,13 @@ def test_ranks_that_read_different_data() -> None:
     assert "ranks 0 and 3 read different first minibatches" in sentence(fails("data"))
 
 
+def test_ranks_with_examples_of_different_sizes() -> None:
+    text = sentence(fails("example"))
+    assert "ranks disagree about the boundaries that the example leads to" in text
+    assert "on rank 0" in text
+    assert "on rank 1" in text
+
+
 def test_ranks_with_loaders_of_different_lengths() -> None:
     assert "ranks disagree about the minibatches: 20 on rank 0, 19 on rank 3" in sentence(fails("length"))
 
@@ -145,3 +153,12 @@ def test_a_loader_that_yields_no_pairs() -> None:
 def test_more_stages_than_layers() -> None:
     with pytest.raises(PipedreamError, match="9 stages were asked for, but 'Sequential' can be cut into 7"):
         make(chains.plain_model(), 9)
+
+
+def test_a_plan_with_another_schedule_or_too_few_versions(tmp_path: Path) -> None:
+    plan = load(Plan, plan_file(tmp_path, chains.plain_model(), 3))
+    with pytest.raises(PipedreamError, match="field 'schedule' is 'gpipe', but the workers run '1f1b' only"):
+        make(chains.plain_model(), replace(plan, schedule="gpipe"))
+    first, *others = plan.stages
+    with pytest.raises(PipedreamError, match=r"'stages\[0\]\.in_flight' is 1, but 1f1b on 3 ranks keeps 3"):
+        make(chains.plain_model(), replace(plan, stages=(replace(first, in_flight=1), *others)))

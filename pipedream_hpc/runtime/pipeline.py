@@ -1,12 +1,13 @@
 """Pipeline: what a user's program holds in its hand.
 
 plan ──► stage modules ──► workers ──► fit, evaluate
-                             ▲
-         all of them in one process, or this rank's own under mpirun / srun
+                              ▲
+          all of them in one process, or this rank's own under mpirun / srun
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import platform
 from collections.abc import Callable, Iterator
@@ -17,18 +18,14 @@ import torch
 from torch import nn
 
 from pipedream_hpc import __version__
-from pipedream_hpc.cluster.abort import install
 from pipedream_hpc.cluster.threads import threads_per_rank
 from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.files import load
 from pipedream_hpc.job import Loss, OptimizerFactory
 from pipedream_hpc.model.capture import LayerGraph, capture
 from pipedream_hpc.model.cut import check_ties, stage_module
-from pipedream_hpc.model.profiler import count
-from pipedream_hpc.planning.plan import Plan, StagePlan
-from pipedream_hpc.planning.solver import solve
-from pipedream_hpc.planning.topology import Level, Topology
+from pipedream_hpc.planning.plan import Plan
+from pipedream_hpc.runtime.deployment import boundaries_of, check_runnable, cuts_of, resolve
 from pipedream_hpc.runtime.emulator import carry_out, emulate
 from pipedream_hpc.runtime.feed import Feed
 from pipedream_hpc.runtime.handshake import agree, same
@@ -41,7 +38,7 @@ from pipedream_hpc.schedule.actions import Action, Backward, Schedule
 from pipedream_hpc.schedule.forward_only import ForwardOnly
 from pipedream_hpc.schedule.one_f_one_b import OneFOneB
 from pipedream_hpc.schedule.trace import Span, Trace
-from pipedream_hpc.schedule.verifier import verify
+from pipedream_hpc.schedule.verifier import shortened, verify
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -84,22 +81,21 @@ class Pipeline:
         trace: bool = False,
     ) -> None:
         self.world: World = join()
-        install(self.world)
         graph = capture(model, example)
-        self.plan = _plan(plan, graph)
+        self.plan = resolve(plan, graph)
         name = str(plan) if isinstance(plan, str | Path) else "the plan"
-        cuts = _cuts(self.plan, graph, name)
+        cuts = cuts_of(self.plan, graph, name)
         check_ties(graph, cuts)
-        _check_runnable(self.plan, name, self.world)
+        check_runnable(self.plan, name, self.world)
         self._seed, self._stall_limit_s, self._tracing = seed, stall_limit_s, trace
         self._epoch = self._minibatches_run = 0
-        self._verified: set[tuple[type, int]] = set()
+        self._verified: set[OneFOneB | ForwardOnly] = set()
         self._spans: list[Span] | None = None
         self._last_minibatches = 0
-        self._agree_on_start(seed)
+        boundaries = boundaries_of(graph, cuts)
+        self._agree_on_start(seed, boundaries)
         if self.plan.ranks > 1 or self.world.size > 1:
             torch.set_num_threads(threads_per_rank(max(self.plan.ranks, self.world.local_size)))
-        boundaries = _boundaries(graph, cuts)
         slots = [stage.in_flight + 1 for stage in self.plan.stages]
         self._wiring: Wiring = (
             mpi_wiring(self.world, self.plan.layout, boundaries, slots, stall_limit_s)
@@ -183,7 +179,7 @@ class Pipeline:
     def _pass(
         self,
         loader: Any,
-        schedule: Schedule,
+        schedule: OneFOneB | ForwardOnly,
         metric: Loss | None,
         finished: Callable[[Worker, Action], None],
     ) -> float:
@@ -252,16 +248,17 @@ class Pipeline:
         sides = {"input"} if 0 in stages else set()
         return frozenset(sides | ({"target"} if self.last_stage in stages else set()))
 
-    def _verify(self, schedule: Schedule) -> None:
-        key = (type(schedule), schedule.minibatches)
-        if key not in self._verified:
-            verify(schedule)
-            self._verified.add(key)
+    def _verify(self, schedule: OneFOneB | ForwardOnly) -> None:
+        enough = dataclasses.replace(schedule, minibatches=shortened(schedule.layout, schedule.minibatches))
+        if enough not in self._verified:
+            verify(enough)
+            self._verified.add(enough)
 
-    def _agree_on_start(self, seed: int) -> None:
+    def _agree_on_start(self, seed: int, boundaries: list[Boundary]) -> None:
         facts = {
             "plan": str([(stage.layers, stage.ranks) for stage in self.plan.stages]),
             "seed": seed,
+            "boundaries that the example leads to": [(each.shape, each.dtype_name) for each in boundaries],
             "version of pipedream_hpc": __version__,
             "version of torch": torch.__version__,
             "byte order": platform.machine(),
@@ -280,82 +277,6 @@ class Pipeline:
                     f"ranks {seen[0][0]} and {rank} read different first minibatches: the order of the data must "
                     "depend on torch's random numbers alone (DataLoader(shuffle=True) does), not on the rank"
                 )
-
-
-def _plan(plan: Plan | str | Path | int, graph: LayerGraph) -> Plan:
-    if isinstance(plan, Plan):
-        return plan
-    if isinstance(plan, str | Path):
-        return load(Plan, plan)
-    flat = Topology((Level("node", plan, 0.0, 1e9),), device="counted")
-    return solve(count(graph), flat, straight=True)
-
-
-def _cuts(plan: Plan, graph: LayerGraph, name: str) -> list[tuple[int, int]]:
-    """Layer range of every stage.
-
-    Raises:
-        PipedreamError: the plan's layers are not the model's.
-    """
-    remedy = "profile and partition this model again (pipedream profile, pipedream partition)"
-    planned = [(layer, index) for index, stage in enumerate(plan.stages) for layer in stage.layers]
-    for position, (layer, stage) in enumerate(planned):
-        if position >= len(graph.layers):
-            break
-        if layer != graph.layers[position].name:
-            raise PipedreamError(
-                f"{name} was made for another model: layer {position} (stage {stage}) is '{layer}' in the plan "
-                f"and '{graph.layers[position].name}' in the model: {remedy}"
-            )
-    if len(planned) != len(graph.layers):
-        raise PipedreamError(
-            f"{name} was made for another model: it has {len(planned)} layers, the model {len(graph.layers)}: {remedy}"
-        )
-    cuts, first = [], 0
-    for index, planned_stage in enumerate(plan.stages):
-        last = first + len(planned_stage.layers)
-        _check_stage(index, planned_stage, graph, first, last, f"{name} was made for another model", remedy)
-        cuts.append((first, last))
-        first = last
-    return cuts
-
-
-def _check_stage(
-    index: int, stage: StagePlan, graph: LayerGraph, first: int, last: int, wrong: str, remedy: str
-) -> None:
-    layers = graph.layers[first:last]
-    parameter_bytes = sum(layer.parameter_bytes for layer in layers)
-    if parameter_bytes != stage.parameter_bytes:
-        raise PipedreamError(
-            f"{wrong}: stage {index} ('{stage.layers[0]}' to '{stage.layers[-1]}') has {stage.parameter_bytes} bytes "
-            f"of parameters in the plan and {parameter_bytes} in the model: {remedy}"
-        )
-    shape, dtype = layers[-1].output_shape, str(layers[-1].output_dtype).removeprefix("torch.")
-    if stage.output_shape is not None and (stage.output_shape[1:], stage.output_dtype) != (shape[1:], dtype):
-        raise PipedreamError(
-            f"{wrong}: layer '{stage.layers[-1]}' (stage {index}) puts out {stage.output_dtype} {stage.output_shape} "
-            f"in the plan and {dtype} {shape} in the model: {remedy}"
-        )
-
-
-def _check_runnable(plan: Plan, name: str, world: World) -> None:
-    if not plan.straight:
-        raise PipedreamError(
-            f"{name} replicates stages ({plan.config}), which the workers cannot run yet: "
-            "plan with `pipedream partition --straight`"
-        )
-    if world.size not in (1, plan.ranks):
-        raise PipedreamError(
-            f"{name} is for {plan.ranks} ranks, but {world.size} were started: "
-            f"start {plan.ranks} (mpirun -n {plan.ranks} ...) or plan for {world.size} "
-            f"(pipedream partition --devices {world.size})"
-        )
-
-
-def _boundaries(graph: LayerGraph, cuts: list[tuple[int, int]]) -> list[Boundary]:
-    """What crosses the cut behind each stage but the last."""
-    ends = [graph.layers[last - 1] for _, last in cuts[:-1]]
-    return [Boundary(end.name, stage, end.output_shape, end.output_dtype) for stage, end in enumerate(ends)]
 
 
 def _length(loader: Any) -> int:

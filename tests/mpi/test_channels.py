@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+import threading
 import time
 from typing import Any
 
@@ -241,4 +243,40 @@ def test_slots_run_out(progress: Any) -> None:
         pair.inn.release(slot)
         with pytest.raises(RuntimeError, match="slot 0 is not in use"):
             pair.inn.release(slot)
+    comm.Barrier()
+
+
+def test_a_failed_call_names_rank_call_peer_and_minibatch() -> None:
+    progress = core.Progress(comm)
+    channel = core.SendChannel(progress, 99, 0, 1 << 20, "the test's bytes")
+    words = rf"rank {comm.rank}: MPI_Isend failed for the test's bytes, minibatch 7, to rank 99: MPI_ERR_RANK"
+    data = np.zeros(10, np.uint8)
+    with pytest.raises(core.MpiError, match=words):
+        channel.send(7, data.ctypes.data, 10, "uint8", (10,), SOON)
+    progress.close()
+
+
+def test_a_failure_on_the_progress_thread_reaches_the_main_thread() -> None:
+    """The ends disagree about the capacity: MPI cuts the message and says so, whoever polls."""
+    progress = core.Progress(comm)
+    data = np.zeros(1000, np.uint8)
+    if comm.rank == 0:
+        channel = core.SendChannel(progress, 1, 0, 1000, "the test's bytes")
+        channel.send(0, data.ctypes.data, data.nbytes, "uint8", data.shape, SOON)
+        comm.Barrier()
+    else:
+        channel = core.ReceiveChannel(progress, 0, 0, 500, 2, "uint8", (500,), "the test's bytes")
+        time.sleep(0.5)  # the progress thread meets the failure
+        with pytest.raises(core.MpiError, match=r"rank 1: MPI_Irecv failed for the test's bytes from rank 0.*TRUNCATE"):
+            channel.receive(0, SOON)
+        comm.Barrier()
+    progress.close()
+
+
+def test_ctrl_c_ends_a_wait(progress: Any) -> None:
+    pair = Pair(progress, 10)
+    if comm.rank == 1:
+        threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
+        with pytest.raises(KeyboardInterrupt):
+            pair.inn.receive(0, SOON)
     comm.Barrier()

@@ -41,6 +41,8 @@ def main() -> None:
     example = chains.example()
     if how == "large":
         batches[3] = (torch.zeros(chains.SAMPLES + 1, chains.FEATURES), torch.zeros(chains.SAMPLES + 1).long())
+    if how == "example" and os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
+        example = example[:5]
     stamp()
     pipeline = Pipeline(
         chains.plain_model(),
