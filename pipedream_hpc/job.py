@@ -34,6 +34,7 @@ class Job:
         example: one minibatch of inputs, as large as they will get.
         test: like `train`; evaluated after every epoch.
         epochs: how many to train at most.
+        leaves: module classes that torch.fx cannot look into and is to keep whole.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class Job:
     example: torch.Tensor
     test: Any = None
     epochs: int = 1
+    leaves: Sequence[type[nn.Module]] = ()
 
 
 def load(target: str, args: Sequence[str] = ()) -> Job:

@@ -46,7 +46,28 @@ def rich_model() -> nn.Sequential:
     )
 
 
-MODELS = {"plain": plain_model, "rich": rich_model}
+class Functional(nn.Module):
+    """Dropout as a function, kept whole."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.3, self.training)
+
+
+def attentive_model() -> nn.Sequential:
+    """Dropout inside attention and inside a recurrent layer, where no Dropout module is called."""
+    torch.manual_seed(4)
+    return nn.Sequential(
+        nn.Unflatten(1, (3, 4)),
+        nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True),
+        nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(12, 12),
+        Functional(),
+        nn.Linear(12, CLASSES),
+    )
+
+
+MODELS = {"attentive": attentive_model, "plain": plain_model, "rich": rich_model}
 
 
 def minibatches(count: int, last: int = SAMPLES) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -90,6 +90,14 @@ def test_stashing_differs_from_plain_sgd() -> None:
     assert any(not torch.equal(stale[name], plain[name]) for name in plain)
 
 
+@pytest.mark.parametrize("stages", [2, 3])
+def test_dropout_inside_attention_and_as_a_function(stages: int, tmp_path: Path) -> None:
+    wanted = {"stages": stages, "model": "attentive", "optimizer": "adam", "epochs": [6, 6], "last": 3}
+    emulated, on_ranks = run(tmp_path, 0, **wanted), run(tmp_path, stages, **wanted)
+    assert_bitwise(on_ranks["weights"], emulated["weights"])
+    assert on_ranks["losses"] == emulated["losses"]
+
+
 @pytest.mark.parametrize("stages", [2, 4])
 def test_batchnorm_dropout_in_place_and_a_short_last_minibatch(stages: int, tmp_path: Path) -> None:
     wanted = {"stages": stages, "model": "rich", "optimizer": "sgd", "epochs": [9, 9], "last": 3}

@@ -162,3 +162,28 @@ def test_a_plan_with_another_schedule_or_too_few_versions(tmp_path: Path) -> Non
     first, *others = plan.stages
     with pytest.raises(PipedreamError, match=r"'stages\[0\]\.in_flight' is 1, but 1f1b on 3 ranks keeps 3"):
         make(chains.plain_model(), replace(plan, stages=(replace(first, in_flight=1), *others)))
+
+
+def test_a_factory_that_makes_no_optimizer() -> None:
+    """It would train nothing, and say nothing."""
+    with pytest.raises(PipedreamError, match=r"optimizer\(parameters\) returned NoneType; it should return a torch"):
+        Pipeline(
+            chains.plain_model(),
+            loss=nn.CrossEntropyLoss(),
+            optimizer=lambda parameters: None,  # type: ignore[arg-type, return-value]
+            example=chains.example(),
+            plan=2,
+        )
+
+
+def test_a_loss_per_sample() -> None:
+    pipeline = Pipeline(
+        chains.plain_model(),
+        loss=nn.CrossEntropyLoss(reduction="none"),
+        optimizer=chains.OPTIMIZERS["sgd"],
+        example=chains.example(),
+        plan=2,
+    )
+    words = r"rank 1 \(stage 1\) at 'forward 0 on version 0': the loss should be one number, .* shape \(8,\)"
+    with pytest.raises(PipedreamError, match=words):
+        pipeline.fit(chains.minibatches(3))

@@ -78,10 +78,9 @@ def test_shares_of_a_rank_add_up() -> None:
     assert shares[-1] == pytest.approx(50)  # forward, backward, update
 
 
-def test_a_log_gets_plain_lines_whatever_mpirun_pretends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    monkeypatch.setattr(terminal, "watched_terminal", lambda: None)
     console = terminal.console()
     assert not console.is_terminal
     assert console.width == 120

@@ -58,7 +58,7 @@ def run(
         torch.set_num_threads(threads_per_rank(1))
         job = load(target, args or [])
         measured = measure(
-            capture(job.model, job.example), job.example, minibatches=minibatches, model=Path(target).stem
+            capture(job.model, job.example, job.leaves), job.example, minibatches=minibatches, model=Path(target).stem
         )
     save(measured, output)
     console = terminal.console()

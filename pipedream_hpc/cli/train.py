@@ -50,6 +50,7 @@ def run(
         optimizer=job.optimizer,
         example=job.example,
         plan=stages(plan),
+        leaves=job.leaves,
         seed=seed,
         stall_limit_s=stall_limit,
         trace=trace,

@@ -24,6 +24,7 @@ from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.untouched import untouched
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,12 @@ class LayerGraph:
 def capture(model: nn.Module, example: torch.Tensor, leaves: Sequence[type[nn.Module]] = ()) -> LayerGraph:
     """Capture `model` as a chain of layers.
 
-    Nothing of the model is run: shapes are propagated on the meta device, so weights, BatchNorm
-    statistics and random number generators stay as they are.
+    Weights, BatchNorm statistics and random number generators stay as they are: shapes are
+    propagated on the meta device where the model allows it.
 
     Args:
         model: takes one tensor, returns one tensor.
-        example: one minibatch of inputs, as large as they will get; only shape and dtype are used.
+        example: one minibatch of inputs, as large as they will get.
         leaves: module classes to keep whole instead of looking inside.
 
     Raises:
@@ -114,44 +115,57 @@ def _trace(model: nn.Module, leaves: tuple[type[nn.Module], ...]) -> fx.Graph:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PipedreamError(
             f"cannot capture the model: tracing stopped in module {where}: {reason}; "
-            "keep that module whole with leaves=[its class]"
+            "keep that module whole with Pipeline(..., leaves=[its class]) or Job(..., leaves=[its class])"
         ) from error
 
 
 def _propagate(model: nn.Module, graph: fx.Graph, example: torch.Tensor) -> dict[fx.Node, int]:
-    """Give every node its value's shape (in node.meta) and return its floating-point operations."""
-    # A copy of the modules whose tensors are on the meta device: the memo makes deepcopy take
-    # these in place of the real ones, so that no weight is ever copied.
-    tensors = [*model.parameters(), *model.buffers()]
+    """Give every node its value's shape (in node.meta) and return its floating-point operations.
+
+    Shapes are propagated on the meta device. A module kept whole may look at values, which meta
+    tensors have none of: then the example itself is run, and the model put back as it was.
+    """
+    try:
+        return _interpret(_skeleton(model), graph, torch.empty_like(example, device="meta"))
+    except Exception:  # whatever a user's module raises without values
+        pass
+    try:
+        with untouched(model):
+            return _interpret(model, graph, example)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PipedreamError(
+            f"the model does not take the example input of shape {tuple(example.shape)} and "
+            f"dtype {str(example.dtype).removeprefix('torch.')}: {reason}"
+        ) from error
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the modules with their tensors on the meta device."""
     memo: dict[int, Any] = {}
-    for tensor in tensors:
+    for tensor in (*model.parameters(), *model.buffers()):
+        # The memo makes deepcopy take these in place of the real ones: no weight is ever copied.
         ghost = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(ghost, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else ghost
-    skeleton = fx.GraphModule(copy.deepcopy(model, memo), graph)
+    return copy.deepcopy(model, memo)
+
+
+def _interpret(model: nn.Module, graph: fx.Graph, example: torch.Tensor) -> dict[fx.Node, int]:
     operations: dict[fx.Node, int] = {}
+    originals = {node.name: node for node in graph.nodes}
 
     class Shapes(fx.Interpreter):
         def run_node(self, node: fx.Node) -> Any:
             with FlopCounterMode(display=False) as counter:
                 value = super().run_node(node)
-            operations[node] = counter.get_total_flops()
-            node.meta["value"] = value
+            original = originals[node.name]  # a GraphModule may hold a copy of its graph
+            operations[original] = counter.get_total_flops()
+            original.meta["value"] = value.to("meta") if isinstance(value, torch.Tensor) else value
             return value
 
-    # Interpreter nodes are those of the module's graph, which is a copy: map them back by name.
-    try:
-        with torch.no_grad():
-            Shapes(skeleton).run(torch.empty_like(example, device="meta"))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise PipedreamError(
-            f"the model does not take the example input of shape {tuple(example.shape)} and "
-            f"dtype {str(example.dtype).removeprefix('torch.')}: {reason}"
-        ) from error
-    by_name = {node.name: node for node in graph.nodes}
-    for node in list(operations):
-        by_name[node.name].meta["value"] = node.meta["value"]
-    return {by_name[node.name]: count for node, count in operations.items()}
+    with torch.no_grad():
+        Shapes(fx.GraphModule(model, graph)).run(example)
+    return operations
 
 
 def _segments(model: nn.Module, graph: fx.Graph) -> list[tuple[fx.Node, ...]]:

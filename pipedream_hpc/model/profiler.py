@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.capture import Layer, LayerGraph
 from pipedream_hpc.model.cut import enter, stage_module
+from pipedream_hpc.model.untouched import untouched
 from pipedream_hpc.planning.profile import LayerProfile, Profile
 
 
@@ -52,7 +51,7 @@ def measure(
         )
     modules = [stage_module(graph, index, index + 1) for index in range(len(graph.layers))]
     samples = [_Samples() for _ in modules]
-    with _untouched(graph.module):
+    with untouched(graph.module):
         for turn in range(warm_up + minibatches):
             _one_minibatch(modules, samples, example, counted=turn >= warm_up)
     return Profile(
@@ -133,25 +132,3 @@ def _profile(layer: Layer, forward_s: float, backward_s: float, stash_bytes: int
         output_shape=layer.output_shape,
         output_dtype=str(layer.output_dtype).removeprefix("torch."),
     )
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Run the block in training mode, then put back what it moved: mode, gradients, buffers, RNG."""
-    modes = {module: module.training for module in model.modules()}
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    with torch.random.fork_rng(devices=[]):
-        try:
-            model.train()
-            for parameter in gradients:
-                parameter.grad = None
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
-            with torch.no_grad():
-                for buffer, before in buffers.items():
-                    buffer.copy_(before)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class Pipeline:
         example: one minibatch of inputs, as large as they will get; only shape and dtype are used.
         plan: a Plan, the file of one, or a number of stages to cut the model into evenly (by
             counted floating-point operations: the same cut on every machine).
+        leaves: module classes that torch.fx cannot look into and is to keep whole.
         seed: order of the data and dropout masks depend on it and on nothing else.
         stall_limit_s: seconds a rank waits for another before it says for whom, and stops.
         trace: whether `last_trace` is to be had.
@@ -76,12 +77,13 @@ class Pipeline:
         optimizer: OptimizerFactory,
         example: torch.Tensor,
         plan: Plan | str | Path | int,
+        leaves: Sequence[type[nn.Module]] = (),
         seed: int = 0,
         stall_limit_s: float = 300.0,
         trace: bool = False,
     ) -> None:
         self.world: World = join()
-        graph = capture(model, example)
+        graph = capture(model, example, leaves)
         self.plan = resolve(plan, graph)
         name = str(plan) if isinstance(plan, str | Path) else "the plan"
         cuts = cuts_of(self.plan, graph, name)

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from pipedream_hpc.core import load_memory
+from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import OptimizerFactory
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ class WeightStash:
         self._trained = [index for index, slot in enumerate(self._slots) if slot.trained]
         self._cursors = [nn.Parameter(self._leaves[0][index].data) for index in self._trained]
         self.optimizer = optimizer(self._cursors) if self._cursors else None
+        if self._cursors and not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise PipedreamError(
+                f"optimizer(parameters) returned {type(self.optimizer).__name__}; it should return a "
+                "torch.optim.Optimizer, as functools.partial(torch.optim.SGD, lr=0.1) does"
+            )
 
     @property
     def version(self) -> int:

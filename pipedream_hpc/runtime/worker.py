@@ -198,12 +198,20 @@ class Worker:
         if self._training:
             self._check_version(self.stash.acquire(action.minibatch), action)
         self._current = self._minibatch_base + action.minibatch
+        # Whatever else is random in the stage does not depend on what this process did before.
+        torch.manual_seed(seed_for(self._seed, self._current, self.stage))
         with torch.set_grad_enabled(self._training):
             entry = live.entry
             output = self.module(enter(entry) if self._rewrites_input and entry.requires_grad else entry)
             if self.ports.activation_out is None:
                 samples = output.shape[0]
                 output = self._score(output, self._feed.target(action.minibatch))
+                if output.dim() != 0:
+                    what = "loss" if self._training else "metric"
+                    raise PipedreamError(
+                        f"the {what} should be one number, the mean over the minibatch, but has shape "
+                        f"{tuple(output.shape)}: take its mean (reduction='mean')"
+                    )
                 self.tally.add(output.detach(), samples)
         live.output = output
         if not self._training and self.ports.activation_out is None:
@@ -286,7 +294,9 @@ class Worker:
 
         self._current = 0
         for name, module in self.module.named_modules():
-            if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+            # Recurrent and attention layers keep their dropout as a number.
+            number = getattr(module, "dropout", None)
+            if isinstance(module, torch.nn.modules.dropout._DropoutNd) or (isinstance(number, float) and number > 0):
                 module.register_forward_pre_hook(seeder(name))
 
 

@@ -26,6 +26,7 @@ def main() -> None:
         optimizer=chains.OPTIMIZERS[wanted["optimizer"]],
         example=chains.example(),
         plan=wanted["stages"],
+        leaves=[chains.Functional],
         trace=True,
         stall_limit_s=30,
     )

@@ -1,0 +1,31 @@
+"""Run a model to learn about it, and leave no trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run the block in training mode, then put back what it moved: mode, gradients, buffers, RNG."""
+    modes = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model.train()
+            for parameter in gradients:
+                parameter.grad = None
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            with torch.no_grad():
+                for buffer, before in buffers.items():
+                    buffer.copy_(before)

@@ -1,0 +1,155 @@
+"""Which models can be captured, how they fall into layers, and what is said of the others."""
+
+from __future__ import annotations
+
+import chains
+import pytest
+import torch
+from torch import nn
+
+from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.cut import check_ties, enter, stage_module
+from pipedream_hpc.model.profiler import count, measure
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.second(torch.relu(self.first(x))))
+
+
+class Branching(nn.Module):
+    """Control flow on values, which torch.fx cannot look into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) if x.sum() > 0 else x
+
+
+class Scaled(nn.Module):
+    """Weights used by name, twice, and a reshape that asks for the batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.last = nn.Parameter(torch.full((1,), 2.0)), nn.Linear(12, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.view(x.size(0), -1) * self.scale
+        return self.last(x) * self.scale
+
+
+def names(model: nn.Module) -> list[str]:
+    return [layer.name for layer in capture(model, chains.example()).layers]
+
+
+def test_a_chain_has_one_layer_per_module() -> None:
+    assert names(nn.Sequential(nn.Linear(12, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4)))) == ["0", "1", "2.0"]
+
+
+def test_what_stands_between_two_single_tensors_is_one_layer() -> None:
+    graph = capture(nn.Sequential(Residual(12), Residual(12)), chains.example())
+    assert [layer.name for layer in graph.layers] == ["0", "relu_1", "1", "relu_3"]
+    assert graph.layers[0].kind == "Residual"
+    assert graph.layers[0].parameters == ("0.first.weight", "0.first.bias", "0.second.weight", "0.second.bias")
+    assert graph.layers[0].parameter_bytes == 4 * 2 * (12 * 12 + 12)
+
+
+def test_a_module_called_twice_is_two_layers_of_the_same_weights() -> None:
+    shared = nn.Linear(12, 12)
+    model = nn.Sequential(shared, nn.Tanh(), shared)
+    graph = capture(model, chains.example())
+    assert [layer.name for layer in graph.layers] == ["0", "1", "0@2"]
+    check_ties(graph, [(0, 3)])
+    with pytest.raises(
+        PipedreamError, match=r"parameter '0.weight' is used by layer '0' in stage 0 and by layer '0@2'"
+    ):
+        check_ties(graph, [(0, 2), (2, 3)])
+
+
+def test_weights_used_by_name_and_reshapes() -> None:
+    model = Scaled()
+    graph = capture(model, chains.example())
+    assert [layer.name for layer in graph.layers] == ["view", "mul", "last", "mul_1"]
+    inputs = torch.randn(8, 12)
+    front, back = stage_module(graph, 0, 2), stage_module(graph, 2, 4)
+    assert torch.equal(back(front(inputs)), model(inputs))
+    assert sorted(name for name, _ in back.named_parameters()) == ["last.bias", "last.weight", "scale"]
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = chains.rich_model()
+    example = torch.randn(8, 12)
+    before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    graph = capture(model, example)
+    measure(graph, example, minibatches=2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_stage_may_write_into_its_input() -> None:
+    stage = stage_module(capture(nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True)), chains.example()), 0, 2)
+    assert stage.meta["rewrites_input"]
+    leaf = torch.tensor([[-1.0, 2.0]], requires_grad=True)
+    stage(enter(leaf)).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [[0.0, 1.0]]
+
+
+def test_counting_is_the_same_at_every_call_and_knows_what_is_dear() -> None:
+    first, second = (count(capture(chains.rich_model(), chains.example())) for _ in range(2))
+    assert first == second
+    times = {layer.name: layer.forward_s for layer in first.layers}
+    assert times["4"] > times["3"] > 0  # a convolution beside a ReLU
+
+
+def test_a_profile_has_shapes_bytes_and_positive_times() -> None:
+    graph = capture(chains.plain_model(), chains.example())
+    profile = measure(graph, torch.randn(8, 12), minibatches=3, model="plain")
+    linear = profile.layers[0]
+    assert (linear.output_shape, linear.output_dtype, linear.output_bytes) == ((8, 16), "float32", 8 * 16 * 4)
+    assert linear.parameter_bytes == 4 * (12 * 16 + 16)
+    assert linear.stash_bytes == 8 * 12 * 4  # its input, for the weight's gradient
+    assert all(layer.forward_s > 0 and layer.backward_s > 0 for layer in profile.layers)
+
+
+def test_modules_that_cannot_be_looked_into_are_named_and_can_be_kept_whole() -> None:
+    model = nn.Sequential(nn.Linear(12, 12), Branching(), nn.Linear(12, 5))
+    words = r"tracing stopped in module '1' \(Branching\): .*Pipeline\(\.\.\., leaves=\[its class\]\)"
+    with pytest.raises(PipedreamError, match=words):
+        capture(model, chains.example())
+    assert [layer.name for layer in capture(model, chains.example(), leaves=[Branching]).layers] == ["0", "1", "2"]
+
+
+class TwoInputs(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
+class Tupled(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x + 1
+
+
+def test_one_tensor_in_one_tensor_out() -> None:
+    with pytest.raises(PipedreamError, match=r"TwoInputs\.forward takes 2 inputs \(x, y\)"):
+        capture(TwoInputs(), chains.example())
+    with pytest.raises(PipedreamError, match=r"Tupled\.forward returns tuple; a pipeline ends in one tensor"):
+        capture(Tupled(), chains.example())
+
+
+def test_an_example_that_does_not_fit() -> None:
+    with pytest.raises(PipedreamError, match=r"does not take the example input of shape \(2, 9\) and dtype float32"):
+        capture(nn.Linear(8, 8), torch.zeros(2, 9))
+    graph = capture(nn.Linear(8, 8), torch.zeros(2, 8))
+    with pytest.raises(PipedreamError, match=r"the example has shape \(3, 8\)"):
+        measure(graph, torch.zeros(3, 8))
+    with pytest.raises(PipedreamError, match="should be at least 1, not 0"):
+        measure(graph, torch.zeros(2, 8), minibatches=0)
