@@ -18,8 +18,22 @@ def load_memory() -> ModuleType:
     Raises:
         PipedreamError: the package was not built.
     """
+    return _load("_memory")
+
+
+@cache
+def load_solver() -> ModuleType:
+    """The inner loop of the partition solver; needs neither MPI nor a GPU.
+
+    Raises:
+        PipedreamError: the package was not built.
+    """
+    return _load("_solver")
+
+
+def _load(name: str) -> ModuleType:
     try:
-        return import_module("pipedream_hpc._memory")
+        return import_module(f"pipedream_hpc.{name}")
     except ImportError as error:
         raise PipedreamError(f"the compiled part of pipedream_hpc is missing ({error}): pip install .") from None
 

@@ -17,7 +17,9 @@ def trace(picture: str, layout: tuple[tuple[int, ...], ...] | None = None) -> Tr
     (all-reduce) and U(pdate) without, `.` for nothing; equal neighbours are one action. Without a
     layout there is one rank per stage.
     """
-    spans, ranks = [], []
+    spans: list[Span] = []
+    ranks: list[int] = []
+    found = None if layout is None else {rank: stage for stage, members in enumerate(layout) for rank in members}
     for line in picture.strip().splitlines():
         _, rank, *cells = line.split()
         ranks.append(int(rank))
@@ -27,7 +29,8 @@ def trace(picture: str, layout: tuple[tuple[int, ...], ...] | None = None) -> Tr
             if cell != ".":
                 number = int(cell[1:]) if cell[1:] else -1
                 start, end = column * 1e-3, (column + width) * 1e-3
-                spans.append(Span(int(rank), KINDS[cell[0]], number, 0, start, end))
+                stage = len(ranks) - 1 if found is None else found[int(rank)]
+                spans.append(Span(int(rank), stage, KINDS[cell[0]], number, 0, start, end))
             column += width
     minibatches = 1 + max(span.minibatch for span in spans)
     return Trace("measured", layout or tuple((rank,) for rank in ranks), minibatches, tuple(spans))
@@ -59,3 +62,21 @@ def plan(*replicas: int, forward_s: float = 1e-3, backward_s: float = 2e-3) -> P
     total_s = (forward_s + backward_s) * len(replicas)
     slowest_s = max(stage.compute_s for stage in stages)
     return Plan("net", 32, "1f1b", "paper2018", tuple(stages), slowest_s, total_s)
+
+
+def timeline(trace: Trace) -> list[str]:
+    """A simulated trace of whole seconds as lanes: what each rank computes in every second.
+
+    A rank's second stage is written in small letters; updates and reductions take no time here.
+    """
+    lanes = []
+    for rank, stages in sorted(trace.stages_of.items()):
+        cells: dict[int, str] = {}
+        for span in trace.spans:
+            if span.rank == rank and span.kind in ("forward", "backward"):
+                letter = span.kind[0].upper() if span.stage == stages[0] else span.kind[0]
+                for second in range(round(span.start_s), round(span.end_s)):
+                    assert second not in cells, "one thing at a time"
+                    cells[second] = f"{letter}{span.minibatch}"
+        lanes.append(" ".join(cells.get(second, ". ") for second in range(1 + max(cells, default=-1))))
+    return lanes

@@ -67,13 +67,39 @@ def test_arguments_behind_two_dashes_are_the_jobs(pipedream: Command) -> None:
 
 def test_partition(planned: Command) -> None:
     plan = load(Plan, "plan.json")
-    assert (plan.ranks, plan.straight, plan.cost) == (2, True, "paper2018")
+    assert (plan.ranks, plan.straight, plan.cost) == (2, True, "ring")
 
 
-def test_partition_prints_the_plan_for_programs(profiled: Command) -> None:
-    output = profiled("partition", "profile.json", "--devices", 2, "--bandwidth", 1e9, "--json", "-o", "p.json")
-    assert json.loads(output) == json.loads(Path("p.json").read_text())
-    assert json.loads(output)["format"] == "pipedream-plan"
+def test_partition_prints_every_figure_for_programs(profiled: Command) -> None:
+    words = ("--devices", "2x2", "--bandwidth", "1e9,1e8", "--latency", "1e-6,1e-5", "--memory", "1e9")
+    figures = json.loads(profiled("partition", "profile.json", *words, "--json", "-o", "p.json"))
+    plan = load(Plan, "p.json")
+    assert figures["bottleneck_s"] == plan.bottleneck_s
+    assert figures["throughput"] == pytest.approx(1 / plan.bottleneck_s)
+    assert figures["samples_per_s"] == pytest.approx(8 / plan.bottleneck_s)
+    assert figures["speedup_vs_one"] == pytest.approx(plan.single_device_s / plan.bottleneck_s)
+    assert figures["speedup_vs_dp"] >= 1
+    assert sum(stage["replicas"] for stage in figures["stages"]) == 4
+    for stage, planned in zip(figures["stages"], plan.stages, strict=True):
+        assert stage["layers"] == list(planned.layers)
+        assert stage["ranks"] == list(planned.ranks)
+        assert {"compute_s", "sync_s", "boundary_s", "in_flight", "limit"} <= set(stage)
+        parts = ("weights", "gradients", "optimizer", "activations", "slots")
+        assert stage["memory_bytes"]["total"] == sum(stage["memory_bytes"][part] for part in parts)
+
+
+def test_partition_what_if(profiled: Command) -> None:
+    words = ("--devices", 4, "--preset", "ethernet-10g", "--batch", 16, "--compute-scale", 2)
+    output = profiled("partition", "profile.json", *words, "--what-if", "--plot", "what-if.png")
+    assert "the profile was scaled: minibatch 8 to 16, compute x2" in output
+    header = next(line for line in output.splitlines() if "devices" in line and "Gb/s" in line)
+    assert [word for word in header.split() if word[0].isdigit()] == ["1", "10", "25", "100"]
+    assert Path("what-if.png").read_bytes().startswith(b"\x89PNG")
+    figures = json.loads(profiled("partition", "profile.json", *words, "--what-if", "--json"))
+    assert [case["devices"] for case in figures["what_if"]] == [1] * 4 + [2] * 4 + [4] * 4
+    by_bandwidth = [case["bottleneck_s"] for case in figures["what_if"]][-4:]
+    assert by_bandwidth == sorted(by_bandwidth, reverse=True)
+    assert load(Plan, "plan.json").minibatch == 16
 
 
 def test_simulate_and_trace(planned: Command) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 
-from pipedream_hpc.cluster.probe import MOST_PAIRS, SIZES, fit, group, measure, pairs_across, pairs_within
+from pipedream_hpc.cluster.fit import fit
+from pipedream_hpc.cluster.probe import MOST_PAIRS, SIZES, group, measure, pairs_across, pairs_within
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import load
@@ -27,6 +29,41 @@ def test_small_messages_count_as_much_as_large_ones() -> None:
     latency_s, bandwidth = fit(SIZES, times)
     assert latency_s == pytest.approx(1e-6, rel=0.2)
     assert bandwidth == pytest.approx(1e9, rel=0.2)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_link_is_recovered_through_noise(seed: int) -> None:
+    noise = np.random.default_rng(seed).uniform(0.9, 1.1, len(SIZES))
+    times = [(3e-5 + size / 1.25e9) * late for size, late in zip(SIZES, noise, strict=True)]
+    assert fit(SIZES, times) == pytest.approx((3e-5, 1.25e9), rel=0.15)
+
+
+@pytest.mark.parametrize("largest", [1 << 24, 1 << 25, 1 << 26])
+@pytest.mark.parametrize("burst", [500_000, 2_000_000])
+def test_the_rate_that_lasts_is_found_behind_a_burst(burst: int, largest: int) -> None:
+    # A token bucket of 1 Gbit/s on a wire of 10: what fits in the bucket goes at the wire's rate.
+    #
+    #   seconds │       ╱  1 Gbit/s
+    #           │    ╱
+    #           │__╱───── bucket empty
+    #           └──────── bytes
+    sizes = [size for size in SIZES if size <= largest]
+    times = [2e-5 + min(size, burst) / 1.25e9 + max(size - burst, 0) / 125e6 for size in sizes]
+    latency_s, bandwidth = fit(sizes, times)
+    assert bandwidth == pytest.approx(125e6, rel=0.05)
+    assert latency_s == pytest.approx(2e-5, rel=0.2)
+
+
+def test_times_of_a_shaped_link() -> None:
+    # Measured: half a round trip over TCP on a link with a token bucket of 1 Gbit/s, 500 kB; iperf3
+    # counts 957 Mbit/s on it. A fit up to 4 MiB gave more than twice the rate that lasts.
+    times = [
+        *(1.325e-5, 1.330e-5, 1.434e-5, 1.674e-5, 2.150e-5, 1.334e-4, 2.732e-4, 5.484e-4, 1.097e-3, 2.195e-3),
+        *(4.925e-3, 1.373e-2, 3.155e-2, 6.647e-2, 1.3655e-1, 2.7717e-1),
+    ]
+    latency_s, bandwidth = fit(SIZES[: len(times)], times)
+    assert bandwidth == pytest.approx(957e6 / 8, rel=0.02)
+    assert latency_s == pytest.approx(1.3e-5, rel=0.1)
 
 
 @pytest.mark.parametrize("times", [[1e-5] * len(SIZES), [size / 1e10 for size in reversed(SIZES)]])
@@ -80,7 +117,15 @@ def test_four_ranks_of_this_machine(tmp_path: Path) -> None:
     # Shared memory: less than a hundredth of a second, more than a megabyte per second.
     assert level.latency_s < 1e-2
     assert level.bandwidth > 1e6
+    assert level.reduce_latency_s is not None
+    assert 0 <= level.reduce_latency_s < 1e-1
+    assert level.reduce_bandwidth is not None
+    assert level.reduce_bandwidth > 1e6
     assert topology.device_memory_bytes
+    assert len(topology.devices_of) == 4
+    assert all(topology.devices_of)
+    assert f"hosts: 4 x {topology.hosts[0]}" in finished.output
+    assert f"devices: 4 x {topology.devices_of[0]}" in finished.output
     assert finished.output.count("written to") == 1
     assert "\x1b" not in finished.output
 
@@ -93,11 +138,29 @@ def test_two_hosts_make_two_levels() -> None:
         "from pipedream_hpc.cluster.world import join\n"
         "world = join()\n"
         "topology = measure(dataclasses.replace(world, host='aabb'[world.rank]), repeats=2)\n"
-        "same = len(set(world.comm.allgather(topology))) == 1\n"
+        "same = len(set(world.comm.allgather(topology))) == 1 and all(x.reduce_bandwidth for x in topology.levels)\n"
         "if world.is_root: print(same, [(x.name, x.count) for x in topology.levels], topology.hosts)\n"
     )
     finished = ranks.mpirun(4, sys.executable, "-c", script, timeout=120)
     assert finished.output.strip() == "True [('node', 2), ('network', 2)] ('a', 'a', 'b', 'b')"
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_the_ring_sums_every_part(size: int) -> None:
+    # Arrays shorter than the ring leave parts empty.
+    script = (
+        "import numpy as np\n"
+        "from pipedream_hpc.cluster.probe import _ring\n"
+        "from pipedream_hpc.cluster.world import join\n"
+        "world = join()\n"
+        "for length in (0, 1, 4, 1000):\n"
+        "    array = np.arange(length, dtype=np.float32) + world.rank\n"
+        "    _ring(world.comm, array)\n"
+        "    ranks = world.size\n"
+        "    assert (array == ranks * np.arange(length) + ranks * (ranks - 1) // 2).all(), array\n"
+        "if world.is_root: print('sums')\n"
+    )
+    assert ranks.mpirun(size, sys.executable, "-c", script, timeout=60).output.strip() == "sums"
 
 
 def test_hosts_with_unlike_numbers_of_ranks_end_in_one_sentence() -> None:

@@ -16,7 +16,7 @@ from pipedream_hpc.files import load, save
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.profiler import count
 from pipedream_hpc.planning.plan import Plan
-from pipedream_hpc.planning.solver import solve
+from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.topology import Level, Topology
 from pipedream_hpc.runtime.pipeline import Pipeline
 
@@ -29,7 +29,7 @@ def flat(devices: int) -> Topology:
 
 def plan_file(folder: Path, model: nn.Module, devices: int, *, straight: bool = True) -> Path:
     path = folder / "plan.json"
-    save(solve(count(capture(model, chains.example())), flat(devices), straight=straight), path)
+    save(solve(count(capture(model, chains.example())), flat(devices), Request(straight=straight)), path)
     return path
 
 

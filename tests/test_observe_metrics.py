@@ -20,7 +20,7 @@ def test_where_the_time_of_each_rank_went() -> None:
     )
     ms = {kind: round(seconds * 1e3) for kind, seconds in first.seconds.items()}
     assert ms == {"forward": 2, "backward": 4, "receive": 2, "send": 2, "reduce": 0, "update": 2, "idle": 0}
-    assert (last.rank, last.stage) == (1, 1)
+    assert (last.rank, last.stages) == (1, (1,))
     # Before its first minibatch came and after its last one went, rank 1 was part of the run too.
     assert last.seconds["idle"] == pytest.approx(4e-3)
     assert last.span_s == pytest.approx(12e-3)

@@ -24,7 +24,7 @@ TWO_RANKS = """
 NANOSECONDS = st.integers(0, 10**15)
 SPANS = st.builds(
     lambda rank, kind, minibatch, version, start_ns, length_ns: Span(
-        rank, kind, minibatch, version, start_ns / 1e9, (start_ns + length_ns) / 1e9
+        rank, rank, kind, minibatch, version, start_ns / 1e9, (start_ns + length_ns) / 1e9
     ),
     st.sampled_from([0, 1]),
     st.sampled_from(list(pictures.KINDS.values())),
@@ -85,7 +85,8 @@ def spoil(content: dict[str, Any], *path: Any, value: Any) -> dict[str, Any]:
         (("traceEvents", -1, "ph"), "B", "should be a complete event"),
         (("traceEvents", -1, "tid"), 7, "an event has tid 7, but the layout has no such rank"),
         (("traceEvents", -1, "cat"), "nap", "kind'"),
-        (("traceEvents", -1, "args"), None, "minibatch'"),
+        (("traceEvents", -1, "args"), None, "stage'"),
+        (("traceEvents", -1, "args", "stage"), 0, "an event of rank 1 is of stage 0, which the layout gives to other"),
         (("traceEvents", -1, "args", "version"), "newest", "version'"),
         (("traceEvents", -1, "ts"), "noon", ".ts: should be a number of microseconds but is 'noon'"),
         (("traceEvents", -1, "ts"), float("nan"), ".ts: should be a number of microseconds but is nan"),

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import Document, atomic_write, load, save
+from pipedream_hpc.observe import explain
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.profile import LayerProfile, Profile
-from pipedream_hpc.planning.solver import solve
+from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.topology import Level, Topology
 
 LAYERS = (
@@ -23,7 +24,7 @@ LAYERS = (
 )
 PROFILE = Profile("net", "cpu", 4, LAYERS, ((0, 1),))
 TOPOLOGY = Topology((Level("node", 2, 1e-6, 1e9),), "cpu", 1 << 30, ("a", "a"))
-PLAN = solve(PROFILE, TOPOLOGY, straight=True)
+PLAN = solve(PROFILE, TOPOLOGY, Request(straight=True))
 NOUNS: dict[type[Any], Any] = {Profile: PROFILE, Topology: TOPOLOGY, Plan: PLAN}
 
 
@@ -104,9 +105,20 @@ def test_any_value_anywhere_is_taken_or_refused_in_a_sentence(
         place = place[key]
     path.write_text(json.dumps(content))
     try:
-        load(cls, path)
+        use(load(cls, path))
     except PipedreamError as error:
         assert "\n" not in str(error)
+
+
+def use(noun: Profile | Topology | Plan) -> None:
+    """What people do with such a file."""
+    if isinstance(noun, Plan):
+        explain.report(noun)
+        explain.stages_table(noun)
+        explain.sentences(noun)
+    else:
+        profile, topology = (noun, TOPOLOGY) if isinstance(noun, Profile) else (PROFILE, noun)
+        use(solve(profile, topology, Request(fewer=True)))
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -1,101 +1,366 @@
-"""The solver against exhaustive search: every way to cut, every way to replicate."""
+"""The solver against exhaustive search: every way to cut, replicate and place, priced by hand."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from itertools import combinations, pairwise
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.planning.cost import NAMES, formula
+from pipedream_hpc.planning.memory import MemoryRule
+from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.profile import LayerProfile, Profile
-from pipedream_hpc.planning.solver import solve
+from pipedream_hpc.planning.solver import Request, exact, search, solve
+from pipedream_hpc.planning.solver.cuts import cuts_of
+from pipedream_hpc.planning.solver.placement import Row, rows_of
+from pipedream_hpc.planning.solver.problem import Problem
 from pipedream_hpc.planning.topology import Level, Topology
+
+CLOSE = {"rel": 1e-9, "abs": 1e-15}
 
 
 def flat(devices: int, bandwidth: float) -> Topology:
     return Topology((Level("network", devices, 0.0, bandwidth),), device="test")
 
 
-def chain(layers: list[tuple[float, float, int, int]]) -> Profile:
-    """A chain of layers (forward_s, backward_s, output_bytes, parameter_bytes)."""
+def dag(layers: list[tuple[float, float, int, int, int]], edges: list[tuple[int, int]]) -> Profile:
+    """Layers (forward_s, backward_s, output_bytes, parameter_bytes, stash_bytes)."""
     made = tuple(LayerProfile(f"l{i}", "Test", *layer) for i, layer in enumerate(layers))
-    return Profile("test", "test", 1, made, tuple((i, i + 1) for i in range(len(made) - 1)))
+    return Profile("test", "test", 1, made, tuple(sorted(edges)))
 
 
-def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
-    """All ways to write `total` as an ordered sum of `parts` positive numbers."""
-    for bars in combinations(range(1, total), parts - 1):
-        marks = (0, *bars, total)
-        yield tuple(b - a for a, b in pairwise(marks))
+def chain(layers: list[tuple[float, float, int, int, int]]) -> Profile:
+    return dag(layers, [(i, i + 1) for i in range(len(layers) - 1)])
 
 
-def slowest(profile: Profile, sizes: tuple[int, ...], replicas: tuple[int, ...], b: float, factor: int) -> float:
-    """Time of the slowest stage or boundary, written as plainly as the paper has it."""
-    worst, first = 0.0, 0
-    for size, m in zip(sizes, replicas, strict=True):
-        layers = profile.layers[first : first + size]
-        compute = sum(layer.forward_s + layer.backward_s for layer in layers)
-        sync = sum(factor * (m - 1) * layer.parameter_bytes / (m * b) for layer in layers)
-        worst = max(worst, max(compute, sync) / m)
-        first += size
-        if first < len(profile.layers):
-            worst = max(worst, 2 * layers[-1].output_bytes / b)
-    return worst
+# ------------------------------------------------------------------ the plain way
 
 
-def exhaustive(profile: Profile, devices: int, b: float, factor: int, *, straight: bool) -> float:
-    n = len(profile.layers)
-    return min(
-        slowest(profile, sizes, replicas, b, factor)
-        for stages in range(1, min(n, devices) + 1)
-        for sizes in compositions(n, stages)
-        for replicas in compositions(devices, stages)
-        if not straight or set(replicas) == {1}
-    )
+@dataclass(frozen=True)
+class Stage:
+    """Layers, and devices of the first row."""
 
+    layers: frozenset[int]
+    devices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plainly:
+    """Prices as the table in planning/cost.py and the sketch in planning/memory.py have them, with sets and loops."""
+
+    profile: Profile
+    topology: Topology
+    cost: str
+    copies: int  # rows side by side
+    limit: int | None = None
+
+    def consumers(self, layer: int) -> set[int]:
+        return {b for a, b in self.profile.edges if a == layer}
+
+    def ancestors(self, layer: int) -> set[int]:
+        direct = {a for a, b in self.profile.edges if b == layer}
+        return direct | {x for each in direct for x in self.ancestors(each)}
+
+    def crossing(self, before: frozenset[int]) -> int:
+        """Bytes over the cut behind the layers `before`."""
+        everything = set(range(len(self.profile.layers)))
+        if not before or before == everything:
+            return 0
+        if self.cost in ("paper2018", "reference_code"):
+            counted = set()
+            for last in (x for x in before if not self.consumers(x) & before):
+                counted |= {last}
+                for x in self.ancestors(last):
+                    if self.consumers(x) - self.ancestors(last) - {last}:
+                        counted |= {x}
+        else:
+            counted = {x for x in before if self.consumers(x) - before}
+        return sum(self.profile.layers[x].output_bytes for x in counted)
+
+    def sizes(self) -> list[int]:
+        """Devices in a component of each level, that of single devices first."""
+        return list(itertools.accumulate([1, *(level.count for level in self.topology.levels)], lambda a, b: a * b))
+
+    def spans(self, devices: tuple[int, ...]) -> list[int]:
+        row = self.topology.devices // self.copies
+        everywhere = [copy * row + device for copy in range(self.copies) for device in devices]
+        spans = []
+        for inner, outer in itertools.pairwise(self.sizes()):
+            used = {d // inner for d in everywhere}
+            spans.append(max(sum(x * inner // outer == y for x in used) for y in {d // outer for d in everywhere}))
+        return spans
+
+    def round_s(self, size: int, devices: tuple[int, ...]) -> float:
+        factor = 2 if self.cost.startswith("ring") else 4
+        return sum(
+            factor * (n - 1) * (level.latency_s + size / (n * level.bandwidth))
+            for n, level in zip(self.spans(devices), self.topology.levels, strict=True)
+        )
+
+    def side_s(self, size: int, devices: tuple[int, ...], nearest: int) -> float:
+        """A boundary as the stage on one side is charged for it."""
+        if size == 0:
+            return 0.0
+        worst = 0.0
+        for (inner, outer), level in zip(itertools.pairwise(self.sizes()), self.topology.levels, strict=True):
+            if outer > self.topology.devices // self.copies:
+                continue  # rows keep to themselves
+            within = [d for d in devices if d // outer == nearest // outer]
+            near = [d for d in within if d // inner == nearest // inner]
+            if near:
+                most = len(within) - len(near)
+            else:
+                most = max((sum(d // inner == x for d in within) for x in {d // inner for d in within}), default=0)
+            share = most / len(devices) / self.copies
+            if self.cost == "paper2018":
+                share = float(share > 0)
+            worst = max(worst, 2 * (level.latency_s + size / level.bandwidth) * share)
+        return worst
+
+    def price(self, stages: list[Stage], recompute: bool = False) -> float:
+        """The slowest stage or boundary; infinite if a stage does not fit."""
+        worst, before = 0.0, frozenset[int]()
+        behind = sum(len(stage.devices) for stage in stages)
+        for index, stage in enumerate(stages):
+            layers = [self.profile.layers[x] for x in stage.layers]
+            replicas = len(stage.devices) * self.copies
+            compute = sum(x.forward_s * (2 if recompute else 1) + x.backward_s for x in layers) / replicas
+            sync = self.round_s(sum(x.parameter_bytes for x in layers), stage.devices) / replicas
+            worst = max(worst, compute + sync if self.cost in ("ring-no-overlap", "reference_code") else compute, sync)
+            entering, before = self.crossing(before), before | stage.layers
+            leaving = self.crossing(before)
+            worst = max(worst, self.side_s(entering, stage.devices, stage.devices[0] - 1))
+            if index > 0 or self.cost != "reference_code":
+                worst = max(worst, self.side_s(leaving, stage.devices, stage.devices[-1] + 1))
+            behind -= len(stage.devices)
+            if self.limit is not None and self.memory(stage, behind, entering, leaving, recompute) > self.limit:
+                return np.inf
+        return worst
+
+    def memory(self, stage: Stage, behind: int, entering: int, leaving: int, recompute: bool = False) -> float:
+        """Momentum SGD with weight stashing."""
+        weights = sum(self.profile.layers[x].parameter_bytes for x in stage.layers)
+        stash = sum(self.profile.layers[x].stash_bytes for x in stage.layers)
+        in_flight = -(-behind // len(stage.devices)) + 1
+        kept = stash if recompute else in_flight * stash
+        return in_flight * weights + weights + weights + kept + (in_flight + 1) * entering + 2 * leaving
+
+
+def prefixes(profile: Profile) -> list[frozenset[int]]:
+    """All sets of layers that contain, with a layer, all that feeds it."""
+    count = len(profile.layers)
+    found = [
+        frozenset(chosen)
+        for size in range(count + 1)
+        for chosen in itertools.combinations(range(count), size)
+        if all(a in chosen for a, b in profile.edges if b in chosen)
+    ]
+    return sorted(found, key=len)
+
+
+def pipelines(sets: list[frozenset[int]], begin: frozenset[int], first: int, devices: int) -> Iterator[list[Stage]]:
+    """Every way to run what follows `begin` on devices first to devices - 1."""
+    everything = sets[-1]
+    for last in range(first + 1, devices + 1):
+        taken = tuple(range(first, last))
+        if last == devices:
+            yield [Stage(everything - begin, taken)]
+            continue
+        for end in sets:
+            if begin < end < everything:
+                for rest in pipelines(sets, end, last, devices):
+                    yield [Stage(end - begin, taken), *rest]
+
+
+def exhaustive(profile: Profile, topology: Topology, cost: str, limit: int | None = None, *, fewer: bool) -> float:
+    """The best price of all plans."""
+    sets, best = prefixes(profile), np.inf
+    counts = [level.count for level in topology.levels]
+    rows = {topology.devices, *(d for d in itertools.accumulate(counts, lambda a, b: a * b) if d > 1)}
+    for row in rows:
+        plainly = Plainly(profile, topology, cost, topology.devices // row, limit)
+        for unused in range(row) if fewer else (0,):
+            for stages in pipelines(sets, frozenset(), unused, row):
+                best = min(best, plainly.price(stages))
+    return best
+
+
+# ------------------------------------------------------------------ what is drawn
 
 seconds = st.floats(0, 10) | st.sampled_from([0.0, 1.0])
 size = st.integers(0, 1000)
-layer = st.tuples(seconds, seconds, size, size)
+layer = st.tuples(seconds, seconds, size, size, size)
 chains = st.lists(layer, min_size=1, max_size=8).map(chain)
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    profile=chains, devices=st.integers(1, 5), bandwidth=st.floats(10, 1e4), cost=st.sampled_from(["paper2018", "ring"])
-)
-def test_equals_exhaustive_search(profile: Profile, devices: int, bandwidth: float, cost: str) -> None:
-    factor = {"paper2018": 4, "ring": 2}[cost]
-    plan = solve(profile, flat(devices, bandwidth), cost=cost)
-    best = exhaustive(profile, devices, bandwidth, factor, straight=False)
-    assert plan.bottleneck_s == pytest.approx(best, rel=1e-12, abs=1e-15)
+@st.composite
+def dags(draw: st.DrawFn) -> Profile:
+    """A chain with branches: every layer hangs on one of the few before it, and some on one more."""
+    layers = draw(st.lists(layer, min_size=2, max_size=6))
+    edges = set()
+    for index in range(1, len(layers)):
+        edges.add((draw(st.integers(max(0, index - 2), index - 1)), index))
+        if draw(st.booleans()):
+            edges.add((draw(st.integers(0, index - 1)), index))
+    return dag(layers, list(edges))
+
+
+@st.composite
+def topologies(draw: st.DrawFn, most: int = 6) -> Topology:
+    two_levels = [(2, 2), (3, 2), (2, 3)] if most > 4 else [(2, 2)]
+    counts = draw(st.sampled_from([*((n,) for n in range(1, most + 1)), *two_levels]))
+    levels = (
+        Level(f"level{i}", count, draw(st.sampled_from([0.0, 0.0, 0.1])), draw(st.floats(10, 1e4)))
+        for i, count in enumerate(counts)
+    )
+    return Topology(tuple(levels), device="test")
+
+
+def stages_of(plan: Plan, profile: Profile, topology: Topology) -> tuple[list[Stage], int]:
+    """The plan's stages, and in how many rows they stand, as its ranks tell."""
+    index = {layer.name: position for position, layer in enumerate(profile.layers)}
+    for row in rows_of(topology):
+        if any(stage.replicas % row.copies for stage in plan.stages):
+            continue
+        widths = [stage.replicas // row.copies for stage in plan.stages]
+        unused = row.devices - sum(widths)
+        firsts = list(itertools.accumulate(widths, initial=unused))
+        stages = [
+            Stage(frozenset(index[name] for name in stage.layers), tuple(range(first, first + width)))
+            for stage, first, width in zip(plan.stages, firsts, widths, strict=False)
+        ]
+        used = row.devices - unused
+        in_order = [[c * used + d - unused for d in stage.devices for c in range(row.copies)] for stage in stages]
+        from_the_end = [[row.devices - 1 - d for d in stage.devices] for stage in stages]
+        if [list(stage.ranks) for stage in plan.stages] in (in_order, from_the_end):
+            return stages, row.copies
+    raise AssertionError("the ranks of the plan are no placement")
+
+
+# ------------------------------------------------------------------ equality
+
+
+@settings(max_examples=350, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(profile=chains, topology=topologies(), cost=st.sampled_from(NAMES), fewer=st.booleans())
+def test_chains_equal_exhaustive_search(profile: Profile, topology: Topology, cost: str, fewer: bool) -> None:
+    plan = solve(profile, topology, Request(cost=cost, fewer=fewer))
+    assert plan.bottleneck_s == pytest.approx(exhaustive(profile, topology, cost, fewer=fewer), **CLOSE)
+    assert plan.bound_s == pytest.approx(plan.bottleneck_s, **CLOSE)
+    assert fewer or plan.ranks == topology.devices
     # The plan returned is one that costs this, by the test's own arithmetic.
-    sizes, replicas = (tuple(len(s.layers) for s in plan.stages), tuple(s.replicas for s in plan.stages))
-    assert sum(replicas) == devices
-    assert [name for s in plan.stages for name in s.layers] == [each.name for each in profile.layers]
-    assert slowest(profile, sizes, replicas, bandwidth, factor) == pytest.approx(best, rel=1e-12, abs=1e-15)
+    stages, copies = stages_of(plan, profile, topology)
+    assert Plainly(profile, topology, cost, copies).price(stages) == pytest.approx(plan.bottleneck_s, **CLOSE)
 
 
-@settings(max_examples=200, deadline=None)
-@given(profile=chains, devices=st.integers(1, 5), bandwidth=st.floats(10, 1e4))
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(profile=dags(), topology=topologies(most=4), cost=st.sampled_from(NAMES))
+def test_branches_equal_exhaustive_search(profile: Profile, topology: Topology, cost: str) -> None:
+    plan = solve(profile, topology, Request(cost=cost))
+    assert plan.bottleneck_s == pytest.approx(exhaustive(profile, topology, cost, fewer=False), **CLOSE)
+    assert sorted(name for stage in plan.stages for name in stage.layers) == sorted(x.name for x in profile.layers)
+    stages, copies = stages_of(plan, profile, topology)
+    assert Plainly(profile, topology, cost, copies).price(stages) == pytest.approx(plan.bottleneck_s, **CLOSE)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    profile=st.one_of(st.lists(layer, min_size=1, max_size=7).map(chain), dags()),
+    topology=topologies(most=5),
+    cost=st.sampled_from(NAMES),
+    limit=st.integers(0, 30_000),
+)
+def test_memory_limits_equal_exhaustive_search(profile: Profile, topology: Topology, cost: str, limit: int) -> None:
+    best = exhaustive(profile, topology, cost, limit, fewer=False)
+    request = Request(cost=cost, memory_bytes=limit)
+    if np.isinf(best):
+        with pytest.raises(PipedreamError, match="the smallest that would do have") as refused:
+            solve(profile, topology, request)
+        smallest = int(str(refused.value).split("(--memory ")[1].split(")")[0])
+        solve(profile, topology, Request(cost=cost, memory_bytes=smallest))
+        if smallest > 0:
+            with pytest.raises(PipedreamError):
+                solve(profile, topology, Request(cost=cost, memory_bytes=smallest - 1))
+        return
+    plan = solve(profile, topology, request)
+    assert plan.bottleneck_s == pytest.approx(best, **CLOSE)
+    assert all(stage.memory is not None and stage.memory.total <= limit for stage in plan.stages)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    profile=st.one_of(chains, dags()),
+    topology=topologies(),
+    cost=st.sampled_from(NAMES),
+    limit=st.none() | st.integers(1000, 40_000),
+    recompute=st.sampled_from(["never", "auto", "always"]),
+)
+def test_the_search_for_large_problems(profile, topology, cost, limit, recompute) -> None:  # type: ignore[no-untyped-def]
+    for row in rows_of(topology):
+        problem = Problem(cuts_of(profile), row, formula(cost), MemoryRule(), limit, recompute, fewer=True)
+        best = exact.pipeline(problem)
+        found = search.pipeline(problem)
+        if found is None:
+            assert best is None or len(topology.levels) > 1
+            continue
+        assert best is not None
+        assert found.bound_s <= problem.price_of(best) * (1 + 1e-9) + 1e-12
+        assert found.time_s >= problem.price_of(best) * (1 - 1e-9)
+        if len(topology.levels) == 1:
+            assert found.time_s == pytest.approx(problem.price_of(best), rel=1e-8, abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(profile=chains, devices=st.integers(1, 6), bandwidth=st.floats(10, 1e4))
 def test_straight_equals_exhaustive_search(profile: Profile, devices: int, bandwidth: float) -> None:
     if devices > len(profile.layers):
         with pytest.raises(PipedreamError, match=f"{devices} stages were asked for"):
-            solve(profile, flat(devices, bandwidth), straight=True)
+            solve(profile, flat(devices, bandwidth), Request(straight=True))
         return
-    plan = solve(profile, flat(devices, bandwidth), straight=True)
+    plan = solve(profile, flat(devices, bandwidth), Request(straight=True))
     assert plan.config == "-".join("1" * devices)
-    best = exhaustive(profile, devices, bandwidth, 4, straight=True)
-    assert plan.bottleneck_s == pytest.approx(best, rel=1e-12, abs=1e-15)
+    plainly = Plainly(profile, flat(devices, bandwidth), "ring", 1)
+    straight = (
+        stages
+        for stages in pipelines(prefixes(profile), frozenset(), 0, devices)
+        if all(len(stage.devices) == 1 for stage in stages)
+    )
+    assert plan.bottleneck_s == pytest.approx(min(plainly.price(stages) for stages in straight), **CLOSE)
+
+
+# ------------------------------------------------------------------ more can only help
+
+
+@settings(max_examples=60, deadline=None)
+@given(profile=st.one_of(chains, dags()), cost=st.sampled_from(NAMES), bandwidth=st.floats(10, 1e4))
+def test_monotone(profile: Profile, cost: str, bandwidth: float) -> None:
+    def seconds(devices: int, speed: float, limit: int | None = None) -> float:
+        request = Request(cost=cost, fewer=True, memory_bytes=limit)
+        try:
+            return solve(profile, flat(devices, speed), request).bottleneck_s
+        except PipedreamError:
+            return np.inf
+
+    def falls(values: list[float]) -> bool:
+        return all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(values))
+
+    assert falls([seconds(devices, bandwidth) for devices in range(1, 7)])
+    assert falls([seconds(4, bandwidth * factor) for factor in (1, 2, 5, 100)])
+    assert falls([seconds(4, bandwidth, limit) for limit in (2_000, 5_000, 10_000, 50_000)])
+
+
+# ------------------------------------------------------------------ known plans
 
 
 def test_in_flight_and_limits_of_a_known_plan() -> None:
-    #          fast front, costly to synchronise nothing   | heavy weights behind
-    profile = chain([(1.0, 2.0, 10, 0), (1.0, 2.0, 10, 0), (0.5, 1.0, 1, 10_000_000)])
-    plan = solve(profile, flat(4, 1e6))
+    #          fast front, costs nothing to synchronise    | heavy weights behind
+    profile = chain([(1.0, 2.0, 10, 0, 5), (1.0, 2.0, 10, 0, 5), (0.5, 1.0, 1, 10_000_000, 5)])
+    plan = solve(profile, flat(4, 1e6), Request(cost="paper2018"))
     assert plan.config == "3-1"
     front, back = plan.stages
     assert front.layers == ("l0", "l1")
@@ -106,22 +371,131 @@ def test_in_flight_and_limits_of_a_known_plan() -> None:
     assert plan.bottleneck_s == pytest.approx(2.0)
     assert (front.limit, back.limit) == ("compute", "compute")
     assert plan.layout == ((0, 1, 2), (3,))
+    assert front.memory is not None
+    assert back.memory is not None
+    #      versions |w|  gradient  momentum    activations  slots: received, gradients
+    assert front.memory.total == 0 + 0 + 0 + 2 * 10 + (0 + 2 * 10)
+    assert back.memory.total == 10_000_000 * 3 + 5 + 2 * 10
+
+
+def test_15_1_on_four_nodes_of_four() -> None:
+    # The last layer's weights are too heavy to synchronise, the rest is divided evenly among 15.
+    profile = chain([(1.0, 2.0, 10, 10, 0)] * 15 + [(1.0, 2.0, 10, 10**11, 0)])
+    nodes = Topology((Level("node", 4, 0.0, 1e9), Level("network", 4, 0.0, 1e7)), device="test")
+    plan = solve(profile, nodes)
+    assert plan.config == "15-1"
+    assert plan.layout == (tuple(range(15)), (15,))
+
+
+def test_boundaries_stay_inside_nodes() -> None:
+    # Too large for one device, activations too heavy for the network: a pipeline in every node, its
+    # two stages replicated over the nodes.
+    #   node 0: stage 0 on rank 0, stage 1 on rank 1;  node 1: ranks 2 and 3; ...
+    profile = chain([(1.0, 2.0, 10**6, 100, 10)] * 2)
+    nodes = Topology((Level("node", 2, 0.0, 1e9), Level("network", 3, 0.0, 1e5)), device="test")
+    plan = solve(profile, nodes)
+    assert plan.config == "6"
+    limited = solve(profile, nodes, Request(memory_bytes=5_000_000))
+    assert limited.config == "6"
+    split = solve(profile, nodes, Request(cut_behind=["l0"]))
+    assert split.layout == ((0, 2, 4), (1, 3, 5))
+    assert split.stages[0].boundary_s == pytest.approx(2 * 10**6 / 1e9 / 3)
 
 
 def test_equal_plans_prefer_fewer_stages() -> None:
-    assert solve(chain([(0.0, 0.0, 0, 0)] * 5), flat(4, 1.0)).config == "4"
+    assert solve(chain([(0.0, 0.0, 0, 0, 0)] * 5), flat(4, 1.0)).config == "4"
 
 
-def test_branches_are_not_cut() -> None:
-    #   l0 ──► l1 ──► l2 ──► l4      l1's output is needed by both branches: cuts are possible behind
-    #          └────► l3 ────┘       l0 and l1 only
-    profile = Profile("dag", "test", 1, chain([(1.0, 1.0, 1, 1)] * 5).layers, ((0, 1), (1, 2), (1, 3), (2, 4), (3, 4)))
-    plan = solve(profile, flat(3, 1e9), straight=True)
-    assert [stage.layers for stage in plan.stages] == [("l0",), ("l1",), ("l2", "l3", "l4")]
-    with pytest.raises(PipedreamError, match="can be cut into 3 at most"):
-        solve(profile, flat(4, 1e9), straight=True)
+def test_stages_that_must_end_or_stay_together() -> None:
+    profile = chain([(1.0, 2.0, 1, 1, 0)] * 4)
+    plan = solve(profile, flat(2, 1e9), Request(cut_behind=["l0"]))
+    assert [stage.layers for stage in plan.stages] == [("l0",), ("l1", "l2", "l3")]
+    plan = solve(profile, flat(4, 1e9), Request(cut_behind=["l2"], together=[["l0", "l2"]]))
+    assert [stage.layers for stage in plan.stages] == [("l0", "l1", "l2"), ("l3",)]
+    with pytest.raises(PipedreamError, match="--cut-behind and --together"):
+        solve(profile, flat(4, 1e9), Request(cut_behind=["l1"], together=[["l0", "l2"]]))
+    with pytest.raises(PipedreamError, match="--together: the profile has no layer 'l9'"):
+        solve(profile, flat(4, 1e9), Request(together=[["l0", "l9"]]))
 
 
-def test_unknown_formula() -> None:
-    with pytest.raises(PipedreamError, match="no cost formula 'paper': choose one of paper2018, ring"):
-        solve(chain([(1.0, 1.0, 1, 1)]), flat(1, 1.0), cost="paper")
+def test_recompute_makes_room() -> None:
+    profile = chain([(1.0, 2.0, 10, 10, 1000)] * 4)
+    with pytest.raises(PipedreamError, match="or allow --recompute auto"):
+        solve(profile, flat(4, 1e9), Request(straight=True, memory_bytes=2_000))
+    plan = solve(profile, flat(4, 1e9), Request(straight=True, memory_bytes=2_000, recompute="auto"))
+    #  four in flight at the front, one at the end, which therefore need not recompute
+    assert [stage.recompute for stage in plan.stages] == [True, True, True, False]
+    assert plan.bottleneck_s == pytest.approx(4.0)
+    assert [stage.memory.activations for stage in plan.stages if stage.memory] == [1000] * 4
+
+
+def test_optimizers_take_their_memory() -> None:
+    profile = chain([(1.0, 2.0, 0, 1000, 0)])
+    totals = [
+        solve(profile, flat(1, 1.0), Request(optimizer=kind)).stages[0].memory
+        for kind in ("sgd", "momentum", "adam", "adam-bf16")
+    ]
+    assert [parts.total for parts in totals if parts] == [2000, 3000, 4000, 8000]
+
+
+def test_fewer_devices_where_more_do_not_help() -> None:
+    # One heavy layer that cannot be split and must not be synchronised.
+    profile = chain([(1.0, 2.0, 10, 10**9, 0), (0.1, 0.2, 10, 10**9, 0)])
+    assert solve(profile, flat(4, 10.0), Request(fewer=True)).ranks == 2
+    # Nodes of two, one and a half of them used: ranks are counted so that the full node comes first.
+    profile = chain([(1.0, 2.0, 10, 10**9, 0)] * 3)
+    nodes = Topology((Level("node", 2, 0.0, 10.0), Level("network", 3, 0.0, 10.0)), device="test")
+    plan = solve(profile, nodes, Request(fewer=True))
+    assert plan.layout == ((2,), (1,), (0,))
+
+
+def test_a_model_with_too_many_cuts() -> None:
+    # Ten branches of three layers side by side: 4^10 cuts.
+    branches = 10
+    layers = [(1.0, 2.0, 1, 1, 0)] * (3 * branches + 2)
+    edges = []
+    for branch in range(branches):
+        run = [0, *range(1 + 3 * branch, 4 + 3 * branch), 3 * branches + 1]
+        edges += list(itertools.pairwise(run))
+    plan = solve(dag(layers, edges), flat(4, 1e9))
+    assert plan.notes == (
+        "the model branches too much to weigh every cut: 20 layers in such places were cut only between whole "
+        "branches, or in one order",
+    )
+    assert plan.bottleneck_s == pytest.approx(3 * 32 / 4)
+
+
+def test_a_thousand_layers_on_a_thousand_devices() -> None:
+    profile = chain([(1.0, 2.0, 100, 1000, 0)] * 1000)
+    nodes = Topology((Level("node", 128, 0.0, 1e9), Level("network", 8, 0.0, 1e8)), device="test")
+    plan = solve(profile, nodes)
+    assert plan.ranks == 1024
+    assert plan.bottleneck_s == pytest.approx(3000 / 1024)
+    assert plan.bound_s <= plan.bottleneck_s
+
+
+def test_unknown_names() -> None:
+    profile = chain([(1.0, 1.0, 1, 1, 0)])
+    with pytest.raises(PipedreamError, match="no cost formula 'paper': choose one of ring, ring-no-overlap, paper2018"):
+        solve(profile, flat(1, 1.0), Request(cost="paper"))
+    with pytest.raises(PipedreamError, match="no optimizer kind 'lion': choose one of sgd"):
+        solve(profile, flat(1, 1.0), Request(optimizer="lion"))
+    with pytest.raises(PipedreamError, match="no schedule 'zb' to plan for: choose one of 1f1b"):
+        solve(profile, flat(1, 1.0), Request(schedule="zb"))
+    with pytest.raises(PipedreamError, match="schedule 'gpipe' takes microbatches: say 2 or more with --microbatches"):
+        solve(profile, flat(1, 1.0), Request(schedule="gpipe"))
+
+
+def test_rows() -> None:
+    nodes = Topology((Level("node", 4, 0.0, 1.0), Level("network", 2, 0.0, 1.0)), device="test")
+    whole, node = rows_of(nodes)
+    assert (whole, node) == (Row(nodes, 8, 1), Row(nodes, 4, 2))
+    #              0 1 2 3 │ 4 5 6 7        spans: most in one node, nodes
+    assert [int(n) for n in whole.spans(2, 6)] == [2, 2]
+    assert [int(n) for n in whole.spans(1, 8)] == [4, 2]
+    assert [int(n) for n in node.spans(0, 3)] == [3, 2]
+    #              the stage on 2 3 │ 4 5 next to device 6: each device 1/4, half of it from outside the node
+    assert [float(s) for s in whole.shares(2, 6, output=True)] == [1 / 4, 1 / 2]
+    #              the stage on 0 1 2 3 next to device 4: everything goes over the network
+    assert [float(s) for s in whole.shares(0, 4, output=True)] == [0, 1]
+    assert node.ranks(1, 3) == (1, 5, 2, 6)

@@ -1,56 +1,39 @@
-"""Schedules, drawn as the timelines they are; the verifier; the simulator."""
+"""Schedules, drawn as the timelines they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from schedules import drawn, lanes, layout, versions
 
-from pipedream_hpc.planning.plan import Plan, StagePlan
-from pipedream_hpc.planning.topology import Level, Topology
-from pipedream_hpc.schedule.actions import (
-    Action,
-    Backward,
-    Forward,
-    Layout,
-    Reduce,
-    Schedule,
-    Send,
-    Update,
-)
+from pipedream_hpc.schedule import kinds
+from pipedream_hpc.schedule.actions import Backward, Reduce, ScheduleError, Send
+from pipedream_hpc.schedule.data_parallel import DataParallel
+from pipedream_hpc.schedule.flush import Flush
 from pipedream_hpc.schedule.forward_only import ForwardOnly
+from pipedream_hpc.schedule.gpipe import GPipe
+from pipedream_hpc.schedule.interleaved import Interleaved, folded
+from pipedream_hpc.schedule.model_parallel import ModelParallel
 from pipedream_hpc.schedule.one_f_one_b import OneFOneB
-from pipedream_hpc.schedule.play import ScheduleError
-from pipedream_hpc.schedule.simulator import simulate
-from pipedream_hpc.schedule.verifier import shortened, verify
+from pipedream_hpc.schedule.two_bw import TwoBW
+from pipedream_hpc.schedule.vertical_sync import VerticalSync
 
-
-def layout(*replicas: int) -> Layout:
-    """Ranks numbered stage by stage: layout(2, 1) is ((0, 1), (2,))."""
-    ranks = iter(range(sum(replicas)))
-    return tuple(tuple(next(ranks) for _ in range(count)) for count in replicas)
-
-
-def lanes(schedule: Schedule) -> list[str]:
-    """What each rank computes, in order: F0 F1 B0 R U ..."""
-
-    def word(action: Action) -> str:
-        if isinstance(action, Forward | Backward):
-            return f"{type(action).__name__[0]}{action.minibatch}"
-        return {Reduce: "R", Update: "U"}.get(type(action), "")
-
-    ranks = sorted(rank for members in schedule.layout for rank in members)
-    return [" ".join(filter(None, map(word, schedule.actions(rank)))) for rank in ranks]
+# --- 1F1B -----------------------------------------------------------------------------------------
 
 
 def test_1f1b_on_four_stages() -> None:
-    # start-up     steady state            drain
-    assert lanes(OneFOneB(layout(1, 1, 1, 1), 5)) == [
-        "F0 F1 F2 F3 B0 U F4 B1 U B2 U B3 U B4 U",
+    # start-up           steady state                    drain
+    assert drawn(OneFOneB(layout(1, 1, 1, 1), 7)) == [
+        "F0 F1 F2 F3 .  .  .  B0 F4 B1 F5 B2 F6 B3 .  B4 .  B5 .  B6",
+        ".  F0 F1 F2 .  .  B0 F3 B1 F4 B2 F5 B3 F6 B4 .  B5 .  B6",
+        ".  .  F0 F1 .  B0 F2 B1 F3 B2 F4 B3 F5 B4 F6 B5 .  B6",
+        ".  .  .  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 F6 B6",
+    ]
+
+
+def test_1f1b_updates_after_every_backward() -> None:
+    assert lanes(OneFOneB(layout(1, 1, 1), 5)) == [
         "F0 F1 F2 B0 U F3 B1 U F4 B2 U B3 U B4 U",
         "F0 F1 B0 U F2 B1 U F3 B2 U F4 B3 U B4 U",
         "F0 B0 U F1 B1 U F2 B2 U F3 B3 U F4 B4 U",
@@ -64,7 +47,6 @@ def test_1f1b_with_fewer_minibatches_than_stages() -> None:
         "F0 F1 B0 U B1 U",
         "F0 B0 U F1 B1 U",
     ]
-    assert lanes(OneFOneB(layout(1, 1), 0)) == ["", ""]
 
 
 def test_1f1b_rr_two_replicas_then_one() -> None:
@@ -102,198 +84,174 @@ def test_messages_and_versions_of_an_inner_stage() -> None:
     ]
 
 
-def test_the_gradient_goes_upstream_before_the_reduction() -> None:
-    kinds = [type(action) for action in OneFOneB(layout(1, 2), 4).actions(1)]
-    assert kinds.index(Send) < kinds.index(Reduce) < kinds.index(Update)
+@pytest.mark.parametrize("kind", ["1f1b", "vertical-sync", "1f1b-flush", "gpipe", "2bw", "model-parallel"])
+def test_the_gradient_goes_upstream_before_the_reduction(kind: str) -> None:
+    microbatches = 4 if kinds.takes_microbatches(kind) else 1
+    actions = list(kinds.make(kind, layout(1, 2), 8, microbatches=microbatches).actions(1))
+    for before, after in pairwise(actions):
+        assert isinstance(after, Send) == isinstance(before, Backward), "directly after the backward"
+    assert sum(isinstance(action, Reduce) for action in actions) == (2 if microbatches > 1 else 4)
 
 
 def test_reductions_know_the_true_count() -> None:
     rounds = [a for a in OneFOneB(layout(3, 1), 8).actions(2) if isinstance(a, Reduce)]
-    assert rounds == [Reduce(0, 3), Reduce(1, 3), Reduce(2, 2)]
+    assert rounds == [Reduce(0, 0, 3), Reduce(0, 1, 3), Reduce(0, 2, 2)]
+    # Microbatches: 5 and 3 of them, whichever replica has them.
+    for rank in (0, 1, 2):
+        rounds = [a for a in Flush(layout(3, 1), 8, 5).actions(rank) if isinstance(a, Reduce)]
+        assert rounds == [Reduce(0, 0, 5), Reduce(0, 1, 3)]
+
+
+# --- vertical sync --------------------------------------------------------------------------------
+
+
+def test_vertical_sync_takes_the_version_of_the_input_stage_along() -> None:
+    schedule = VerticalSync(layout(1, 1, 1), 6)
+    assert lanes(schedule) == lanes(OneFOneB(layout(1, 1, 1), 6))
+    assert versions(schedule, 0) == "F0v0 F1v0 F2v0 B0v0 F3v1 B1v0 F4v2 B2v0 F5v3 B3v1 B4v2 B5v3"
+    assert versions(schedule, 1) == "F0v0 F1v0 B0v0 F2v0 B1v0 F3v1 B2v0 F4v2 B3v1 F5v3 B4v2 B5v3"
+    assert versions(schedule, 2) == "F0v0 B0v0 F1v0 B1v0 F2v0 B2v0 F3v1 B3v1 F4v2 B4v2 F5v3 B5v3"
+    # With stashing alone the last stage would run on its newest.
+    assert versions(OneFOneB(layout(1, 1, 1), 6), 2).endswith("B5v5")
+
+
+def test_vertical_sync_over_stages_that_update_at_different_rates() -> None:
+    # The input stage's version v has learnt from 2v minibatches, so the second stage uses its 2v.
+    schedule = VerticalSync(layout(2, 1), 8)
+    assert versions(schedule, 1) == " ".join(f"{w}{k}v{2 * max(0, k // 2 - 1)}" for k in range(8) for w in "FB")
+
+
+# --- microbatches ---------------------------------------------------------------------------------
+
+
+def test_1f1b_with_flush() -> None:
+    # Microbatches 0 to 3 are minibatch 0, then the pipe is empty; 4 to 7 minibatch 1.
+    assert drawn(Flush(layout(1, 1, 1), 8, 4)) == [
+        "F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3 F4 F5 F6 .  .  B4 F7 B5 .  B6 .  B7",
+        ".  F0 F1 .  B0 F2 B1 F3 B2 .  B3 .  .  F4 F5 .  B4 F6 B5 F7 B6 .  B7",
+        ".  .  F0 B0 F1 B1 F2 B2 F3 B3 .  .  .  .  F4 B4 F5 B5 F6 B6 F7 B7",
+    ]
+
+
+def test_gpipe() -> None:
+    assert drawn(GPipe(layout(1, 1, 1), 8, 4)) == [
+        "F0 F1 F2 F3 .  .  .  .  B0 B1 B2 B3 F4 F5 F6 F7 .  .  .  .  B4 B5 B6 B7",
+        ".  F0 F1 F2 F3 .  .  B0 B1 B2 B3 .  .  F4 F5 F6 F7 .  .  B4 B5 B6 B7",
+        ".  .  F0 F1 F2 F3 B0 B1 B2 B3 .  .  .  .  F4 F5 F6 F7 B4 B5 B6 B7",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["1f1b-flush", "gpipe"])
+def test_one_version_per_minibatch_and_gradients_in_order(kind: str) -> None:
+    schedule = kinds.make(kind, layout(1, 1), 7, microbatches=3)
+    for stage in (0, 1):
+        backwards = [word for word in versions(schedule, stage).split() if word.startswith("B")]
+        assert " ".join(backwards) == "B0v0 B1v0 B2v0 B3v1 B4v1 B5v1 B6v2"
+    assert lanes(schedule)[0].count("U") == 3  # the last minibatch is of one microbatch
+
+
+def test_2bw_never_drains() -> None:
+    # Minibatches of two; U where two microbatches have come back.
+    assert drawn(TwoBW(layout(1, 1, 1), 7, 2)) == [
+        "F0 F1 F2 .  .  B0 F3 B1 F4 B2 F5 B3 F6 B4 .  B5 .  B6",
+        ".  F0 F1 .  B0 F2 B1 F3 B2 F4 B3 F5 B4 F6 B5 .  B6",
+        ".  .  F0 B0 F1 B1 F2 B2 F3 B3 F4 B4 F5 B5 F6 B6",
+    ]
+    assert lanes(TwoBW(layout(1, 1), 5, 2)) == [
+        "F0 F1 B0 F2 B1 U F3 B2 F4 B3 U B4 U",
+        "F0 B0 F1 B1 U F2 B2 F3 B3 U F4 B4 U",
+    ]
+
+
+def test_2bw_runs_on_the_version_before_the_newest_but_for_the_first_two() -> None:
+    forwards = [word for word in versions(TwoBW(layout(1, 1, 1), 8, 2), 1).split() if word.startswith("F")]
+    assert " ".join(forwards) == "F0v0 F1v0 F2v0 F3v0 F4v1 F5v1 F6v2 F7v2"
+
+
+def test_2bw_needs_minibatches_of_the_pipe_s_depth() -> None:
+    with pytest.raises(
+        ScheduleError, match=r"2bw needs at least 3 microbatches to a minibatch on 1-1-1-1 ranks, not 2"
+    ):
+        TwoBW(layout(1, 1, 1, 1), 8, 2)
+    with pytest.raises(ScheduleError, match=r"at least 4 .* on 2-3 ranks"):  # ceil(3 / 2) on each of 2
+        TwoBW(layout(2, 3), 8, 3)
+
+
+def test_a_replica_without_a_microbatch_reduces_all_the_same() -> None:
+    # Microbatch k on replica k mod 2: minibatches of one, so replica 1 has none of minibatch 0.
+    assert lanes(Flush(layout(2), 3, 1)) == ["F0 B0 R U R U F2 B2 R U", "R U F1 B1 R U R U"]
+    assert lanes(TwoBW(layout(2), 3, 1)) == lanes(Flush(layout(2), 3, 1))
+
+
+def test_interleaved_with_two_chunks_each() -> None:
+    # Small letters: the second chunk, stages 2 and 3.
+    assert drawn(Interleaved(folded(layout(1, 1, 1, 1), 2), 4, 4)) == [
+        "F0 F1 f0 f1 F2 b0 F3 b1 f2 B0 f3 B1 .  b2 .  b3 B2 B3",
+        ".  F0 F1 f0 b0 f1 b1 F2 B0 F3 B1 f2 b2 f3 b3 B2 B3",
+    ]
+
+
+def test_interleaved_leaves_out_what_a_short_minibatch_lacks() -> None:
+    assert drawn(Interleaved(folded(layout(1, 1, 1, 1), 2), 3, 4)) == [
+        "F0 F1 f0 f1 F2 b0 .  b1 f2 B0 B1 .  b2 .  B2",
+        ".  F0 F1 f0 b0 f1 b1 F2 B0 B1 f2 b2 .  B2",
+    ]
+
+
+def test_interleaved_with_one_chunk_is_1f1b_with_flush() -> None:
+    assert lanes(Interleaved(layout(1, 1, 1), 7, 4)) == lanes(Flush(layout(1, 1, 1), 7, 4))
+
+
+def test_interleaved_says_what_it_needs() -> None:
+    with pytest.raises(ScheduleError, match=r"a multiple of 2 \(2 ranks in turn, 1 replicas\), not 3"):
+        Interleaved(folded(layout(1, 1, 1, 1), 2), 6, 3)
+    with pytest.raises(ScheduleError, match=r"stage s on rank s mod p"):
+        Interleaved(((0,), (1,), (1,), (0,)), 6, 2)
+    with pytest.raises(ScheduleError, match=r"3 stages cannot be shared out in chunks of 2"):
+        folded(layout(1, 1, 1), 2)
+
+
+# --- one at a time --------------------------------------------------------------------------------
+
+
+def test_model_parallel_works_on_one_stage_at_a_time() -> None:
+    assert drawn(ModelParallel(layout(1, 1, 1), 2)) == [
+        "F0 .  .  .  .  B0 F1 .  .  .  .  B1",
+        ".  F0 .  .  B0 .  .  F1 .  .  B1",
+        ".  .  F0 B0 .  .  .  .  F1 B1",
+    ]
+
+
+def test_data_parallel() -> None:
+    assert lanes(DataParallel(layout(3), 8)) == [
+        "F0 B0 R U F3 B3 R U F6 B6 R U",
+        "F1 B1 R U F4 B4 R U F7 B7 R U",
+        "F2 B2 R U F5 B5 R U R U",
+    ]
+    with pytest.raises(ScheduleError, match="the plan has 2 stages"):
+        DataParallel(layout(1, 1), 8)
 
 
 def test_forward_only() -> None:
     assert lanes(ForwardOnly(layout(1, 2), 3)) == ["F0 F1 F2", "F0 F2", "F1"]
 
 
-# --- the verifier ---------------------------------------------------------------------------------
+# --- by name --------------------------------------------------------------------------------------
 
 
-def test_every_combination_of_up_to_four_stages_and_five_replicas_finishes() -> None:
-    combinations = [layout(*replicas) for stages in (2, 3, 4) for replicas in product(range(1, 6), repeat=stages)]
-    assert len(combinations) == 775
-    for members in combinations:
-        for minibatches in (0, 1, 5, 13):
-            verify(OneFOneB(members, minibatches))
-            verify(ForwardOnly(members, minibatches))
+def test_every_schedule_has_a_name() -> None:
+    for kind in kinds.NAMES:
+        members = folded(layout(1, 1), 2) if kind == "interleaved" else layout(1)
+        assert list(kinds.make(kind, members, 0).actions(0)) == [], "nothing to do"
+    assert type(kinds.make("1f1b-rr", layout(2, 1), 4)) is OneFOneB
 
 
-@settings(max_examples=100, deadline=None)
-@given(replicas=st.lists(st.integers(1, 5), min_size=1, max_size=5), minibatches=st.integers(0, 60))
-def test_the_bounds_are_reached_and_kept(replicas: list[int], minibatches: int) -> None:
-    schedule = OneFOneB(layout(*replicas), minibatches)
-    proof = verify(schedule)
-    for stage, count in enumerate(replicas):
-        most_local = -(-minibatches // count)
-        assert proof.in_flight[stage] == min(schedule.in_flight(stage), most_local)
-        assert proof.versions[stage] <= schedule.in_flight(stage)
-
-
-def test_straight_pipelines_use_every_slab_they_are_given() -> None:
-    assert verify(OneFOneB(layout(1, 1, 1, 1), 40)).versions == (4, 3, 2, 1)
-
-
-@pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1), (4, 3, 1), (3, 5, 2)])
-def test_a_shortened_schedule_proves_as_much(replicas: tuple[int, ...]) -> None:
-    members = layout(*replicas)
-    for minibatches in (300, 301, 307):
-        fewer = shortened(members, minibatches)
-        assert fewer < minibatches
-        whole, part = verify(OneFOneB(members, minibatches)), verify(OneFOneB(members, fewer))
-        assert (whole.in_flight, whole.versions) == (part.in_flight, part.versions)
-
-
-@dataclass(frozen=True)
-class Tampered:
-    """A schedule in which each rank's actions were changed by a function."""
-
-    base: OneFOneB
-    change: object
-
-    @property
-    def layout(self) -> Layout:
-        return self.base.layout
-
-    @property
-    def minibatches(self) -> int:
-        return self.base.minibatches
-
-    training = True
-
-    def in_flight(self, stage: int) -> int:
-        return self.base.in_flight(stage)
-
-    def actions(self, rank: int) -> Iterator[Action]:
-        return iter(self.change(rank, list(self.base.actions(rank))))  # type: ignore[operator]
-
-
-def reduce_first(_: int, actions: list[Action]) -> list[Action]:
-    """Put the upstream send behind the reduction, as naive implementations have it."""
-    changed = list(actions)
-    for i in range(len(changed) - 1):
-        sends_back = isinstance(changed[i], Send) and changed[i].payload == "gradient"
-        if sends_back and isinstance(changed[i + 1], Reduce):
-            changed[i], changed[i + 1] = changed[i + 1], changed[i]
-    return changed
-
-
-def test_finds_the_deadlocks_of_reducing_before_sending_upstream() -> None:
-    deadlocked = []
-    for replicas in ((4, 3, 1), (1, 3, 1), (9, 7), (2, 1), (1, 1)):
-        try:
-            verify(Tampered(OneFOneB(layout(*replicas), 24), reduce_first))
-        except ScheduleError as error:
-            deadlocked.append(replicas)
-            assert "deadlocks: rank" in str(error)
-            assert "waits in 'reduce round" in str(error)
-    assert (4, 3, 1) in deadlocked
-    assert (1, 1) not in deadlocked
-
-
-def test_finds_a_message_that_is_not_the_one_expected() -> None:
-    def swap(rank: int, actions: list[Action]) -> list[Action]:
-        if rank != 0:
-            return actions
-        first, second = (i for i, a in enumerate(actions[:4]) if isinstance(a, Send))
-        actions[first], actions[second] = actions[second], actions[first]
-        return actions
-
-    with pytest.raises(ScheduleError, match=r"rank 1 is to receive activation 0 from rank 0, but .* minibatch 1"):
-        verify(Tampered(OneFOneB(layout(1, 1, 1), 6), swap))
-
-
-def test_finds_a_backward_on_another_version_than_its_forward() -> None:
-    def newest(rank: int, actions: list[Action]) -> list[Action]:
-        return [Backward(a.minibatch, a.version + 1) if a == Backward(3, 1) else a for a in actions]
-
-    with pytest.raises(
-        ScheduleError, match=r"rank 0 \(stage 0\) at 'backward 3 on version 2': its forward used version 1"
-    ):
-        verify(Tampered(OneFOneB(layout(1, 1, 1), 6), newest))
-
-
-def test_finds_more_in_flight_than_planned() -> None:
-    def eager(rank: int, actions: list[Action]) -> list[Action]:
-        if rank != 0:
-            return actions
-        forwards = [a for a in actions if isinstance(a, (Forward, Send))]
-        return [Forward(a.minibatch, 0) if isinstance(a, Forward) else a for a in forwards] + [
-            a for a in actions if a not in forwards
-        ]
-
-    with pytest.raises(ScheduleError, match=r"rank 0 .*: 3 minibatches in flight, planned are 2"):
-        verify(Tampered(OneFOneB(layout(1, 1), 6), eager))
-
-
-def test_finds_a_rank_that_stops_early() -> None:
-    with pytest.raises(ScheduleError, match=r"deadlocks: rank 0 waits in 'receive gradient 5 from rank 1'.*finished"):
-        verify(Tampered(OneFOneB(layout(1, 1), 6), lambda rank, a: a[:-4] if rank == 1 else a))
-
-
-# --- the simulator --------------------------------------------------------------------------------
-
-
-def planned(stages: int, forward_s: float, backward_s: float, output_bytes: int = 0) -> Plan:
-    each = {
-        "forward_s": forward_s,
-        "backward_s": backward_s,
-        "compute_s": forward_s + backward_s,
-        "sync_s": 0.0,
-        "boundary_s": 0.0,
-        "in_flight": 1,
-        "parameter_bytes": 0,
-        "output_bytes": output_bytes,
-        "output_shape": None,
-        "output_dtype": None,
-        "limit": "compute",
-    }
-    made = tuple(StagePlan(layers=(f"l{i}",), ranks=(i,), **each) for i in range(stages))  # type: ignore[arg-type]
-    return Plan("test", 1, "1f1b", "paper2018", made, forward_s + backward_s, stages * (forward_s + backward_s))
-
-
-def end_s(plan: Plan, minibatches: int, latency_s: float = 0.0, bandwidth: float = 1e9) -> float:
-    links = Topology((Level("node", plan.ranks, latency_s, bandwidth),), "test")
-    return max(s.end_s for s in simulate(OneFOneB(plan.layout, minibatches), plan, links).spans)
-
-
-@pytest.mark.parametrize(("stages", "minibatches"), [(1, 5), (2, 8), (4, 4), (4, 20), (8, 16)])
-def test_a_balanced_pipeline_has_only_the_bubble_of_start_up_and_drain(stages: int, minibatches: int) -> None:
-    # (p - 1) forwards until the last stage begins, m minibatches there, (p - 1) backwards after it.
-    forward_s, backward_s = 1.0, 2.0
-    expected = (stages - 1 + minibatches) * (forward_s + backward_s)
-    assert end_s(planned(stages, forward_s, backward_s), minibatches) == pytest.approx(expected)
-
-
-def test_messages_take_latency_and_bandwidth() -> None:
-    # One minibatch through two stages: F, message, F, B, message, B.
-    plan = planned(2, 1.0, 2.0, output_bytes=500)
-    assert end_s(plan, 1, latency_s=0.25, bandwidth=1000) == pytest.approx(2 * 3.0 + 2 * (0.25 + 0.5))
-
-
-def test_a_slow_link_becomes_the_bottleneck() -> None:
-    # A round trip of two messages of 10 s and the compute of both stages, 3 s each, is shared by
-    # the two minibatches in flight.
-    plan = planned(2, 1.0, 2.0, output_bytes=10_000)
-    ten, twenty = (end_s(plan, count, bandwidth=1000) for count in (10, 20))
-    assert (twenty - ten) / 10 == pytest.approx((2 * 10 + 2 * 3) / 2)
-
-
-def test_the_simulated_trace_holds_every_action() -> None:
-    plan = planned(3, 1.0, 1.0)
-    schedule = OneFOneB(plan.layout, 7)
-    links = Topology((Level("node", 3, 0.0, 1e9),), "test")
-    spans = simulate(schedule, plan, links).spans
-    assert len(spans) == sum(1 for rank in range(3) for _ in schedule.actions(rank))
-    for rank in range(3):
-        own = [s for s in spans if s.rank == rank]
-        assert all(a.end_s <= b.start_s + 1e-12 for a, b in pairwise(own)), "one thing at a time"
+def test_names_and_numbers_that_make_no_schedule() -> None:
+    with pytest.raises(ScheduleError, match=r"there is no schedule '1f2b': choose from 1f1b, 1f1b-rr, vertical-sync"):
+        kinds.make("1f2b", layout(1), 4)
+    with pytest.raises(ScheduleError, match=r"1f1b sends whole minibatches, not 4 microbatches .* 1f1b-flush, gpipe"):
+        kinds.make("1f1b", layout(1), 4, microbatches=4)
+    with pytest.raises(ScheduleError, match=r"at least one microbatch, not 0"):
+        kinds.make("gpipe", layout(1), 4, microbatches=0)
+    with pytest.raises(ScheduleError, match=r"rank 0 stands in stages 0, 1"):
+        list(OneFOneB(((0,), (0,)), 4).actions(0))

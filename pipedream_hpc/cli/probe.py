@@ -12,9 +12,12 @@ def run(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the topology.")] = Path(
         "topology.json"
     ),
-    repeats: Annotated[int, typer.Option(help="Round trips per pair of ranks and message size.", min=1)] = 20,
+    repeats: Annotated[int, typer.Option(help="Rounds per message size at most; long ones get fewer.", min=1)] = 20,
 ) -> None:
     """Measure the links between ranks: latency and bandwidth, within nodes and between them.
+
+    Pairs of ranks exchange 1 KiB to 64 MiB of host memory, then the ranks of a node, and all ranks,
+    sum arrays in a ring. It takes seconds; over slow links up to half a minute for each level.
 
     Start it as the training will be started, with as many ranks on the same nodes:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class RankSplit:
 
     Attributes:
         rank: the rank.
-        stage: the stage it worked on.
+        stages: the stages it worked on; more than one if the schedule is interleaved.
         forward_s: median forward of one minibatch.
         backward_s: median backward of one minibatch.
         seconds: total by kind of action; `receive` is waiting for messages, `idle` the time with no
@@ -28,7 +29,7 @@ class RankSplit:
     """
 
     rank: int
-    stage: int
+    stages: tuple[int, ...]
     forward_s: float
     backward_s: float
     seconds: dict[str, float]
@@ -47,13 +48,14 @@ def split(trace: Trace) -> list[RankSplit]:
         by_rank[span.rank].append(span)
     began_s, ended_s = extent(trace)
     splits = []
-    for stage, ranks in enumerate(trace.layout):
-        for rank in ranks:
-            lengths = {kind: [s.end_s - s.start_s for s in by_rank[rank] if s.kind == kind] for kind in KINDS}
-            seconds: dict[str, float] = {kind: sum(values) for kind, values in lengths.items()}
-            seconds["idle"] = max(0.0, ended_s - began_s - sum(seconds.values()))
-            forward_s, backward_s = (statistics.median(lengths[kind] or [0.0]) for kind in ("forward", "backward"))
-            splits.append(RankSplit(rank, stage, forward_s, backward_s, seconds, ended_s - began_s))
+    for rank, stages in trace.stages_of.items():
+        lengths: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for span in by_rank[rank]:
+            lengths[span.kind].append(span.end_s - span.start_s)
+        seconds = {kind: sum(values) for kind, values in lengths.items()}
+        seconds["idle"] = max(0.0, ended_s - began_s - sum(seconds.values()))
+        forward_s, backward_s = (statistics.median(lengths[kind] or [0.0]) for kind in ("forward", "backward"))
+        splits.append(RankSplit(rank, stages, forward_s, backward_s, seconds, ended_s - began_s))
     return sorted(splits, key=lambda each: each.rank)
 
 
@@ -70,23 +72,25 @@ def bubble(splits: list[RankSplit]) -> float:
 
 def left_at(trace: Trace) -> list[float]:
     """When each minibatch left the pipeline: the ends of backward in the input stage, sorted, in seconds."""
-    return sorted(s.end_s for s in trace.spans if s.kind == "backward" and s.rank in trace.layout[0])
+    return sorted(s.end_s for s in trace.spans if s.kind == "backward" and s.stage == 0)
 
 
-def minibatch_s(trace: Trace) -> float:
+def minibatch_s(trace: Trace, microbatches: int = 1) -> float:
     """Seconds per minibatch in the steady state.
 
     Median interval between minibatches that leave the pipeline, leaving out as many at either end
     as there are ranks: start-up, and drain, where backwards have no new forwards beside them. The R
     replicas of an input stage may finish together and then all be busy, so the interval taken is
-    that over R minibatches. A trace too short for all this is taken whole, and one of a single
-    minibatch gives the time that took.
+    that over R minibatches. Where what went through were `microbatches` to a minibatch, it is that
+    over a whole minibatch, whose flush comes once in it. A trace too short for all this is taken
+    whole, and one of a single minibatch gives the time that took.
     """
     ends = left_at(trace)
-    ranks, replicas = sum(len(members) for members in trace.layout), len(trace.layout[0])
-    steady = ends[ranks:-ranks] if len(ends) > 2 * ranks + replicas else ends
-    gaps = [(after - before) / replicas for before, after in zip(steady, steady[replicas:], strict=False)]
+    ranks, together = len(trace.stages_of), math.lcm(len(trace.layout[0]), microbatches)
+    steady = ends[ranks:-ranks] if len(ends) > 2 * ranks + together else ends
+    minibatches = together / microbatches
+    gaps = [(after - before) / minibatches for before, after in zip(steady, steady[together:], strict=False)]
     if gaps:
         return statistics.median(gaps)
     began_s, ended_s = extent(trace)
-    return (ended_s - began_s) / max(1, trace.minibatches)
+    return (ended_s - began_s) / max(1.0, trace.minibatches / microbatches)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rich.table import Table
 
 from pipedream_hpc.observe.metrics import RankSplit
@@ -52,13 +54,31 @@ def profile_table(profile: Profile) -> Table:
 
 
 def topology_table(topology: Topology) -> Table:
-    """One row per level."""
-    hosts = len(set(topology.hosts))
-    where = f" on {hosts} host{'s' if hosts > 1 else ''}" if hosts else ""
-    table = _table(f"{topology.devices} devices ({topology.device}){where}", "level", "joins", "latency", "bandwidth")
+    """One row per level; the caption counts the ranks' hosts and devices by name, where known."""
+    table = _table(f"{topology.devices} devices ({topology.device})", "level", "joins", "latency", "bandwidth",
+                   "all-reduce latency", "all-reduce bandwidth")  # fmt: skip
     for level in topology.levels:
-        table.add_row(level.name, str(level.count), human_seconds(level.latency_s), f"{human_bytes(level.bandwidth)}/s")
+        latency_s, bandwidth = level.reduce_latency_s, level.reduce_bandwidth
+        table.add_row(
+            level.name,
+            str(level.count),
+            human_seconds(level.latency_s),
+            f"{human_bytes(level.bandwidth)}/s",
+            "-" if latency_s is None else human_seconds(latency_s),
+            "-" if bandwidth is None else f"{human_bytes(bandwidth)}/s",
+        )
+    known = (("hosts", topology.hosts), ("devices", topology.devices_of))
+    table.caption = "\n".join(f"{what}: {_counted(names)}" for what, names in known if names) or None
+    table.caption_justify = "left"
     return table
+
+
+def _counted(names: tuple[str, ...], most: int = 4) -> str:
+    """Such as `4 x node1, 4 x node2`, in order of appearance; `most` at most by name."""
+    counts = Counter(names)
+    shown = [f"{count} x {name}" for name, count in list(counts.items())[:most]]
+    others = f", and {len(counts) - most} more" if len(counts) > most else ""
+    return ", ".join(shown) + others
 
 
 def plan_table(plan: Plan, measured: list[RankSplit] | None = None) -> Table:
@@ -70,7 +90,7 @@ def plan_table(plan: Plan, measured: list[RankSplit] | None = None) -> Table:
         first, last = stage.layers[0], stage.layers[-1]
         times = [human_seconds(stage.forward_s + stage.backward_s)]
         if measured is not None:
-            own = [each for each in measured if each.stage == index]
+            own = [each for each in measured if index in each.stages]
             times.append(human_seconds(sum(each.forward_s + each.backward_s for each in own) / len(own)))
         table.add_row(
             str(index),
@@ -106,5 +126,5 @@ def split_table(splits: list[RankSplit]) -> Table:
             f"{each.seconds[kind] / each.span_s:.1%}" if each.span_s else "-"
             for kind in ("forward", "backward", "update", "reduce", "receive", "send", "idle")
         ]
-        table.add_row(str(each.rank), str(each.stage), *shares, f"{each.busy:.1%}")
+        table.add_row(str(each.rank), ", ".join(map(str, each.stages)), *shares, f"{each.busy:.1%}")
     return table

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import atomic_write
 from pipedream_hpc.observe.metrics import extent, left_at
+from pipedream_hpc.schedule.memory import Memory
 from pipedream_hpc.schedule.trace import Trace
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def draw(traces: Trace | Sequence[Trace], path: str | Path, *, minibatches: int 
 
     window_s = max(_window_s(trace, minibatches) for trace in shown)
     unit, scale = next((u, k) for u, k in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if window_s * k >= 2 or u == "µs")
-    lanes = [sum(len(ranks) for ranks in trace.layout) for trace in shown]
+    lanes = [len(trace.stages_of) for trace in shown]
     # Inches from the top: legend, then per trace a title, its lanes and room for the axis.
     head, title, foot = 0.3, 0.62, 0.5
     height = head + sum(title + foot + _LANE_IN * count for count in lanes)
@@ -81,6 +82,41 @@ def draw(traces: Trace | Sequence[Trace], path: str | Path, *, minibatches: int 
         figure.savefig(file, format="png", dpi=_DPI)
 
 
+def draw_memory(trace: Trace, memory: Memory, path: str | Path) -> None:
+    """Draw the bytes of weights and activations on every rank of `trace` over time, as PNG.
+
+    Raises:
+        PipedreamError: the trace holds no actions.
+    """
+    if not trace.spans:
+        raise PipedreamError("there is nothing to draw: the trace holds no actions (no minibatch was run)")
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_IN, 5.0), facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.add_subplot()
+    _, ended_s = extent(trace)
+    most = max(size for points in memory.values() for _, size in points)
+    size_unit, size_scale = next(
+        (u, k) for u, k in (("GB", 1e-9), ("MB", 1e-6), ("kB", 1e-3)) if most * k >= 1 or u == "kB"
+    )
+    for index, (rank, points) in enumerate(memory.items()):
+        times = [when_s for when_s, _ in points] + [ended_s]
+        sizes = [size * size_scale for _, size in points] + [points[-1][1] * size_scale]
+        axis.step(times, sizes, where="post", linewidth=1.2, label=trace.label(rank), color=f"C{index % 10}")
+    axis.set_xlabel("time (s)")
+    axis.set_ylabel(f"weights and activations ({size_unit})")
+    axis.set_ylim(bottom=0)
+    if len(memory) <= 16:  # of more, nobody could tell the lines apart
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=_DPI)
+
+
 def _window_s(trace: Trace, minibatches: int) -> float:
     """Seconds from the trace's first action that are drawn."""
     began_s, ended_s = extent(trace)
@@ -99,8 +135,7 @@ def _title(trace: Trace, window_s: float) -> str:
 def _lanes(axis: Axes, trace: Trace, window_s: float, scale: float) -> None:
     """The bars of every rank and their numbers."""
     began_s, _ = extent(trace)
-    order = [(rank, stage) for stage, ranks in enumerate(trace.layout) for rank in ranks]
-    lane = {rank: index for index, (rank, _) in enumerate(order)}
+    lane = {rank: index for index, rank in enumerate(trace.stages_of)}
     points_per_s = (_WIDTH_IN - _LEFT_IN - _RIGHT_IN) * 72 / window_s
     bars: dict[tuple[int, str], list[tuple[float, float]]] = {}
     for span in trace.spans:
@@ -123,8 +158,8 @@ def _lanes(axis: Axes, trace: Trace, window_s: float, scale: float) -> None:
     for (y, kind), pieces in bars.items():
         edge = 0.0 if kind == "update" else 0.5
         axis.broken_barh(pieces, (y - 0.41, 0.82), facecolor=_COLOURS[kind], edgecolor="white", linewidth=edge)
-    axis.set_yticks(range(len(order)), [f"rank {rank} (stage {stage})" for rank, stage in order])
-    axis.set_ylim(len(order) - 0.5, -0.5)
+    axis.set_yticks(range(len(lane)), [trace.label(rank) for rank in lane])
+    axis.set_ylim(len(lane) - 0.5, -0.5)
     axis.set_xlim(0, window_s * scale)
     axis.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
@@ -134,7 +169,7 @@ def _lanes(axis: Axes, trace: Trace, window_s: float, scale: float) -> None:
 def _phases(axis: Axes, trace: Trace, window_s: float, scale: float) -> None:
     """Start-up until the input stage's first backward, drain after its last forward."""
     began_s, ended_s = extent(trace)
-    first_stage = [span for span in trace.spans if span.rank in trace.layout[0]]
+    first_stage = [span for span in trace.spans if span.stage == 0]
     backwards = [span.start_s for span in first_stage if span.kind == "backward"]
     if not backwards:
         return

@@ -40,8 +40,7 @@ def save_trace(trace: Trace, path: str | Path) -> None:
         "displayTimeUnit": "ms",
     }
     spans = sorted(trace.spans, key=lambda span: (span.rank, span.start_s, span.end_s))
-    stage_of = {rank: stage for stage, ranks in enumerate(trace.layout) for rank in ranks}
-    events = [*_names(trace, stage_of), *(_event(trace, span, stage_of) for span in spans)]
+    events = [*_names(trace), *(_event(trace, span) for span in spans)]
     write_json(path, {**header, "traceEvents": events})
 
 
@@ -63,27 +62,31 @@ def load_trace(path: str | Path) -> Trace:
         if not (isinstance(event, dict) and event.get("ph") == "M")
     ]
     trace = parse(Trace, {**body, "spans": spans}, path)
-    ranks = {rank for members in trace.layout for rank in members}
+    places = trace.stages_of
     for span in trace.spans:
-        if span.rank not in ranks:
+        if span.rank not in places:
             raise PipedreamError(f"{path}: an event has tid {span.rank}, but the layout has no such rank")
+        if span.stage not in places[span.rank]:
+            raise PipedreamError(
+                f"{path}: an event of rank {span.rank} is of stage {span.stage}, which the layout gives to other ranks"
+            )
     return trace
 
 
-def _names(trace: Trace, stage_of: dict[int, int]) -> list[dict[str, Any]]:
+def _names(trace: Trace) -> list[dict[str, Any]]:
     """Metadata: what Perfetto calls the process and the threads, and in which order they stand."""
     process = _PROCESS[trace.source]
     events: list[dict[str, Any]] = [
         {"ph": "M", "name": "process_name", "pid": process, "args": {"name": f"pipeline, {trace.source}"}}
     ]
-    for rank, stage in stage_of.items():
+    for rank in trace.stages_of:
         thread = {"ph": "M", "pid": process, "tid": rank}
-        events.append({**thread, "name": "thread_name", "args": {"name": f"rank {rank} (stage {stage})"}})
+        events.append({**thread, "name": "thread_name", "args": {"name": trace.label(rank)}})
         events.append({**thread, "name": "thread_sort_index", "args": {"sort_index": rank}})
     return events
 
 
-def _event(trace: Trace, span: Span, stage_of: dict[int, int]) -> dict[str, Any]:
+def _event(trace: Trace, span: Span) -> dict[str, Any]:
     start_ns, end_ns = round(span.start_s * 1e9), round(span.end_s * 1e9)
     name: str = span.kind
     if span.minibatch >= 0:
@@ -98,7 +101,7 @@ def _event(trace: Trace, span: Span, stage_of: dict[int, int]) -> dict[str, Any]
         "tid": span.rank,
         "ts": start_ns / 1000,
         "dur": (end_ns - start_ns) / 1000,
-        "args": {"minibatch": span.minibatch, "version": span.version, "stage": stage_of[span.rank]},
+        "args": {"minibatch": span.minibatch, "version": span.version, "stage": span.stage},
     }
     if span.kind in _COLOUR:
         event["cname"] = _COLOUR[span.kind]
@@ -113,6 +116,7 @@ def _span(path: str | Path, index: int, event: Any) -> dict[str, Any]:
     args = event.get("args")
     fields = {
         "rank": event.get("tid"),
+        "stage": args.get("stage") if isinstance(args, dict) else None,
         "kind": event.get("cat"),
         "minibatch": args.get("minibatch") if isinstance(args, dict) else None,
         "version": args.get("version") if isinstance(args, dict) else None,

@@ -1,84 +1,133 @@
-"""Every cost formula, in one place. The solver and the plan's figures come from here.
+"""Every cost formula, in one place. Solver, plans and simulator come here.
 
 Symbols: T the forward and backward time of a stage on one device in seconds, |w| its parameter
-bytes, m its replicas, a the bytes of the activations at a cut, B bandwidth in bytes per second.
+bytes, m its replicas, a the bytes that cross a cut, and of every level k of the topology its latency
+α_k, its bandwidth β_k in bytes per second and the n_k components that a stage spans.
+
+A plan records the name of the formula it was made with:
+
+=================  ====================================  ============  ==========================
+name               synchronisation of a round, W         stage, 1/m ·  boundary
+=================  ====================================  ============  ==========================
+`ring`             Σ 2 (n_k - 1) (α_k + |w| / (n_k β_k))  max(T, W)    max 2 (α_k + a / β_k) s_k
+`ring-no-overlap`  the same                              T + W         the same
+`paper2018`        Σ 4 (n_k - 1) (α_k + |w| / (n_k β_k))  max(T, W)    max 2 (α_k + a / β_k)
+`reference_code`   as paper2018                          T + W         as ring, but the input
+                                                                       stage's output is free
+=================  ====================================  ============  ==========================
+
+A round is one minibatch on each of the m replicas. `ring` is a ring all-reduce within and then
+between components (SOSP 2019, section 3.1; a level whose all-reduce was measured, by its own α and
+β); `paper2018` a parameter server spread over the replicas (arXiv 1806.03377, section 3.2). Both
+ways of a boundary count: activations and gradients. s_k is the share of a stage's traffic that
+goes through its busiest link of level k (planning.solver.placement): every replica carries only its own
+minibatches. `paper2018` takes one link for all of it. `reference_code` is what PipeDream's published
+optimiser computes; it and `paper2018` count what crosses a cut as that does (Cuts.antichain_bytes).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.planning.topology import Level
 
 #: A number, or an array of them: the solver asks for many stages at once.
 Amount = float | npt.NDArray[Any]
 
 
-class Cost(Protocol):
-    """A named way to price stages and boundaries, in seconds per minibatch."""
-
-    @property
-    def name(self) -> str: ...
-
-    def compute_s(self, total_s: Amount, replicas: Amount) -> Amount:
-        """Compute of a stage: each replica takes every m-th minibatch, so T / m."""
-        ...
-
-    def sync_s(self, parameter_bytes: Amount, replicas: Amount, bandwidth: float) -> Amount:
-        """Gradient synchronisation of a stage's replicas, once per m minibatches."""
-        ...
-
-    def stage_s(self, compute_s: Amount, sync_s: Amount) -> Amount:
-        """Stage time from its compute and its synchronisation."""
-        ...
-
-    def boundary_s(self, activation_bytes: Amount, bandwidth: float) -> Amount:
-        """Activations forth and gradients back."""
-        ...
-
-
 @dataclass(frozen=True)
-class Paper2018:
-    """arXiv 1806.03377, section 3.2: T(i→j, m) = max(Σ T_l, Σ W_l^m) / m and boundaries 2 C_l.
+class Formula:
+    """One line of the table above.
 
-    W_l^m = 4 (m - 1) |w_l| / (m B): a parameter server spread over the m replicas. Synchronisation
-    overlaps with backward, so the larger of the two counts.
+    Attributes:
+        name: as plans record it.
+        sync_factor: times |w| that go through a link for an all-reduce among very many.
+        overlap: whether synchronisation runs beside compute, so that the larger of the two counts.
+        routed: whether replicas share the traffic of a boundary.
+        first_output_free: whether the input stage is charged nothing for its output.
+        antichains: whether what crosses a cut is counted as PipeDream's published optimiser does (Cuts).
     """
 
-    name: str = "paper2018"
+    name: str
+    sync_factor: Literal[2, 4] = 2
+    overlap: bool = True
+    routed: bool = True
+    first_output_free: bool = False
+    antichains: bool = False
 
-    def compute_s(self, total_s: Amount, replicas: Amount) -> Amount:
-        return total_s / replicas
+    def compute_s(self, time_s: Amount, replicas: Amount) -> Amount:
+        """Compute of a stage per minibatch: each replica takes every m-th."""
+        return time_s / replicas
 
-    def sync_s(self, parameter_bytes: Amount, replicas: Amount, bandwidth: float) -> Amount:
-        return 4 * (replicas - 1) * parameter_bytes / (replicas * bandwidth) / replicas
+    def round_s(self, parameter_bytes: Amount, spans: Sequence[Amount], levels: Sequence[Level]) -> Amount:
+        """One synchronisation of a stage's replicas, in seconds.
+
+        Args:
+            parameter_bytes: |w|.
+            spans: n_k of every level.
+            levels: of the topology.
+        """
+        total: Amount = np.zeros(np.broadcast_shapes(np.shape(parameter_bytes), *(np.shape(n) for n in spans)))
+        replicas: Amount = 1
+        for level, n in zip(levels, spans, strict=True):
+            replicas = replicas * n
+            if self.sync_factor == 2 and level.reduce_bandwidth is not None:
+                # Measured among all devices of this level: includes the levels within.
+                moved = 2 * (replicas - 1) / replicas * parameter_bytes
+                measured = (level.reduce_latency_s or 0.0) + moved / level.reduce_bandwidth
+                total = np.where(np.asarray(n) > 1, measured, total)
+            else:
+                total = total + self.sync_factor * (n - 1) * (level.latency_s + parameter_bytes / (n * level.bandwidth))
+        return total
+
+    def sync_s(self, round_s: Amount, replicas: Amount) -> Amount:
+        """Synchronisation per minibatch: m of them share a round."""
+        return round_s / replicas
 
     def stage_s(self, compute_s: Amount, sync_s: Amount) -> Amount:
-        return np.maximum(compute_s, sync_s)
+        """Stage time per minibatch from its compute and its synchronisation."""
+        return np.maximum(compute_s, sync_s) if self.overlap else compute_s + sync_s
 
-    def boundary_s(self, activation_bytes: Amount, bandwidth: float) -> Amount:
-        return 2 * activation_bytes / bandwidth
+    def boundary_s(self, crossing_bytes: Amount, shares: Sequence[Amount], levels: Sequence[Level]) -> Amount:
+        """Activations forth and gradients back over the busiest link, per minibatch.
+
+        Args:
+            crossing_bytes: a.
+            shares: s_k of every level; 0 where the traffic does not go.
+            levels: of the topology.
+        """
+        total: Amount = np.zeros(np.broadcast_shapes(np.shape(crossing_bytes), *(np.shape(s) for s in shares)))
+        for level, share in zip(levels, shares, strict=True):
+            used = share if self.routed else np.asarray(share) > 0
+            total = np.maximum(total, 2 * transfer_s(crossing_bytes, level) * used)
+        return np.where(np.asarray(crossing_bytes) > 0, total, 0.0)
 
 
-@dataclass(frozen=True)
-class Ring(Paper2018):
-    """The same with a ring all-reduce (SOSP 2019, section 3.1): W^m = 2 (m - 1) |w| / (m B)."""
-
-    name: str = "ring"
-
-    def sync_s(self, parameter_bytes: Amount, replicas: Amount, bandwidth: float) -> Amount:
-        return 2 * (replicas - 1) * parameter_bytes / (replicas * bandwidth) / replicas
+def transfer_s(message_bytes: Amount, level: Level) -> Amount:
+    """One message over one link: α + n / β."""
+    return level.latency_s + message_bytes / level.bandwidth
 
 
-_FORMULAS: dict[str, Cost] = {cost.name: cost for cost in (Paper2018(), Ring())}
+_FORMULAS = {
+    formula.name: formula
+    for formula in (
+        Formula("ring"),
+        Formula("ring-no-overlap", overlap=False),
+        Formula("paper2018", sync_factor=4, routed=False, antichains=True),
+        Formula("reference_code", sync_factor=4, overlap=False, first_output_free=True, antichains=True),
+    )
+}
 NAMES = tuple(_FORMULAS)
+DEFAULT = "ring"
 
 
-def formula(name: str) -> Cost:
+def formula(name: str) -> Formula:
     """The cost formula of this name.
 
     Raises:

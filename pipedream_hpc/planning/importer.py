@@ -46,6 +46,8 @@ class _Graph:
 def import_profile(path: str | Path, *, minibatch: int) -> Profile:
     """Read a published profile.
 
+    The format does not say what autograd keeps: a layer's output stands for it.
+
     The Input nodes, whose time is that of loading data, are left out, and so are `__getitem__`
     nodes whose value nobody uses.
 
@@ -97,17 +99,16 @@ def _parse(path: Path, text: str) -> _Graph:
             )
         if node["id"] in graph.layers:
             raise PipedreamError(f"{path}: line {number}: node '{node['id']}' is defined a second time")
+        activation = node["activation"].strip("[]").split(";")
+        output_bytes = round(sum(_number(path, number, "activation_size", part) for part in activation))
         graph.layers[node["id"]] = LayerProfile(
             name=node["id"],
             kind=node["kind"],
             forward_s=_number(path, number, "forward_compute_time", node["forward"]) / 1e3,
             backward_s=_number(path, number, "backward_compute_time", node["backward"]) / 1e3,
-            output_bytes=round(
-                sum(
-                    _number(path, number, "activation_size", part) for part in node["activation"].strip("[]").split(";")
-                )
-            ),
+            output_bytes=output_bytes,
             parameter_bytes=round(_number(path, number, "parameter_size", node["parameter"])),
+            stash_bytes=output_bytes,
         )
         graph.consumers[node["id"]] = []
     for number, producer, consumer in edges:

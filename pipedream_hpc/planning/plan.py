@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge
 
 from pipedream_hpc.files import STRICT
+from pipedream_hpc.planning.memory import MemoryParts
 from pipedream_hpc.planning.profile import Bytes, Count, Seconds
 
 Rank = Annotated[int, Ge(0)]
@@ -25,24 +26,26 @@ def warm_up(replicas: Sequence[int], stage: int) -> int:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: a run of layers and the ranks that hold a replica of it.
+    """One stage: a set of layers and the ranks that hold a replica of it.
 
-    Times are seconds per minibatch of the whole stage (already divided by its replicas).
+    Times are seconds per minibatch.
 
     Attributes:
         layers: names of its layers, in order.
-        ranks: one rank per replica.
+        ranks: one rank per replica, in round-robin order.
         forward_s: measured forward time of one minibatch on one replica.
-        backward_s: measured backward time of one minibatch on one replica.
-        compute_s: (forward_s + backward_s) / replicas.
-        sync_s: gradient synchronisation of the replicas per minibatch.
+        backward_s: measured backward time of one minibatch on one replica, without recompute.
+        compute_s: of the whole stage: (forward_s + backward_s, + forward_s with recompute) / replicas.
+        sync_s: gradient synchronisation of the replicas.
         boundary_s: sending its output on and getting the gradient back; 0 for the last stage.
-        in_flight: minibatches, and so weight versions, alive on one replica.
+        in_flight: minibatches (with microbatches: those) alive on one replica.
         parameter_bytes: trainable parameters of one version.
         output_bytes: activations sent on per minibatch; the last stage's are not sent.
-        output_shape: of one whole minibatch; None when the profile did not say.
-        output_dtype: such as `float32`; None when the profile did not say.
+        output_shape: of one whole minibatch; None when several tensors cross or the profile did not say.
+        output_dtype: such as `float32`; None likewise.
         limit: which of `compute`, `sync`, `boundary` this stage waits for.
+        memory: bytes on one device, by part; None when not known.
+        recompute: whether the forward is run again before the backward, instead of keeping activations.
     """
 
     __pydantic_config__ = STRICT
@@ -60,6 +63,8 @@ class StagePlan:
     output_shape: tuple[int, ...] | None
     output_dtype: str | None
     limit: str
+    memory: MemoryParts | None = None
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -70,6 +75,32 @@ class StagePlan:
     @property
     def replicas(self) -> int:
         return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    """What else the same devices could do, in seconds per minibatch.
+
+    Attributes:
+        data_parallel_s: the whole model on every device.
+        data_parallel_bytes: memory that takes on one device.
+        model_parallel_s: the plan's stages, one minibatch at a time.
+        flush_s: the plan's stages with GPipe or 1F1B-flush: (m + stages - 1) / m times as long for m
+            microbatches.
+        microbatches: that m.
+        network_bytes: what the plan sends over links per minibatch, all devices together.
+        data_parallel_network_bytes: what data parallelism sends.
+    """
+
+    __pydantic_config__ = STRICT
+
+    data_parallel_s: Seconds
+    data_parallel_bytes: Bytes
+    model_parallel_s: Seconds
+    flush_s: Seconds
+    microbatches: Count
+    network_bytes: Bytes
+    data_parallel_network_bytes: Bytes
 
 
 @dataclass(frozen=True)
@@ -84,6 +115,12 @@ class Plan:
         stages: input stage first.
         bottleneck_s: predicted seconds per minibatch in the steady state: the slowest stage or boundary.
         single_device_s: seconds per minibatch of the whole model on one device.
+        bound_s: no plan of the kinds that were weighed is faster; bottleneck_s when it is the optimum.
+        microbatches: pieces a minibatch is passed on in.
+        optimizer: kind that the memory figures are for; one of planning.memory.OPTIMIZERS.
+        alternatives: what else the devices could do; None when not computed.
+        scaled: how the profile's figures were changed, such as `compute x1.6`; empty if not at all.
+        notes: what a person should know about how the plan came about.
     """
 
     __pydantic_config__ = STRICT
@@ -97,6 +134,12 @@ class Plan:
     stages: tuple[StagePlan, ...]
     bottleneck_s: Seconds
     single_device_s: Seconds
+    bound_s: Seconds = 0.0
+    microbatches: Count = 1
+    optimizer: str = "momentum"
+    alternatives: Alternatives | None = None
+    scaled: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -109,6 +152,18 @@ class Plan:
     def ranks(self) -> int:
         """Ranks the plan runs on."""
         return sum(stage.replicas for stage in self.stages)
+
+    @property
+    def speedup_vs_one(self) -> float:
+        """How many times as fast as one device; 0 if nothing takes any time."""
+        return self.single_device_s / self.bottleneck_s if self.bottleneck_s else 0.0
+
+    @property
+    def speedup_vs_data_parallel(self) -> float | None:
+        """How many times as fast as data parallelism on the same devices; None when not known."""
+        if self.alternatives is None or not self.bottleneck_s:
+            return None
+        return self.alternatives.data_parallel_s / self.bottleneck_s
 
     @property
     def layout(self) -> tuple[tuple[int, ...], ...]:

@@ -10,7 +10,7 @@ from pipedream_hpc.files import load
 from pipedream_hpc.model.capture import LayerGraph
 from pipedream_hpc.model.profiler import count
 from pipedream_hpc.planning.plan import Plan, StagePlan
-from pipedream_hpc.planning.solver import solve
+from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.topology import Level, Topology
 from pipedream_hpc.runtime.transport import Boundary
 from pipedream_hpc.schedule.one_f_one_b import OneFOneB
@@ -23,7 +23,7 @@ def resolve(plan: Plan | str | Path | int, graph: LayerGraph) -> Plan:
     if isinstance(plan, str | Path):
         return load(Plan, plan)
     flat = Topology((Level("node", plan, 0.0, 1e9),), device="counted")
-    return solve(count(graph), flat, straight=True)
+    return solve(count(graph), flat, Request(straight=True))
 
 
 def cuts_of(plan: Plan, graph: LayerGraph, name: str) -> list[tuple[int, int]]:

@@ -7,7 +7,6 @@ plan ──► stage modules ──► workers ──► fit, evaluate
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +37,7 @@ from pipedream_hpc.schedule.actions import Action, Backward, Schedule
 from pipedream_hpc.schedule.forward_only import ForwardOnly
 from pipedream_hpc.schedule.one_f_one_b import OneFOneB
 from pipedream_hpc.schedule.trace import Span, Trace
-from pipedream_hpc.schedule.verifier import shortened, verify
+from pipedream_hpc.schedule.verifier import verify_around
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -251,10 +250,9 @@ class Pipeline:
         return frozenset(sides | ({"target"} if self.last_stage in stages else set()))
 
     def _verify(self, schedule: OneFOneB | ForwardOnly) -> None:
-        enough = dataclasses.replace(schedule, minibatches=shortened(schedule.layout, schedule.minibatches))
-        if enough not in self._verified:
-            verify(enough)
-            self._verified.add(enough)
+        if schedule not in self._verified:
+            verify_around(schedule, self.world.rank if self.world.size > 1 else None)
+            self._verified.add(schedule)
 
     def _agree_on_start(self, seed: int, boundaries: list[Boundary]) -> None:
         facts = {

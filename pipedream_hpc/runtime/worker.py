@@ -106,8 +106,7 @@ class Worker:
         }
         self._live: dict[int, _Live] = {}
         self._gradients: list[torch.Tensor | None] = []
-        self._gradient_held = -1
-        self._spans: list[tuple[Kind, int, int, int, int]] | None = None
+        self._spans: list[tuple[int, Kind, int, int, int, int]] | None = None
         self._minibatch_base = self._version_base = 0
         self._training = True
         self._score: Loss = loss
@@ -171,13 +170,13 @@ class Worker:
             minibatch = getattr(action, "minibatch", -1)
             version = getattr(action, "version", -1)
             kind: Kind = type(action).__name__.lower()  # type: ignore[assignment]
-            self._spans.append((kind, minibatch, version, began, time.perf_counter_ns()))
+            self._spans.append((action.stage, kind, minibatch, version, began, time.perf_counter_ns()))
 
     def spans(self, epoch_ns: int) -> list[Span]:
         """What ran since `begin`, with times in seconds since `epoch_ns` on this process's clock."""
         return [
-            Span(self.rank, kind, minibatch, version, (began - epoch_ns) * 1e-9, (ended - epoch_ns) * 1e-9)
-            for kind, minibatch, version, began, ended in self._spans or ()
+            Span(self.rank, stage, kind, minibatch, version, (began - epoch_ns) * 1e-9, (ended - epoch_ns) * 1e-9)
+            for stage, kind, minibatch, version, began, ended in self._spans or ()
         ]
 
     def _receive(self, action: Receive) -> None:
@@ -250,16 +249,16 @@ class Worker:
                 # A stage of views hands the very gradient on that came in; that send may still be
                 # under way when the slot is given back.
                 live.entry.grad = _apart_from(live.entry.grad, live.gradient)
-            self._gradient_held = action.minibatch
+            # So may a parameter's gradient be, which is kept until the update.
+            self._gradients = [_apart_from(gradient, live.gradient) for gradient in self._gradients]
+            live.gradient = None
+            self.ports.gradient_in.release(self._minibatch_base + action.minibatch)
         if self.ports.gradient_out is None:
             self._finish(action.minibatch)
 
     def _update(self, action: Update) -> None:
         made = self.stash.update(self._gradients)
         self._gradients = []
-        if self.ports.gradient_in is not None:
-            # Only now: a parameter's gradient may be a view of the gradient that came in.
-            self.ports.gradient_in.release(self._minibatch_base + self._gradient_held)
         if made - self._version_base != action.version:
             raise RuntimeError(f"made version {made - self._version_base}, planned was {action.version}")
 

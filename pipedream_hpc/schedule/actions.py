@@ -1,8 +1,14 @@
 """What a rank can be told to do. A schedule is nothing but a sequence of these.
 
 Five readers share them: the worker, the emulator, the simulator, the verifier and the timeline.
-Minibatches are numbered from 0 within one schedule, weight versions likewise: version 0 is what the
+
+What passes through the pipe is called a minibatch; where a schedule cuts minibatches into m
+microbatches, the units that pass are these, and unit k is microbatch k mod m of minibatch k div m.
+Units are numbered from 0 within one schedule, weight versions likewise: version 0 is what the
 stage held when the schedule began, and each Update makes the next one.
+
+Actions are not frozen, though nobody may change one: a simulation makes millions, and a frozen
+dataclass takes four times as long to make.
 """
 
 from __future__ import annotations
@@ -11,16 +17,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from pipedream_hpc.errors import PipedreamError
+
 Payload = Literal["activation", "gradient"]
 
-#: Ranks of every stage, input stage first; replica r of stage s is layout[s][r].
+#: Ranks of every stage, input stage first; replica r of stage s is layout[s][r]. A rank may stand in
+#: several stages (interleaved 1F1B), then in all its stages at the same place.
 Layout = tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Receive:
-    """Wait until `payload` of `minibatch` from rank `peer` is here."""
+class ScheduleError(PipedreamError):
+    """A schedule that must not be launched: it would hang, use the wrong weights, or cannot be made."""
 
+
+@dataclass(slots=True, unsafe_hash=True)
+class Receive:
+    """Wait until `payload` of `minibatch` from rank `peer` is here, for `stage`."""
+
+    stage: int
     minibatch: int
     payload: Payload
     peer: int
@@ -29,10 +43,11 @@ class Receive:
         return f"receive {self.payload} {self.minibatch} from rank {self.peer}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Send:
-    """Hand `payload` of `minibatch` to the channel to rank `peer`."""
+    """Hand `payload` of `minibatch` from `stage` to the channel to rank `peer`."""
 
+    stage: int
     minibatch: int
     payload: Payload
     peer: int
@@ -41,10 +56,11 @@ class Send:
         return f"send {self.payload} {self.minibatch} to rank {self.peer}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Forward:
-    """Run the stage forward for `minibatch` on weight `version` (the newest at this point)."""
+    """Run `stage` forward for `minibatch` on weight `version`."""
 
+    stage: int
     minibatch: int
     version: int
 
@@ -52,10 +68,14 @@ class Forward:
         return f"forward {self.minibatch} on version {self.version}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Backward:
-    """Run the stage backward for `minibatch` on weight `version`: the one its forward used."""
+    """Run `stage` backward for `minibatch` on weight `version`: the one its forward used.
 
+    Gradients add up until the next Update of the stage.
+    """
+
+    stage: int
     minibatch: int
     version: int
 
@@ -63,14 +83,16 @@ class Backward:
         return f"backward {self.minibatch} on version {self.version}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Reduce:
-    """Average the gradients of one round over the stage's replicas.
+    """Average the gradients of one round over the replicas of `stage`.
 
-    Round i holds minibatches i·R to i·R + R - 1 of a stage with R replicas. The last round may be
-    short: every replica takes part, and the sum is divided by `minibatches`, the true count.
+    A round is what one Update learns from: units i·n to i·n + n - 1 with n = `per_update(stage)`.
+    The last round may be short, and a replica may have no unit in it: every replica takes part, and
+    the sum is divided by `minibatches`, the true count of units.
     """
 
+    stage: int
     round: int
     minibatches: int
 
@@ -78,10 +100,11 @@ class Reduce:
         return f"reduce round {self.round} over {self.minibatches} minibatches"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Update:
-    """Apply the gradient to the newest version, which makes `version`."""
+    """Apply the gradient to the newest version of `stage`, which makes `version`."""
 
+    stage: int
     version: int
 
     def __str__(self) -> str:
@@ -92,17 +115,28 @@ Action = Receive | Send | Forward | Backward | Reduce | Update
 
 
 class Schedule(Protocol):
-    """A pure function of layout and number of minibatches: the actions of every rank, in order."""
+    """A pure function of layout and number of units: the actions of every rank, in order."""
 
     @property
     def layout(self) -> Layout: ...
 
     @property
-    def minibatches(self) -> int: ...
+    def minibatches(self) -> int:
+        """How many units pass."""
+        ...
 
     @property
     def training(self) -> bool:
         """Whether there are backwards and updates."""
+        ...
+
+    @property
+    def newest(self) -> bool:
+        """Whether every forward is promised to run on the newest version there is."""
+        ...
+
+    def per_update(self, stage: int) -> int:
+        """Units that one update of `stage` learns from, over all its replicas."""
         ...
 
     def actions(self, rank: int) -> Iterator[Action]:
@@ -110,5 +144,9 @@ class Schedule(Protocol):
         ...
 
     def in_flight(self, stage: int) -> int:
-        """Most minibatches, and so weight versions, alive at once on a replica of `stage`."""
+        """Most units alive at once on a replica of `stage`."""
+        ...
+
+    def versions(self, stage: int) -> int:
+        """Weight slabs a replica of `stage` needs: so many newest versions are kept."""
         ...

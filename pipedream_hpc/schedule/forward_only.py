@@ -12,30 +12,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipedream_hpc.schedule.actions import Action, Forward, Layout, Receive, Send
+from pipedream_hpc.schedule.actions import Action
+from pipedream_hpc.schedule.routed import Routed
 
 
 @dataclass(frozen=True)
-class ForwardOnly:
+class ForwardOnly(Routed):
     """Every minibatch once through all stages; replicas take turns as in 1F1B-RR."""
 
-    layout: Layout
-    minibatches: int
     training = False
 
     def in_flight(self, stage: int) -> int:
-        """A rank is done with a minibatch when it has sent it on."""
+        """One: a rank is done with a minibatch when it has sent it on."""
+        return 1
+
+    def versions(self, stage: int) -> int:
+        """One: nothing is updated."""
         return 1
 
     def actions(self, rank: int) -> Iterator[Action]:
         """The actions of `rank`, in order."""
-        stage = next(index for index, ranks in enumerate(self.layout) if rank in ranks)
-        replicas = self.layout[stage]
-        for minibatch in range(replicas.index(rank), self.minibatches, len(replicas)):
-            if stage > 0:
-                upstream = self.layout[stage - 1]
-                yield Receive(minibatch, "activation", upstream[minibatch % len(upstream)])
-            yield Forward(minibatch, 0)
-            if stage + 1 < len(self.layout):
-                downstream = self.layout[stage + 1]
-                yield Send(minibatch, "activation", downstream[minibatch % len(downstream)])
+        stage = self._only_stage(rank)
+        for minibatch in self._own(stage, rank):
+            yield from self._forward(stage, minibatch, version=0)

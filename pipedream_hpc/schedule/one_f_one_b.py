@@ -23,68 +23,40 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pipedream_hpc.planning.plan import warm_up
-from pipedream_hpc.schedule.actions import Action, Backward, Forward, Layout, Receive, Reduce, Send, Update
+from pipedream_hpc.schedule.actions import Action
+from pipedream_hpc.schedule.routed import Routed, alternate
 
 
 @dataclass(frozen=True)
-class OneFOneB:
+class OneFOneB(Routed):
     """The schedule for `minibatches` minibatches; 1F1B where every stage has one replica."""
 
-    layout: Layout
-    minibatches: int
-    training = True
+    newest = True
 
     def in_flight(self, stage: int) -> int:
-        """Most minibatches alive at once on a replica of `stage`, and so most weight versions."""
-        return self._warm_up(stage) + 1
+        """W + 1: those of the warm-up and the one at work."""
+        return self._warm_ups[stage] + 1
 
-    def _warm_up(self, stage: int) -> int:
-        return warm_up([len(ranks) for ranks in self.layout], stage)
+    def versions(self, stage: int) -> int:
+        """W + 1: every minibatch in flight may hold a version of its own."""
+        return self._warm_ups[stage] + 1
 
     def actions(self, rank: int) -> Iterator[Action]:
         """The actions of `rank`, in order."""
-        stage = next(index for index, ranks in enumerate(self.layout) if rank in ranks)
-        replicas = len(self.layout[stage])
-        own = range(self.layout[stage].index(rank), self.minibatches, replicas)
-        ahead = self._warm_up(stage)
-        for turn in range(len(own) + ahead):
-            # Local turn t runs forward t and, once warmed up, backward t - W; at either end of the
-            # schedule only one of the two is left.
-            if turn < len(own):
-                yield from self._forward(stage, own[turn], version=max(0, turn - ahead))
-            done = turn - ahead
-            if 0 <= done < len(own):
-                yield from self._backward(stage, own[done], version=max(0, done - ahead))
-                yield from self._update(stage, done)
-        rounds = -(-self.minibatches // replicas)
-        if len(own) < rounds:
+        stage = self._only_stage(rank)
+        own = self._own(stage, rank)
+        for forward, turn in alternate(len(own), self._warm_ups[stage]):
+            minibatch = own[turn]
+            if forward:
+                yield from self._forward(stage, minibatch, self._version(stage, minibatch))
+            else:
+                yield from self._backward(stage, minibatch, self._version(stage, minibatch))
+                yield from self._update(stage, turn)
+        if len(own) < self.updates(stage):
             # The last round is short and has no minibatch for this replica; it takes part all the
             # same, so that all replicas go on with the same weights.
-            yield from self._update(stage, rounds - 1)
+            yield from self._update(stage, len(own))
 
-    def _forward(self, stage: int, minibatch: int, version: int) -> Iterator[Action]:
-        if stage > 0:
-            yield Receive(minibatch, "activation", self._peer(stage - 1, minibatch))
-        yield Forward(minibatch, version)
-        if stage + 1 < len(self.layout):
-            yield Send(minibatch, "activation", self._peer(stage + 1, minibatch))
-
-    def _backward(self, stage: int, minibatch: int, version: int) -> Iterator[Action]:
-        if stage + 1 < len(self.layout):
-            yield Receive(minibatch, "gradient", self._peer(stage + 1, minibatch))
-        yield Backward(minibatch, version)
-        if stage > 0:
-            # Before the reduction: upstream must not wait for the other replicas of this stage,
-            # which may be waiting for upstream.
-            yield Send(minibatch, "gradient", self._peer(stage - 1, minibatch))
-
-    def _update(self, stage: int, round: int) -> Iterator[Action]:
-        replicas = len(self.layout[stage])
-        if replicas > 1:
-            yield Reduce(round, min(replicas, self.minibatches - round * replicas))
-        yield Update(round + 1)
-
-    def _peer(self, stage: int, minibatch: int) -> int:
-        ranks = self.layout[stage]
-        return ranks[minibatch % len(ranks)]
+    def _version(self, stage: int, minibatch: int) -> int:
+        """The newest at its forward: there was an update for every turn but the last W."""
+        return max(0, minibatch // len(self.layout[stage]) - self._warm_ups[stage])

@@ -4,26 +4,42 @@ The verifier and the simulator both stand on this. The rules are the runtime's, 
 
 - a send is blocking: it begins only when the receiver has a free slot, and the rank goes on only
   then (the runtime lets two sends wait meanwhile);
-- a channel has `activation_slots` or GRADIENT_SLOTS slots; an activation's is free again when its
-  minibatch's backward has sent the gradient on, a gradient's after the update;
+- every cut has a channel per pair of ranks and direction, with `activation_slots` or GRADIENT_SLOTS
+  slots. An activation's is free again when its unit's gradient has been sent on upstream, a
+  gradient's after the backward that used it;
 - a reduction begins when all replicas of the stage have come to it.
 
-Because order on a rank and on a channel is fixed, times follow without an event queue: an action
-starts at the latest of its rank's clock and of what it waits for.
+With a Clockwork all this takes time. A rank runs ahead on its own clock until it wants a port of the
+network; ports are given out in the order of time, once nobody can run further without one. What a
+port is asked for later is caused by something that was waiting, so it cannot be earlier.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Protocol
 
-from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.schedule.actions import Action, Backward, Forward, Receive, Reduce, Schedule, Send, Update
+from pipedream_hpc.schedule.actions import (
+    Action,
+    Backward,
+    Forward,
+    Payload,
+    Receive,
+    Reduce,
+    Schedule,
+    ScheduleError,
+    Send,
+    Update,
+)
 
-#: One gradient is at work in backward and update, the next may arrive meanwhile.
+#: One gradient is at work in backward, the next may arrive meanwhile.
 GRADIENT_SLOTS = 2
+
+#: (rank, action, start in seconds, end in seconds). A plain tuple: a simulation makes millions.
+Step = tuple[int, Action, float, float]
 
 
 def activation_slots(schedule: Schedule, stage: int) -> int:
@@ -31,171 +47,226 @@ def activation_slots(schedule: Schedule, stage: int) -> int:
     return schedule.in_flight(stage) + 1
 
 
-class ScheduleError(PipedreamError):
-    """A schedule that must not be launched: it would hang, or use the wrong weights."""
+@dataclass(slots=True)
+class Port:
+    """One direction of a network adapter: carries one message at a time."""
+
+    free_s: float = 0.0
 
 
-class Durations(Protocol):
+@dataclass(frozen=True)
+class Link:
+    """How a message gets over: it holds all `ports` for `occupied_s` and arrives `latency_s` later."""
+
+    ports: tuple[Port, ...]
+    occupied_s: float
+    latency_s: float
+
+
+class Clockwork(Protocol):
     """How long things take, in seconds."""
 
-    def compute(self, rank: int, stage: int, action: Forward | Backward | Update) -> float: ...
+    def compute(self, rank: int, action: Forward | Backward | Update) -> float: ...
 
-    def transfer(self, source: int, target: int, stage: int, action: Send) -> float: ...
+    def link(self, source: int, target: int, cut: int) -> Link:
+        """What carries the messages from `source` to `target` over the cut behind stage `cut`."""
+        ...
 
-    def reduce(self, stage: int, action: Reduce) -> float: ...
-
-
-class Instant:
-    """Nothing takes any time: only order counts."""
-
-    def compute(self, rank: int, stage: int, action: Forward | Backward | Update) -> float:
-        return 0.0
-
-    def transfer(self, source: int, target: int, stage: int, action: Send) -> float:
-        return 0.0
-
-    def reduce(self, stage: int, action: Reduce) -> float:
-        return 0.0
+    def reduce(self, action: Reduce) -> float: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One action of one rank, carried out from start_s to end_s."""
-
-    rank: int
-    stage: int
-    action: Action
-    start_s: float
-    end_s: float
-
-
-@dataclass
 class _Channel:
-    free_since: deque[float]  # one entry per free slot: when it became free
-    arrived: deque[tuple[int, float]] = field(default_factory=deque)  # (minibatch, time)
-    link_free_s: float = 0.0
+    """The slots of one cut between two ranks, in one direction."""
+
+    __slots__ = ("arrived", "free_since", "link", "reader", "writer")
+
+    def __init__(self, slots: int, link: Link | None) -> None:
+        self.free_since = deque([0.0] * slots)  # of every free slot
+        self.arrived: deque[tuple[int, float]] = deque()  # (unit, when)
+        self.link = link
+        self.reader: _Rank | None = None  # asleep until something arrives
+        self.writer: _Rank | None = None  # asleep until a slot is free
 
 
-@dataclass
 class _Rank:
-    stage: int
-    todo: Iterator[Action]
-    current: Action | None
-    clock_s: float = 0.0
-    gradient_from: list[int] = field(default_factory=list)  # peers whose gradient slot is held
-    activation_from: dict[int, int] = field(default_factory=dict)  # minibatch -> peer
+    """Where a rank stands."""
+
+    __slots__ = ("action", "began_s", "clock_s", "entry", "gradients", "inbox", "outbox", "rank", "todo")
+
+    def __init__(self, rank: int, todo: Iterator[Action]) -> None:
+        self.rank, self.todo = rank, todo
+        self.action = next(todo, None)
+        self.clock_s = 0.0
+        self.began_s = -1.0  # of a send that waits for its ports; negative while there is none
+        # Channels by (stage, payload, peer); None where the cut is not played.
+        self.inbox: dict[tuple[int, Payload, int], _Channel | None] = {}
+        self.outbox: dict[tuple[int, Payload, int], _Channel | None] = {}
+        self.gradients: dict[tuple[int, int], _Channel] = {}  # (stage, unit) -> whose slot is held
+        self.entry: _Channel | None = None  # forward only: whose slot is held
 
 
-def play(schedule: Schedule, durations: Durations | None = None) -> Iterator[Step]:
-    """Carry out all actions of all ranks.
+def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range | None = None) -> Iterator[Step]:
+    """Carry out all actions of all ranks; nothing takes any time without a clockwork.
+
+    Args:
+        schedule: what is played.
+        clockwork: how long things take.
+        stages: play these stages only; messages over other cuts are taken to be there and to go at once.
 
     Raises:
         ScheduleError: ranks wait for each other for ever (the chain is printed), or a message comes
             that is not the one to be received.
     """
-    clockwork: Durations = durations or Instant()
-    ranks: dict[int, _Rank] = {}
-    for stage, members in enumerate(schedule.layout):
-        for rank in members:
-            todo = schedule.actions(rank)
-            ranks[rank] = _Rank(stage, todo, next(todo, None))
-    channels: dict[tuple[int, int, str], _Channel] = {}
+    played = range(len(schedule.layout)) if stages is None else stages
+    ranks = {rank: _Rank(rank, schedule.actions(rank)) for s in played for rank in dict.fromkeys(schedule.layout[s])}
+    channels: dict[tuple[int, int, int, Payload], _Channel] = {}
     reductions: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)  # who has come, and when
-    runnable = deque(ranks)
-    asleep: dict[object, list[int]] = defaultdict(list)  # what is waited for -> ranks
+    runnable = deque(ranks.values())
+    requests: list[tuple[float, int, _Rank]] = []  # for ports: (when, rank's number, rank)
+    training, last = schedule.training, len(schedule.layout) - 1
 
-    def channel(source: int, target: int, payload: str) -> _Channel:
-        key = (source, target, payload)
+    def channel(source: int, target: int, cut: int, payload: Payload) -> _Channel | None:
+        if cut not in played or cut + 1 not in played:
+            return None
+        key = (cut, source, target, payload)
         if key not in channels:
-            stage = ranks[target].stage
-            slots = activation_slots(schedule, stage) if payload == "activation" else GRADIENT_SLOTS
-            channels[key] = _Channel(deque([0.0] * slots))
+            slots = activation_slots(schedule, cut + 1) if payload == "activation" else GRADIENT_SLOTS
+            link = clockwork.link(source, target, cut) if clockwork is not None else None
+            channels[key] = _Channel(min(slots, schedule.minibatches), link)
         return channels[key]
 
-    def wake(key: object) -> None:
-        runnable.extend(asleep.pop(key, ()))
+    def inbox(me: _Rank, action: Receive) -> _Channel | None:
+        cut = action.stage - 1 if action.payload == "activation" else action.stage
+        line = channel(action.peer, me.rank, cut, action.payload)
+        me.inbox[action.stage, action.payload, action.peer] = line
+        return line
 
-    def free(source: int, target: int, payload: str, time_s: float) -> None:
-        channel(source, target, payload).free_since.append(time_s)
-        wake(("slot", source, target, payload))
+    def outbox(me: _Rank, action: Send) -> _Channel | None:
+        cut = action.stage if action.payload == "activation" else action.stage - 1
+        line = channel(me.rank, action.peer, cut, action.payload)
+        me.outbox[action.stage, action.payload, action.peer] = line
+        return line
 
-    while runnable:
-        rank = runnable.popleft()
-        me = ranks[rank]
-        while (action := me.current) is not None:
-            start = me.clock_s
-            if isinstance(action, Receive):
-                line = channel(action.peer, rank, action.payload)
-                if not line.arrived:
-                    asleep["message", action.peer, rank, action.payload].append(rank)
-                    break
-                minibatch, time_s = line.arrived.popleft()
-                if minibatch != action.minibatch:
-                    raise ScheduleError(
-                        f"rank {rank} is to {action}, but the next {action.payload} from rank {action.peer} is "
-                        f"that of minibatch {minibatch}"
-                    )
-                me.clock_s = max(start, time_s)
-                if action.payload == "activation":
-                    me.activation_from[minibatch] = action.peer
-                else:
-                    me.gradient_from.append(action.peer)
-            elif isinstance(action, Send):
-                line = channel(rank, action.peer, action.payload)
-                if not line.free_since:
-                    asleep["slot", rank, action.peer, action.payload].append(rank)
-                    break
-                me.clock_s = max(start, line.free_since.popleft())
-                begins = max(me.clock_s, line.link_free_s)
-                line.link_free_s = begins + clockwork.transfer(rank, action.peer, me.stage, action)
-                line.arrived.append((action.minibatch, line.link_free_s))
-                wake(("message", rank, action.peer, action.payload))
-                finished = action.payload == "gradient" or not schedule.training
-                if finished and action.minibatch in me.activation_from:
-                    free(me.activation_from.pop(action.minibatch), rank, "activation", line.link_free_s)
-            elif isinstance(action, Reduce):
-                present = reductions[me.stage, action.round]
-                members = schedule.layout[me.stage]
-                if rank not in present:
-                    present[rank] = start
-                    if len(present) < len(members):
-                        asleep["reduce", me.stage, action.round].append(rank)
+    def free(line: _Channel, time_s: float) -> None:
+        line.free_since.append(time_s)
+        if line.writer is not None:
+            runnable.append(line.writer)
+            line.writer = None
+
+    while runnable or requests:
+        me = runnable.popleft() if runnable else heappop(requests)[2]
+        while (action := me.action) is not None:
+            kind, start = type(action), me.clock_s
+            if kind is Forward or kind is Backward or kind is Update:
+                if clockwork is not None:
+                    me.clock_s = start + clockwork.compute(me.rank, action)  # type: ignore[arg-type]
+                if kind is Backward:
+                    held = me.gradients.pop((action.stage, action.minibatch), None)  # type: ignore[union-attr]
+                    if held is not None:
+                        free(held, me.clock_s)
+                elif not training and action.stage == last and me.entry is not None:
+                    free(me.entry, me.clock_s)
+                    me.entry = None
+            elif kind is Receive:
+                assert isinstance(action, Receive)
+                try:
+                    line = me.inbox[action.stage, action.payload, action.peer]
+                except KeyError:
+                    line = inbox(me, action)
+                if line is not None:
+                    if not line.arrived:
+                        line.reader = me
                         break
-                    ready = max(ranks[member].clock_s for member in members)
-                    for member in members:
-                        ranks[member].clock_s = ready + clockwork.reduce(me.stage, action)
-                    wake(("reduce", me.stage, action.round))
-                start = present[rank]
+                    unit, time_s = line.arrived.popleft()
+                    if unit != action.minibatch:
+                        raise ScheduleError(
+                            f"rank {me.rank} (stage {action.stage}) is to {action}, but the next {action.payload} from "
+                            f"rank {action.peer} is that of minibatch {unit}"
+                        )
+                    if time_s > start:
+                        me.clock_s = time_s
+                    if action.payload == "gradient":
+                        me.gradients[action.stage, unit] = line
+                    else:
+                        me.entry = line
+            elif kind is Send:
+                assert isinstance(action, Send)
+                try:
+                    line = me.outbox[action.stage, action.payload, action.peer]
+                except KeyError:
+                    line = outbox(me, action)
+                gone_s = start
+                if line is not None:
+                    if me.began_s < 0:
+                        if not line.free_since:
+                            line.writer = me
+                            break
+                        free_s = line.free_since.popleft()
+                        if free_s > start:
+                            me.clock_s = free_s
+                        if line.link is not None:
+                            me.began_s = start
+                            heappush(requests, (me.clock_s, me.rank, me))
+                            break
+                        gone_s = me.clock_s
+                    else:
+                        assert line.link is not None
+                        start, me.began_s, gone_s = me.began_s, -1.0, me.clock_s
+                        for port in line.link.ports:
+                            gone_s = max(gone_s, port.free_s)
+                        gone_s += line.link.occupied_s
+                        for port in line.link.ports:
+                            port.free_s = gone_s
+                        gone_s += line.link.latency_s
+                    line.arrived.append((action.minibatch, gone_s))
+                    if line.reader is not None:
+                        runnable.append(line.reader)
+                        line.reader = None
+                # What came in is done with: when the gradient has gone upstream, or without training
+                # the activation downstream.
+                if not training:
+                    if me.entry is not None:
+                        free(me.entry, gone_s)
+                        me.entry = None
+                elif action.payload == "gradient":
+                    entry = me.inbox.get((action.stage, "activation", action.peer))
+                    if entry is not None:
+                        free(entry, gone_s)
             else:
-                me.clock_s = start + clockwork.compute(rank, me.stage, action)
-                is_output = me.stage + 1 == len(schedule.layout)
-                if isinstance(action, Forward) and is_output and not schedule.training and me.stage > 0:
-                    free(me.activation_from.pop(action.minibatch), rank, "activation", me.clock_s)
-                if isinstance(action, Update):
-                    for peer in me.gradient_from:
-                        free(peer, rank, "gradient", me.clock_s)
-                    me.gradient_from.clear()
-            yield Step(rank, me.stage, action, start, me.clock_s)
-            me.current = next(me.todo, None)
-    waiting = {rank: me.current for rank, me in ranks.items() if me.current is not None}
+                assert isinstance(action, Reduce)
+                present, members = reductions[action.stage, action.round], schedule.layout[action.stage]
+                if me.rank not in present:
+                    present[me.rank] = start
+                    if len(present) < len(members):
+                        break
+                    ended_s = max(present.values()) + (0.0 if clockwork is None else clockwork.reduce(action))
+                    for member in members:
+                        ranks[member].clock_s = ended_s
+                        if member != me.rank:
+                            runnable.append(ranks[member])
+                start = present[me.rank]
+            yield me.rank, action, start, me.clock_s
+            me.action = next(me.todo, None)
+    waiting = {rank: me.action for rank, me in ranks.items() if me.action is not None}
     if waiting:
         raise ScheduleError(_deadlock(schedule, waiting))
 
 
 def _deadlock(schedule: Schedule, waiting: dict[int, Action]) -> str:
     """Follow who waits for whom until a rank comes up again."""
-    stage_of = {rank: members for members in schedule.layout for rank in members}
-    rank, chain = next(iter(waiting)), []
-    seen: set[int] = set()
-    while rank in waiting and rank not in seen:
-        seen.add(rank)
+    chain: dict[int, str] = {}
+    rank = next(iter(waiting))
+    while rank in waiting and rank not in chain:
         action = waiting[rank]
         if isinstance(action, Send | Receive):
             peer = action.peer
         else:  # a reduction waits for a replica that is elsewhere
-            others = [other for other in stage_of[rank] if waiting.get(other) != action]
-            peer = others[0] if others else rank
-        chain.append(f"rank {rank} waits in '{action}' for rank {peer}")
+            members = schedule.layout[action.stage]
+            peer = next((other for other in members if waiting.get(other) != action), rank)
+        chain[rank] = f"rank {rank} (stage {action.stage}) waits in '{action}' for rank {peer}"
         rank = peer
-    end = f"rank {rank} is where this began" if rank in seen else f"rank {rank} has finished"
-    return f"the schedule deadlocks: {', '.join(chain)}; {end}"
+    if rank not in chain:
+        return f"the schedule deadlocks: {', '.join(chain.values())}; rank {rank} has finished"
+    # Ranks before the circle only wait for it: leave them out.
+    circle = list(chain)[list(chain).index(rank) :]
+    return f"the schedule deadlocks: {', '.join(chain[each] for each in circle)}, where this began"

@@ -1,51 +1,191 @@
-"""Simulator: predict the Trace of a plan before anything runs."""
+"""Simulator: predict the Trace of a schedule before anything runs.
+
+Compute takes what the plan measured, times what a straggler is slower by. Messages cross links of the
+α-β model, which ranks share as they share network adapters. With two nodes of two ranks::
+
+    rank 0 ═╗ port of the rank                       A message crosses the innermost level that holds
+            ╠═ level 0, the node ═╗                  both ranks. It needs the sending side's port out
+    rank 1 ═╝                     ║ port of the node and the receiving side's port in: a rank's own at
+                                  ╠═ level 1         level 0, further out that of all ranks below. A
+    rank 2 ═╗                     ║                  port carries one message at a time, for bytes / β
+            ╠═ level 0, the node ═╝                  seconds; it arrives α later. Ports are full duplex
+    rank 3 ═╝                                        and serve in order of time.
+
+An all-reduce goes level by level in rings, 2 (n_k - 1) steps of α_k + bytes / (n_k β_k) where n_k
+components of a component of level k take part; it does not wait for ports.
+"""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.topology import Topology
-from pipedream_hpc.schedule.actions import Backward, Forward, Reduce, Schedule, Send, Update
-from pipedream_hpc.schedule.play import play
+from pipedream_hpc.schedule.actions import Backward, Forward, Receive, Reduce, Schedule, ScheduleError, Send, Update
+from pipedream_hpc.schedule.memory import Memory, memory_over_time
+from pipedream_hpc.schedule.play import Link, Port, play
 from pipedream_hpc.schedule.trace import Kind, Span, Trace
+
+_KINDS: dict[type, Kind] = {
+    Forward: "forward",
+    Backward: "backward",
+    Receive: "receive",
+    Send: "send",
+    Reduce: "reduce",
+    Update: "update",
+}
 
 
 @dataclass(frozen=True)
-class PlannedDurations:
-    """Durations as the plan has them: measured compute, α + n/β per message.
+class Simulation:
+    """What a schedule should do on a machine.
 
-    A reduction of n bytes over R replicas is a ring: 2 (R - 1) messages of n / R bytes.
+    Attributes:
+        trace: when everything should happen.
+        parameter_bytes: of one weight version, by stage.
+        stash_bytes: that a unit in flight holds, by stage.
     """
 
-    plan: Plan
-    latency_s: float
-    bandwidth: float
+    trace: Trace
+    parameter_bytes: tuple[int, ...]
+    stash_bytes: tuple[int, ...]
 
-    def compute(self, rank: int, stage: int, action: Forward | Backward | Update) -> float:
-        if isinstance(action, Forward):
-            return self.plan.stages[stage].forward_s
-        return self.plan.stages[stage].backward_s if isinstance(action, Backward) else 0.0
-
-    def transfer(self, source: int, target: int, stage: int, action: Send) -> float:
-        # A gradient has the size of the activation that crossed the same cut.
-        cut = stage if action.payload == "activation" else stage - 1
-        return self.latency_s + self.plan.stages[cut].output_bytes / self.bandwidth
-
-    def reduce(self, stage: int, action: Reduce) -> float:
-        replicas, size = self.plan.stages[stage].replicas, self.plan.stages[stage].parameter_bytes
-        return 2 * (replicas - 1) * (self.latency_s + size / replicas / self.bandwidth)
+    @cached_property
+    def memory(self) -> Memory:
+        """Bytes of weights and activations on every rank over time."""
+        return memory_over_time(self.trace, self.parameter_bytes, self.stash_bytes)
 
 
-def simulate(schedule: Schedule, plan: Plan, topology: Topology) -> Trace:
-    """The Trace that `schedule` should leave under `plan` on `topology`.
+class PlannedTimes:
+    """The clockwork of a plan on a topology; times and bytes of the plan are divided by `microbatches`."""
 
-    Links are taken to be those of the topology's slowest level, one per pair of ranks and
-    direction; sends cost the sending rank no time.
+    def __init__(
+        self,
+        layout: Sequence[Sequence[int]],
+        plan: Plan,
+        topology: Topology,
+        slow: Mapping[int, float],
+        microbatches: int,
+    ) -> None:
+        self._layout, self._topology, self._slow = layout, topology, slow
+        self._times = {
+            Forward: [stage.forward_s / microbatches for stage in plan.stages],
+            Backward: [stage.backward_s / microbatches for stage in plan.stages],
+            Update: [0.0] * len(plan.stages),
+        }
+        self._sent = [stage.output_bytes / microbatches for stage in plan.stages]
+        self._parameters = [stage.parameter_bytes for stage in plan.stages]
+        self._ports: dict[tuple[str, int, int], Port] = {}
+        self._reduce_s: dict[int, float] = {}
+
+    def compute(self, rank: int, action: Forward | Backward | Update) -> float:
+        """The plan's time of the stage; a straggler takes so many times as long."""
+        seconds = self._times[type(action)][action.stage]
+        return seconds * self._slow[rank] if rank in self._slow else seconds
+
+    def link(self, source: int, target: int, cut: int) -> Link:
+        """Ports and times of the level between the two; a gradient is as large as its activation."""
+        if source == target:
+            return Link((), 0.0, 0.0)
+        index = self._topology.level_between(source, target)
+        below = 1
+        for inner in self._topology.levels[:index]:
+            below *= inner.count
+        level = self._topology.levels[index]
+        ports = self._port("out", index, source // below), self._port("in", index, target // below)
+        return Link(ports, self._sent[cut] / level.bandwidth, level.latency_s)
+
+    def reduce(self, action: Reduce) -> float:
+        """Rings within the components of every level that the stage's ranks lie in."""
+        if action.stage not in self._reduce_s:
+            self._reduce_s[action.stage] = self._ring_s(self._layout[action.stage], self._parameters[action.stage])
+        return self._reduce_s[action.stage]
+
+    def _port(self, way: str, level: int, component: int) -> Port:
+        return self._ports.setdefault((way, level, component), Port())
+
+    def _ring_s(self, ranks: Sequence[int], size: int) -> float:
+        total_s, below = 0.0, 1
+        for level in self._topology.levels:
+            used: dict[int, set[int]] = {}
+            for rank in ranks:
+                used.setdefault(rank // (below * level.count), set()).add(rank // below)
+            width = max(map(len, used.values()))
+            total_s += 2 * (width - 1) * (level.latency_s + size / width / level.bandwidth)
+            below *= level.count
+        return total_s
+
+
+def simulate(
+    schedule: Schedule,
+    plan: Plan,
+    topology: Topology,
+    *,
+    slow: Mapping[int, float] | None = None,
+    microbatches: int = 1,
+    stash_bytes: Sequence[int] | None = None,
+) -> Simulation:
+    """What `schedule` should do with the stages of `plan` on `topology`.
+
+    Sends cost the sending rank no time beyond waiting for a free slot.
+
+    Args:
+        schedule: of as many stages as the plan.
+        plan: seconds and bytes per minibatch.
+        topology: the links; ranks are numbered node by node.
+        slow: how many times as long a rank takes to compute; 1 where not named.
+        microbatches: units to a minibatch, which share its seconds and bytes evenly.
+        stash_bytes: what a whole minibatch in flight holds, by stage; by default the stage's output.
+
+    Raises:
+        ScheduleError: the schedule gets stuck, is not of the plan's stages, or the topology is too small,
+            or a straggler is not one of the ranks.
     """
-    spans = []
-    for step in play(schedule, PlannedDurations(plan, topology.latency_s, topology.bandwidth)):
-        kind: Kind = type(step.action).__name__.lower()  # type: ignore[assignment]
-        minibatch, version = getattr(step.action, "minibatch", -1), getattr(step.action, "version", -1)
-        spans.append(Span(step.rank, kind, minibatch, version, step.start_s, step.end_s))
-    return Trace("simulated", schedule.layout, schedule.minibatches, tuple(spans))
+    ranks = {rank for members in schedule.layout for rank in members}
+    if len(schedule.layout) != len(plan.stages):
+        raise ScheduleError(f"the schedule is of {len(schedule.layout)} stages, the plan of {len(plan.stages)}")
+    if max(ranks) >= topology.devices:
+        raise ScheduleError(
+            f"rank {max(ranks)} has no device: the topology has {topology.devices}; plan for those, or probe more"
+        )
+    for rank, times in (slow or {}).items():
+        if rank not in ranks or times <= 0:
+            raise ScheduleError(
+                f"rank {rank} cannot be {times:g} times as slow: name ranks 0 to {max(ranks)}, times > 0"
+            )
+    clockwork = PlannedTimes(schedule.layout, plan, topology, slow or {}, microbatches)
+    with _no_collection():
+        spans = [
+            Span(
+                rank,
+                action.stage,
+                _KINDS[type(action)],
+                getattr(action, "minibatch", -1),
+                getattr(action, "version", -1),
+                start_s,
+                end_s,
+            )
+            for rank, action, start_s, end_s in play(schedule, clockwork)
+        ]
+    held = stash_bytes or [stage.output_bytes for stage in plan.stages]
+    return Simulation(
+        Trace("simulated", schedule.layout, schedule.minibatches, tuple(spans)),
+        tuple(stage.parameter_bytes for stage in plan.stages),
+        tuple(size // microbatches for size in held),
+    )
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Millions of spans live on and none is garbage: looking through them again and again is idle."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

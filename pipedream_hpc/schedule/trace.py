@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 from pipedream_hpc.files import STRICT
@@ -10,15 +11,16 @@ from pipedream_hpc.files import STRICT
 Kind = Literal["forward", "backward", "receive", "send", "reduce", "update"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Span:
-    """One action that ran.
+    """One action that ran. Not frozen, though nobody may change it, for the reason actions are not.
 
     Attributes:
         rank: who ran it.
+        stage: for which of its stages.
         kind: which action.
-        minibatch: number within the trace; -1 for updates and reductions.
-        version: weight version used or made; -1 for messages.
+        minibatch: number of the unit within the trace; -1 for updates and reductions.
+        version: weight version used or made; -1 for messages and reductions.
         start_s: seconds since the trace's begin, on one clock for all ranks.
         end_s: likewise.
     """
@@ -26,6 +28,7 @@ class Span:
     __pydantic_config__ = STRICT
 
     rank: int
+    stage: int
     kind: Kind
     minibatch: int
     version: int
@@ -40,7 +43,7 @@ class Trace:
     Attributes:
         source: whether it was measured or simulated.
         layout: ranks of every stage.
-        minibatches: how many went through.
+        minibatches: how many units went through.
         spans: in any order.
     """
 
@@ -52,3 +55,17 @@ class Trace:
     layout: tuple[tuple[int, ...], ...]
     minibatches: int
     spans: tuple[Span, ...]
+
+    @cached_property
+    def stages_of(self) -> dict[int, tuple[int, ...]]:
+        """The stages that each rank held, in order; ranks in the order of their first stage."""
+        held: dict[int, tuple[int, ...]] = {}
+        for stage, ranks in enumerate(self.layout):
+            for rank in ranks:
+                held[rank] = (*held.get(rank, ()), stage)
+        return held
+
+    def label(self, rank: int) -> str:
+        """Such as `rank 1 (stage 1)`: what a picture calls the rank."""
+        stages = self.stages_of[rank]
+        return f"rank {rank} (stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))})"

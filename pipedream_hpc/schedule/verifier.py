@@ -1,13 +1,43 @@
-"""Verifier: prove that a schedule finishes within its memory, with the right weights, before it is launched."""
+"""Verifier: prove that a schedule finishes within its memory, with the right weights, before it is launched.
+
+`verify` plays the whole schedule. At a launch on many ranks that would take longer than the
+launch; `verify_around` proves as much of it as concerns one rank, and every rank calls it. Three
+facts make its part small (measured: benchmarks/deadlocks.py --launch):
+
+**Blocks.** Ranks that wait for each other for ever form a circle in the graph of who talks to whom. A
+circle does not pass one rank twice, so it cannot pass a stage of a single rank and come back: it lies
+between two such stages. And because order on a rank and on a channel is fixed, whether ranks get
+stuck does not depend on timing: if a block gets stuck within the whole, it does so when played alone,
+with all other messages there at once. So the blocks are played one by one::
+
+    ranks    0 ─┐
+             1 ─┴─ 2 ─── 3 ─── 4 ─┬─ 5
+                                  └─ 6
+    blocks   [0 1  2]                        A straight pipeline of p stages is p - 1 pairs, and a
+                  [2     3]                  rank belongs to two at most.
+                        [3     4]
+                              [4    5 6]
+
+**Symmetry.** If all numbers of replicas (and microbatches to a minibatch) have a common divisor g,
+units k and k' meet on a rank only if k = k' mod g: the schedule is g equal pipelines that share
+nothing but reductions, at which all of them are at the same point. One of them is played, that with
+the most units; another may be one unit shorter, which leaves out actions but adds no order.
+
+**Periods.** Between start-up and drain the rest repeats itself (`shortened`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 
-from pipedream_hpc.schedule.actions import Backward, Forward, Layout, Schedule, Update
-from pipedream_hpc.schedule.play import ScheduleError, Step, play
+from pipedream_hpc.schedule.actions import Backward, Forward, Layout, Reduce, Schedule, ScheduleError, Update
+from pipedream_hpc.schedule.kinds import AnySchedule
+from pipedream_hpc.schedule.play import Step, play
+from pipedream_hpc.schedule.routed import Microbatched
 
 
 @dataclass(frozen=True)
@@ -16,8 +46,8 @@ class Proof:
 
     Attributes:
         actions: how many were played.
-        in_flight: most minibatches alive at once on a rank, by stage.
-        versions: most weight versions alive at once on a rank, by stage.
+        in_flight: most units alive at once on a replica, by stage; 0 where none was looked at.
+        versions: most weight versions alive at once on a replica, by stage; likewise.
     """
 
     actions: int
@@ -25,90 +55,167 @@ class Proof:
     versions: tuple[int, ...]
 
 
-@dataclass
 class _Account:
-    """What one rank holds."""
+    """What one replica of one stage holds."""
 
-    newest: int = 0
-    held: dict[int, int] = field(default_factory=dict)  # minibatch -> version
-    forwards: int = 0
-    backwards: int = 0
-    most_in_flight: int = 0
-    most_versions: int = 1
+    __slots__ = ("backwards", "forwards", "held", "limit", "most_in_flight", "most_versions", "newest", "slabs")
+
+    def __init__(self, limit: int, slabs: int) -> None:
+        self.limit, self.slabs = limit, slabs
+        self.held: dict[int, int] = {}  # unit -> version
+        self.newest = self.forwards = self.backwards = self.most_in_flight = 0
+        self.most_versions = 1
 
 
-def verify(schedule: Schedule) -> Proof:
+def verify(schedule: Schedule, stages: range | None = None) -> Proof:
     """Play `schedule` with blocking sends and bounded slots and check every step.
 
-    Proved are: it finishes; every message is the one its receiver expects; the backward of a
-    minibatch uses the weight version of its forward, and the forward the newest; minibatches and
-    versions alive stay within `in_flight`; every minibatch passes every stage once; replicas end on
-    the same version.
+    Proved are: it finishes; every message is the one its receiver expects; the backward of a unit
+    uses the weight version of its forward; a version is used only while it is kept, which the
+    `versions` newest are, and is the newest where the schedule promises that; units in flight stay
+    within `in_flight`; every reduction divides by the true count; every unit passes every stage
+    once; replicas end on the same version.
+
+    Args:
+        schedule: what is to be proved.
+        stages: look at these only (see above); all by default.
 
     Raises:
         ScheduleError: names the rank and the action, or the chain of waiting ranks.
     """
-    accounts = {rank: _Account() for members in schedule.layout for rank in members}
+    looked_at = range(len(schedule.layout)) if stages is None else stages
+    accounts = {
+        (rank, stage): _Account(schedule.in_flight(stage), schedule.versions(stage))
+        for stage in looked_at
+        for rank in schedule.layout[stage]
+    }
     actions = 0
-    for step in play(schedule):
+    for step in play(schedule, stages=stages):
         actions += 1
-        _check(step, accounts[step.rank], schedule)
-    for stage, members in enumerate(schedule.layout):
-        _check_stage(stage, [accounts[rank] for rank in members], schedule)
-    return Proof(
-        actions,
-        tuple(max(accounts[rank].most_in_flight for rank in members) for members in schedule.layout),
-        tuple(max(accounts[rank].most_versions for rank in members) for members in schedule.layout),
-    )
+        _check(step, accounts[step[0], step[1].stage], schedule)
+    most_in_flight, most_versions = [0] * len(schedule.layout), [0] * len(schedule.layout)
+    for stage in looked_at:
+        own = [accounts[rank, stage] for rank in schedule.layout[stage]]
+        _check_stage(stage, own, schedule)
+        most_in_flight[stage] = max(account.most_in_flight for account in own)
+        most_versions[stage] = max(account.most_versions for account in own)
+    return Proof(actions, tuple(most_in_flight), tuple(most_versions))
 
 
-def shortened(layout: Layout, minibatches: int) -> int:
-    """The smallest number of minibatches that proves as much as `minibatches`.
+def verify_around(schedule: AnySchedule, rank: int | None) -> None:
+    """Prove what concerns `rank`; when every rank has, the schedule is proved. None: all of it.
 
-    Between start-up and drain a round-robin schedule repeats itself every lcm(replicas)
-    minibatches, so whole periods beyond a few can be left out.
+    Raises:
+        ScheduleError: as `verify`.
     """
-    period = math.lcm(*(len(members) for members in layout))
-    enough = 4 * (sum(len(members) for members in layout) + period)
-    return minibatches if minibatches <= enough else enough + (minibatches - enough) % period
+    smaller = representative(schedule)
+    stages = {stage for stage, ranks in enumerate(schedule.layout) if rank is None or rank in ranks}
+    for block in blocks(smaller.layout):
+        if stages.intersection(block):
+            verify(smaller, block)
+
+
+def blocks(layout: Layout) -> list[range]:
+    """Runs of stages within which ranks can wait for each other in a circle, in order."""
+    last = len(layout) - 1
+    if sum(map(len, layout)) > len({rank for ranks in layout for rank in ranks}) or not last:
+        return [range(last + 1)]  # ranks come round again: all is one circle
+    ends = [0, *(stage for stage in range(1, last) if len(layout[stage]) == 1), last]
+    return [range(first, end + 1) for first, end in pairwise(ends)]
+
+
+def representative(schedule: AnySchedule) -> AnySchedule:
+    """The smallest schedule that proves as much as `schedule`: one of equal pipelines, shortened."""
+    sizes = [len(ranks) for ranks in schedule.layout]
+    if isinstance(schedule, Microbatched):
+        equal = math.gcd(*sizes, schedule.microbatches)
+        microbatches = schedule.microbatches // equal
+        layout, units = _every(schedule, equal, microbatches)
+        return dataclasses.replace(schedule, layout=layout, minibatches=units, microbatches=microbatches)
+    layout, units = _every(schedule, math.gcd(*sizes), 1)
+    return dataclasses.replace(schedule, layout=layout, minibatches=units)
+
+
+def _every(schedule: Schedule, step: int, microbatches: int) -> tuple[Layout, int]:
+    layout = tuple(ranks[::step] for ranks in schedule.layout)
+    return layout, shortened(layout, -(-schedule.minibatches // step), microbatches=microbatches)
+
+
+def shortened(layout: Layout, units: int, *, microbatches: int = 1) -> int:
+    """The smallest number of units that proves as much as `units`.
+
+    Between start-up and drain a round-robin schedule repeats itself every lcm(replicas,
+    microbatches to a minibatch) units, so whole periods beyond a few can be left out. Start-up is
+    over when every stage has made an update for a unit of the steady state: after twice as many units
+    as ranks at most.
+    """
+    period = math.lcm(microbatches, *(len(members) for members in layout))
+    enough = 2 * (sum(len(members) for members in layout) + period)
+    return units if units <= enough else enough + (units - enough) % period
 
 
 def _check(step: Step, account: _Account, schedule: Schedule) -> None:
-    action, where = step.action, f"rank {step.rank} (stage {step.stage}) at '{step.action}'"
-    limit = schedule.in_flight(step.stage)
-    if isinstance(action, Forward):
-        if action.version != account.newest:
-            raise ScheduleError(f"{where}: the newest version is {account.newest}")
+    action = step[1]
+    kind = type(action)
+    if kind is Forward:
+        assert isinstance(action, Forward)
+        if schedule.newest and action.version != account.newest:
+            raise ScheduleError(f"{_where(step)}: the newest version is {account.newest}")
+        _check_alive(step, account, action.version)
         account.forwards += 1
         if schedule.training:
             account.held[action.minibatch] = action.version
-            account.most_in_flight = max(account.most_in_flight, len(account.held))
-            if len(account.held) > limit:
-                raise ScheduleError(f"{where}: {len(account.held)} minibatches in flight, planned are {limit}")
-        else:
-            account.most_in_flight = 1
-    elif isinstance(action, Backward):
+        account.most_in_flight = max(account.most_in_flight, len(account.held), 1)
+        if len(account.held) > account.limit:
+            raise ScheduleError(
+                f"{_where(step)}: {len(account.held)} minibatches in flight, planned are {account.limit}"
+            )
+    elif kind is Backward:
+        assert isinstance(action, Backward)
         held = account.held.pop(action.minibatch, None)
         if held != action.version:
-            raise ScheduleError(f"{where}: its forward used version {held}")
+            raise ScheduleError(f"{_where(step)}: its forward used version {held}")
+        _check_alive(step, account, action.version)
         account.backwards += 1
-    elif isinstance(action, Update):
+    elif kind is Update:
+        assert isinstance(action, Update)
         if action.version != account.newest + 1:
-            raise ScheduleError(f"{where}: the newest version is {account.newest}")
-        alive = {*account.held.values(), account.newest}
-        if account.newest in account.held.values():
-            alive.add(action.version)  # needs a slab of its own
+            raise ScheduleError(f"{_where(step)}: the newest version is {account.newest}")
         account.newest = action.version
-        account.most_versions = max(account.most_versions, len(alive))
-        if len(alive) > limit:
-            raise ScheduleError(f"{where}: {len(alive)} weight versions alive, planned are {limit}")
+        # The oldest unit is enough: what else is no longer kept is found at its backward.
+        _check_alive(step, account, next(iter(account.held.values()), action.version))
+    elif kind is Reduce:
+        assert isinstance(action, Reduce)
+        units = schedule.per_update(action.stage)
+        true = min(units, schedule.minibatches - action.round * units)
+        if action.round != account.newest or action.minibatches != true:
+            raise ScheduleError(f"{_where(step)}: due is round {account.newest} over {true} minibatches")
+
+
+def _check_alive(step: Step, account: _Account, version: int) -> None:
+    """Versions are kept in a ring of slabs: version v in slab v mod slabs."""
+    alive = account.newest - version + 1
+    if alive > account.slabs:
+        raise ScheduleError(
+            f"{_where(step)}: {alive} weight versions alive, planned are {account.slabs} "
+            f"(version {version} to {account.newest})"
+        )
+    if alive < 1:
+        raise ScheduleError(f"{_where(step)}: the newest version is {account.newest}")
+    account.most_versions = max(account.most_versions, alive)
+
+
+def _where(step: Step) -> str:
+    return f"rank {step[0]} (stage {step[1].stage}) at '{step[1]}'"
 
 
 def _check_stage(stage: int, accounts: list[_Account], schedule: Schedule) -> None:
     counted = Counter(forwards=sum(a.forwards for a in accounts), backwards=sum(a.backwards for a in accounts))
-    if counted["forwards"] != schedule.minibatches:
-        raise ScheduleError(f"stage {stage} runs {counted['forwards']} of {schedule.minibatches} forwards")
-    if schedule.training and counted["backwards"] != schedule.minibatches:
-        raise ScheduleError(f"stage {stage} runs {counted['backwards']} of {schedule.minibatches} backwards")
+    for what in ("forwards", "backwards") if schedule.training else ("forwards",):
+        if counted[what] != schedule.minibatches:
+            raise ScheduleError(f"stage {stage} runs {counted[what]} of {schedule.minibatches} {what}")
     if len({account.newest for account in accounts}) > 1:
         raise ScheduleError(f"stage {stage}: its replicas end on versions {[a.newest for a in accounts]}")
+    updates = -(-schedule.minibatches // schedule.per_update(stage)) if schedule.training else 0
+    if accounts[0].newest != updates:
+        raise ScheduleError(f"stage {stage} ends on version {accounts[0].newest}, but {updates} updates are due")

@@ -1,0 +1,85 @@
+"""The table of the paper, planned: arXiv 1806.03377, Table 1, beside what `pipedream partition` says.
+
+    python benchmarks/paper_table.py PROFILES
+
+PROFILES is a folder with the published `vgg16.txt`, `resnet50.txt` and `gnmt.txt` (V100, so scaled here:
+32 images per minibatch, and 1.6 times the compute time for the Titan X of cluster A). Planned speed-ups
+are those of the steady state; the paper's are measured times to an accuracy.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from pipedream_hpc.observe import terminal
+from pipedream_hpc.observe.explain import communication_reduction
+from pipedream_hpc.planning.importer import import_profile
+from pipedream_hpc.planning.presets import preset
+from pipedream_hpc.planning.scale import scaled
+from pipedream_hpc.planning.solver import Request, solve
+
+MINIBATCH = {"vgg16": 128, "resnet50": 128, "gnmt": 64}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the paper reports: replicas per stage, speed-up over one machine and over BSP, communication saved."""
+
+    profile: str
+    cluster: str
+    machines: int
+    config: str = "-"
+    over_one: str = "-"
+    over_bsp: str = "-"
+    less: str = "-"
+
+
+ROWS = (
+    Row("vgg16", "a", 4, "2-1-1", "3.14x", "2.13x", "90%"),
+    Row("vgg16", "a", 8, "7-1", "7.04x", "2.99x", "95%"),
+    Row("vgg16", "a", 16, "9-5-1-1", "9.86x", "3.00x", "91%"),
+    Row("vgg16", "b", 8, "7-1", "6.98x", "5.12x", "95%"),
+    # A low-communication network: Inception-v3 in the paper, ResNet-50 here.
+    Row("resnet50", "a", 8, "8", "7.66x", "1.00x", "0%"),
+    Row("resnet50", "b", 8, "7-1", "6.88x", "1.45x", "47%"),
+    Row("gnmt", "a", 8),
+    Row("gnmt", "b", 8),
+)
+
+
+def main(folder: Path) -> None:
+    console = terminal.console()
+    for cost in ("ring", "paper2018"):
+        table = Table(
+            "model", "machines", "planned", "paper", "over one", "paper", "over BSP", "paper", "less traffic", "paper",
+            title=f"cost formula {cost}", title_justify="left",
+        )  # fmt: skip
+        for row in ROWS:
+            published = import_profile(folder / f"{row.profile}.txt", minibatch=MINIBATCH[row.profile])
+            samples = 32 if row.profile != "gnmt" else None
+            profile = scaled(published, minibatch=samples, compute=1.6 if row.cluster == "a" else 1.0)
+            plan = solve(profile, preset(f"cluster-{row.cluster}", [row.machines]), Request(cost=cost))
+            over_bsp, less = plan.speedup_vs_data_parallel, communication_reduction(plan)
+            table.add_row(
+                row.profile,
+                f"{row.machines} {row.cluster.upper()}",
+                plan.config,
+                row.config,
+                f"{plan.speedup_vs_one:.2f}x",
+                row.over_one,
+                "-" if over_bsp is None else f"{over_bsp:.2f}x",
+                row.over_bsp,
+                "-" if less is None else f"{less:.0%}",
+                row.less,
+            )
+        console.print(table)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))

@@ -1,0 +1,111 @@
+"""Interleaved 1F1B: every rank holds several chunks of the model (Narayanan et al., SC 2021, 2.2).
+
+Stage s stands on rank s mod p. Two ranks with two chunks each, so four stages, minibatches of four
+microbatches; capitals are a rank's first chunk, small letters its second::
+
+    rank 0   F0 F1 f0 f1 F2 b0 F3 b1 f2 B0 f3 B1    b2    b3 B2 B3 U
+    rank 1      F0 F1 f0 b0 f1 b1 F2 B0 F3 B1 f2 b2 f3 b3 B2 B3 U
+                                                          time ──►
+
+Microbatches go in groups of p: a rank runs a group through its first chunk, then the same group
+through its second, and so on; backwards likewise, last chunk first. A chunk is 1/v of what a rank
+holds, so start-up and drain are v times as short: the bubble is (p - 1) / (v·m + p - 1) of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from pipedream_hpc.schedule.actions import Action, Layout, ScheduleError
+from pipedream_hpc.schedule.routed import Microbatched, alternate
+
+
+def folded(layout: Layout, chunks: int) -> Layout:
+    """The stages of `layout` laid over so few of its ranks that each holds `chunks` of them.
+
+    Raises:
+        ScheduleError: the stages cannot be shared out evenly.
+    """
+    if chunks < 1 or len(layout) % chunks:
+        raise ScheduleError(
+            f"{len(layout)} stages cannot be shared out in chunks of {chunks} per rank: "
+            f"plan for a multiple of {max(chunks, 1)} stages"
+        )
+    ranks = len(layout) // chunks
+    return tuple(layout[stage % ranks] for stage in range(len(layout)))
+
+
+@dataclass(frozen=True)
+class Interleaved(Microbatched):
+    """Megatron's order within every minibatch of `microbatches` units, then one update per chunk.
+
+    A last minibatch that is short goes in the order of whole groups, the missing microbatches left
+    out: nothing comes earlier than it would, so no more is in flight.
+
+    Raises:
+        ScheduleError: ranks do not come round in turn, or a minibatch is not whole groups.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ranks, replicas = self._ranks, len(self.layout[0])
+        turns = [self.layout[stage % ranks] for stage in range(len(self.layout))]
+        if list(self.layout) != turns or len(self.layout) % ranks or any(len(x) != replicas for x in turns):
+            raise ScheduleError(
+                "interleaved needs stage s on rank s mod p throughout, every rank with as many chunks and every "
+                f"stage with as many replicas, but the layout is {self.layout}"
+            )
+        if self._chunks > 1 and self.microbatches % (ranks * replicas):
+            raise ScheduleError(
+                f"interleaved needs the microbatches of a minibatch to be a multiple of {ranks * replicas} "
+                f"({ranks} ranks in turn, {replicas} replicas), not {self.microbatches}"
+            )
+
+    @cached_property
+    def _ranks(self) -> int:
+        """Ranks before the first comes round again."""
+        again = (stage for stage in range(1, len(self.layout)) if self.layout[stage] == self.layout[0])
+        return next(again, len(self.layout))
+
+    @property
+    def _chunks(self) -> int:
+        return len(self.layout) // self._ranks
+
+    def in_flight(self, stage: int) -> int:
+        """Most microbatches between forward and backward, counted along the order."""
+        return self._most_alive[stage]
+
+    @cached_property
+    def _most_alive(self) -> dict[int, int]:
+        most = dict.fromkeys(range(len(self.layout)), 0)
+        for place in range(self._ranks):
+            alive = dict.fromkeys(range(place, len(self.layout), self._ranks), 0)
+            for forward, stage, _ in self._order(place, self._most_local(place)):
+                alive[stage] += 1 if forward else -1
+                most[stage] = max(most[stage], alive[stage])
+        return most
+
+    def actions(self, rank: int) -> Iterator[Action]:
+        """The actions of `rank`, in order."""
+        stages = self.stages_of[rank]
+        for number, own in self._flushes(stages[0], rank):
+            for forward, stage, index in self._order(stages[0], len(own)):
+                step = self._forward if forward else self._backward
+                yield from step(stage, own[index], version=number)
+            for stage in stages:
+                yield from self._update(stage, number)
+
+    def _order(self, place: int, count: int) -> Iterator[tuple[bool, int, int]]:
+        """(whether forward, stage, number) on the rank at `place`, for `count` microbatches."""
+        ranks, stages = self._ranks, range(place, len(self.layout), self._ranks)
+        groups = [range(first, first + ranks) for first in range(0, count, ranks)]
+        forwards = [(stage, index) for group in groups for stage in stages for index in group]
+        backwards = [(stage, index) for group in groups for stage in reversed(stages) for index in group]
+        after = ranks - 1 - place
+        ahead = after if self._chunks == 1 else 2 * after + (self._chunks - 1) * ranks
+        for forward, turn in alternate(len(forwards), ahead):
+            stage, index = forwards[turn] if forward else backwards[turn]
+            if index < count:
+                yield forward, stage, index

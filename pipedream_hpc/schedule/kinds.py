@@ -1,0 +1,62 @@
+"""Schedules by name, as plans and command lines give them."""
+
+from __future__ import annotations
+
+from pipedream_hpc.schedule.actions import Layout, ScheduleError
+from pipedream_hpc.schedule.data_parallel import DataParallel
+from pipedream_hpc.schedule.flush import Flush
+from pipedream_hpc.schedule.forward_only import ForwardOnly
+from pipedream_hpc.schedule.gpipe import GPipe
+from pipedream_hpc.schedule.interleaved import Interleaved
+from pipedream_hpc.schedule.model_parallel import ModelParallel
+from pipedream_hpc.schedule.one_f_one_b import OneFOneB
+from pipedream_hpc.schedule.two_bw import TwoBW
+from pipedream_hpc.schedule.vertical_sync import VerticalSync
+
+#: Of whole minibatches. `1f1b-rr` is what plans with replicas call 1F1B.
+_WHOLE: dict[str, type[OneFOneB | ModelParallel | ForwardOnly]] = {
+    "1f1b": OneFOneB,
+    "1f1b-rr": OneFOneB,
+    "vertical-sync": VerticalSync,
+    "data-parallel": DataParallel,
+    "model-parallel": ModelParallel,
+    "forward-only": ForwardOnly,
+}
+_CUT: dict[str, type[Flush | GPipe | TwoBW | Interleaved]] = {
+    "1f1b-flush": Flush,
+    "gpipe": GPipe,
+    "2bw": TwoBW,
+    "interleaved": Interleaved,
+}
+NAMES = (*_WHOLE, *_CUT)
+
+AnySchedule = OneFOneB | ModelParallel | ForwardOnly | Flush | GPipe | TwoBW | Interleaved
+
+
+def takes_microbatches(kind: str) -> bool:
+    """Whether minibatches are cut into microbatches, which then are the units that pass."""
+    return kind in _CUT
+
+
+def make(kind: str, layout: Layout, units: int, *, microbatches: int = 1) -> AnySchedule:
+    """The schedule `kind` for `units` units.
+
+    Args:
+        kind: one of NAMES.
+        layout: ranks of every stage.
+        units: microbatches altogether where minibatches are cut, else minibatches.
+        microbatches: to a minibatch.
+
+    Raises:
+        ScheduleError: no such schedule, or it does not go with this layout or number of microbatches.
+    """
+    if kind in _CUT:
+        return _CUT[kind](layout, units, microbatches)
+    if kind not in _WHOLE:
+        raise ScheduleError(f"there is no schedule '{kind}': choose from {', '.join(NAMES)}")
+    if microbatches != 1:
+        raise ScheduleError(
+            f"{kind} sends whole minibatches, not {microbatches} microbatches of each: "
+            f"leave microbatches away, or choose from {', '.join(_CUT)}"
+        )
+    return _WHOLE[kind](layout, units)

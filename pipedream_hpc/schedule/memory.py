@@ -1,0 +1,82 @@
+"""Memory over time: what weights and units in flight take on every rank of a trace.
+
+::
+
+    units in flight   1  2  3  3  3  3 ...  2  1  0       a unit counts from its forward to its backward
+    weight versions   1  1  1  2  3  3 ...  3  2  1       from the oldest still to be used to the newest
+                      F0 F1 F2 B0 B1 B2     ...     time ──►
+
+Counted are parameters and what a unit in flight holds; optimizer state, gradients and message
+slots come on top and do not change over time.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from pipedream_hpc.schedule.trace import Span, Trace
+
+#: By rank: (seconds, bytes from then on), in order of time.
+Memory = dict[int, list[tuple[float, int]]]
+
+
+def memory_over_time(trace: Trace, parameter_bytes: Sequence[int], stash_bytes: Sequence[int]) -> Memory:
+    """Bytes on every rank of `trace`, measured or simulated.
+
+    Args:
+        trace: what ran.
+        parameter_bytes: of one weight version, by stage.
+        stash_bytes: that a unit in flight holds, by stage.
+    """
+    by_place: dict[tuple[int, int], list[Span]] = defaultdict(list)
+    for span in trace.spans:
+        if span.kind in ("forward", "backward", "update"):
+            by_place[span.rank, span.stage].append(span)
+    changes: dict[int, list[tuple[float, int]]] = defaultdict(list)  # by rank: (when, bytes more)
+    for stage, ranks in enumerate(trace.layout):
+        for rank in ranks:
+            spans = sorted(by_place[rank, stage], key=lambda span: (span.start_s, span.end_s))
+            changes[rank].append((0.0, parameter_bytes[stage]))
+            changes[rank].extend(_changes(spans, parameter_bytes[stage], stash_bytes[stage]))
+    return {rank: _added_up(changes[rank]) for rank in sorted(changes)}
+
+
+def peak(memory: list[tuple[float, int]]) -> int:
+    """The most bytes at once."""
+    return max(size for _, size in memory)
+
+
+def _changes(spans: list[Span], version_bytes: int, unit_bytes: int) -> list[tuple[float, int]]:
+    """(when, bytes more) on one replica of one stage, whose spans are in order."""
+    training = any(span.kind == "backward" for span in spans)
+    forwards = [span.version for span in spans if span.kind == "forward"]
+    held: dict[int, int] = {}  # unit -> version, oldest first
+    changes, ran, newest, alive = [], 0, 0, 1
+    for span in spans:
+        when_s, units = span.end_s, 0
+        if span.kind == "forward":
+            ran += 1
+            if training:
+                held[span.minibatch] = span.version
+                when_s, units = span.start_s, 1
+        elif span.kind == "backward":
+            held.pop(span.minibatch, None)
+            units = -1
+        else:
+            newest, when_s = span.version, span.start_s
+        # What is still needed: by units in flight, or by the next forward.
+        oldest = min([newest, *list(held.values())[:1], *forwards[ran : ran + 1]])
+        versions = newest - oldest + 1
+        if units or versions != alive:
+            changes.append((when_s, units * unit_bytes + (versions - alive) * version_bytes))
+            alive = versions
+    return changes
+
+
+def _added_up(changes: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    total, points = 0, []
+    for when_s, more in sorted(changes, key=lambda change: change[0]):
+        total += more
+        points.append((when_s, total))
+    return points
