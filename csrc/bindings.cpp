@@ -6,6 +6,7 @@
 #include "channel.hpp"
 #include "mpi_error.hpp"
 #include "progress.hpp"
+#include "reduction.hpp"
 
 namespace py = pybind11;
 using namespace pipedream;
@@ -147,4 +148,26 @@ PYBIND11_MODULE(_core, module) {
       .def_property_readonly("messages", [](const ReceiveChannel& channel) { return channel.traffic().messages; })
       .def_property_readonly("payload_bytes",
                              [](const ReceiveChannel& channel) { return channel.traffic().payload_bytes; });
+
+  py::class_<Reduction>(module, "Reduction")
+      .def(py::init([](std::shared_ptr<Progress> progress, py::object comm,
+                       const std::vector<std::pair<std::size_t, std::string>>& buckets, bool ordered,
+                       std::string label) {
+             std::vector<BucketShape> shapes;
+             for (const auto& [count, dtype] : buckets) shapes.push_back({count, number_from(dtype)});
+             return std::make_unique<Reduction>(std::move(progress), communicator(comm), shapes, ordered,
+                                                std::move(label));
+           }),
+           py::arg("progress"), py::arg("comm"), py::arg("buckets"), py::arg("ordered"), py::arg("label"))
+      .def("__len__", &Reduction::size)
+      .def("bucket", &Reduction::bucket, py::arg("index"), py::keep_alive<0, 1>())
+      .def("start", &Reduction::start, py::arg("index"), py::call_guard<py::gil_scoped_release>())
+      .def("done", &Reduction::done, py::arg("index"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "wait",
+          [](Reduction& reduction, std::size_t index, double stall_limit_s) {
+            py::gil_scoped_release released;
+            reduction.wait(index, waiting(stall_limit_s));
+          },
+          py::arg("index"), py::arg("stall_limit_s"));
 }

@@ -27,16 +27,16 @@ PYBIND11_MODULE(_memory, module) {
       .def_property_readonly("holders", &WeightPool::holders)
       .def("__len__", &WeightPool::size)
       .def("slab", &WeightPool::slab, py::arg("index"), py::keep_alive<0, 1>())
-      .def("acquire", &WeightPool::acquire, py::arg("minibatch"))
+      .def("acquire", &WeightPool::acquire, py::arg("minibatch"), py::arg("version") = -1)
       .def("slab_of", &WeightPool::slab_of, py::arg("minibatch"))
       .def("version_of", &WeightPool::version_of, py::arg("minibatch"))
       .def("release", &WeightPool::release, py::arg("minibatch"))
       .def(
           "begin_update",
-          [](WeightPool& pool, bool copy) {
-            const WeightPool::Step step = pool.begin_update(copy);
+          [](WeightPool& pool, bool copy, bool overwrite) {
+            const WeightPool::Step step = pool.begin_update(copy, overwrite);
             return py::make_tuple(step.source, step.target);
           },
-          py::arg("copy"))
+          py::arg("copy"), py::arg("overwrite") = false)
       .def("commit", &WeightPool::commit);
 }

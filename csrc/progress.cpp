@@ -79,6 +79,8 @@ void Progress::close() {
   for (std::size_t index = 0; index < requests_.size(); ++index) cancel(index);
   requests_.clear();
   pending_.clear();
+  for (Endpoint* endpoint : attended_) endpoint->close();
+  attended_.clear();
   MPI_Comm_free(&comm_);
 }
 
@@ -93,8 +95,7 @@ void Progress::send(Endpoint* endpoint, std::size_t slot, const void* data, std:
   // Bytes, whatever the dtype: MPI knows no bf16, and both ends are of one architecture.
   check(MPI_Isend(data, static_cast<int>(bytes), MPI_BYTE, peer, tag, comm_, &request), "MPI_Isend", rank_,
         endpoint->describe(slot));
-  ++sends_;
-  post({endpoint, slot, true}, request);
+  post({endpoint, slot, Kind::send}, request);
 }
 
 void Progress::receive(Endpoint* endpoint, std::size_t slot, void* data, std::size_t bytes, int peer, int tag) {
@@ -102,10 +103,20 @@ void Progress::receive(Endpoint* endpoint, std::size_t slot, void* data, std::si
   MPI_Request request;
   check(MPI_Irecv(data, static_cast<int>(bytes), MPI_BYTE, peer, tag, comm_, &request), "MPI_Irecv", rank_,
         endpoint->describe(slot));
-  post({endpoint, slot, false}, request);
+  post({endpoint, slot, Kind::receive}, request);
+}
+
+void Progress::collective(Endpoint* endpoint, std::size_t slot, MPI_Request request) {
+  post({endpoint, slot, Kind::collective}, request);
+}
+
+void Progress::attend(Endpoint* endpoint) {
+  Lock held = lock();
+  attended_.push_back(endpoint);
 }
 
 void Progress::post(const Pending& pending, MPI_Request request) {
+  pushing_ += pending.kind != Kind::receive;
   requests_.push_back(request);
   pending_.push_back(pending);
   finished_.resize(requests_.size());
@@ -161,6 +172,7 @@ void Progress::poll_once() {
 
 void Progress::forget(Endpoint* endpoint) {
   Lock held = lock();
+  attended_.erase(std::remove(attended_.begin(), attended_.end(), endpoint), attended_.end());
   if (closed_) return;
   for (std::size_t index = requests_.size(); index-- > 0;) {
     if (pending_[index].endpoint != endpoint) continue;
@@ -172,8 +184,12 @@ void Progress::forget(Endpoint* endpoint) {
 
 void Progress::cancel(std::size_t index) {
   if (requests_[index] == MPI_REQUEST_NULL) return;  // completed by the poll that failed
-  if (pending_[index].is_send) {
-    --sends_;
+  if (pending_[index].kind == Kind::collective) {
+    --pushing_;  // can be neither cancelled nor freed: whoever gives up in the middle of one ends soon
+    return;
+  }
+  if (pending_[index].kind == Kind::send) {
+    --pushing_;
     MPI_Request_free(&requests_[index]);  // sends cannot be cancelled; MPI finishes it by itself
     return;
   }
@@ -196,11 +212,13 @@ bool Progress::poll() {
   for (int i = 0; i < count; ++i) {
     const Pending& pending = pending_[static_cast<std::size_t>(finished_[static_cast<std::size_t>(i)])];
     if (code == MPI_ERR_IN_STATUS) {
-      check(statuses_[static_cast<std::size_t>(i)].MPI_ERROR, pending.is_send ? "MPI_Isend" : "MPI_Irecv", rank_,
-            pending.endpoint->describe(pending.slot));
+      const char* call = pending.kind == Kind::send      ? "MPI_Isend"
+                         : pending.kind == Kind::receive ? "MPI_Irecv"
+                                                         : "a collective call";
+      check(statuses_[static_cast<std::size_t>(i)].MPI_ERROR, call, rank_, pending.endpoint->describe(pending.slot));
     }
     complete.push_back(pending);
-    sends_ -= pending.is_send;
+    pushing_ -= pending.kind != Kind::receive;
   }
   std::size_t kept = 0;
   for (std::size_t index = 0; index < requests_.size(); ++index) {
@@ -237,7 +255,7 @@ void Progress::run() {
     }
     // Nobody but close() wakes this thread: to be woken at every send would cost the main thread
     // more than the send.
-    wake_.wait_for(held, sends_ > 0 ? pushing.pause() : idling.pause(), [this] { return closing_; });
+    wake_.wait_for(held, pushing_ > 0 ? pushing.pause() : idling.pause(), [this] { return closing_; });
   }
 }
 

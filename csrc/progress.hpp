@@ -34,6 +34,8 @@ class Endpoint {
   virtual void completed(std::size_t slot) = 0;
   // What the request was for, in an error's text.
   virtual std::string describe(std::size_t slot) const = 0;
+  // MPI is about to end: give back what only MPI can free.
+  virtual void close() {}
 };
 
 struct ProgressStatistics {
@@ -65,6 +67,12 @@ class Progress {
   void send(Endpoint* endpoint, std::size_t slot, const void* data, std::size_t bytes, int peer, int tag);
   void receive(Endpoint* endpoint, std::size_t slot, void* data, std::size_t bytes, int peer, int tag);
 
+  // Likewise: a collective call's request, started by the endpoint.
+  void collective(Endpoint* endpoint, std::size_t slot, MPI_Request request);
+
+  // Close this endpoint when everything is closed, until it is forgotten.
+  void attend(Endpoint* endpoint);
+
   // Polls until `done()`, called with the lock held, is true. `stalled(seconds)` makes the exception
   // to throw after `limit_s`; `interrupted()` runs now and then without the lock and may throw.
   void wait(const std::function<bool()>& done, double limit_s, const std::function<std::exception_ptr(double)>& stalled,
@@ -77,10 +85,11 @@ class Progress {
   void forget(Endpoint* endpoint);
 
  private:
+  enum class Kind { send, receive, collective };
   struct Pending {
     Endpoint* endpoint;
     std::size_t slot;
-    bool is_send;
+    Kind kind;
   };
 
   bool poll();  // with the lock held; whether anything was completed
@@ -95,7 +104,8 @@ class Progress {
   std::vector<Pending> pending_;  // parallel to requests_
   std::vector<int> finished_;     // indices, scratch of poll
   std::vector<MPI_Status> statuses_;
-  std::size_t sends_ = 0;  // of requests_
+  std::size_t pushing_ = 0;  // of requests_: those that move only when MPI is called here
+  std::vector<Endpoint*> attended_;
   std::exception_ptr failure_;
   ProgressStatistics statistics_;
   bool main_waits_ = false;

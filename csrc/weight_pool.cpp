@@ -16,12 +16,21 @@ WeightPool::WeightPool(std::size_t bytes, std::size_t slabs, Where where)
   version_[newest_] = 0;
 }
 
-std::size_t WeightPool::acquire(std::int64_t minibatch) {
-  if (!held_.emplace(minibatch, newest_).second) {
+std::size_t WeightPool::acquire(std::int64_t minibatch, std::int64_t version) {
+  std::size_t slab = newest_;
+  if (version >= 0) {
+    const auto found = std::find(version_.begin(), version_.end(), version);
+    if (found == version_.end()) {
+      throw std::logic_error("weight version " + std::to_string(version) + " is not kept: the newest is " +
+                             std::to_string(newest()) + ", of " + std::to_string(size()) + " slabs");
+    }
+    slab = static_cast<std::size_t>(found - version_.begin());
+  }
+  if (!held_.emplace(minibatch, slab).second) {
     throw std::logic_error("minibatch " + std::to_string(minibatch) + " holds a weight version already");
   }
-  ++references_[newest_];
-  return newest_;
+  ++references_[slab];
+  return slab;
 }
 
 std::size_t WeightPool::slab_of(std::int64_t minibatch) const {
@@ -37,18 +46,17 @@ void WeightPool::release(std::int64_t minibatch) {
   held_.erase(minibatch);
 }
 
-WeightPool::Step WeightPool::begin_update(bool copy) {
+WeightPool::Step WeightPool::begin_update(bool copy, bool overwrite) {
   if (writing_ != none_) throw std::logic_error("an update is under way: commit it first");
-  for (std::size_t index = 0; index < size(); ++index) {
-    if (index != newest_ && references_[index] == 0) {
-      writing_ = index;
-      if (copy) pipedream::copy(slab(index), slab(newest_), slabs_[index].bytes());
-      return {newest_, index};
-    }
+  std::size_t target = newest_;
+  for (std::size_t index = 0; index < size() && !overwrite; ++index) {
+    if (index == newest_ || references_[index] != 0) continue;
+    if (target == newest_ || version_[index] < version_[target]) target = index;
   }
-  if (references_[newest_] != 0) throw std::logic_error(all_held());
-  writing_ = newest_;
-  return {newest_, newest_};
+  if (target == newest_ && references_[newest_] != 0 && !overwrite) throw std::logic_error(all_held());
+  if (copy && target != newest_) pipedream::copy(slab(target), slab(newest_), slabs_[target].bytes());
+  writing_ = target;
+  return {newest_, target};
 }
 
 std::int64_t WeightPool::commit() {

@@ -11,6 +11,9 @@
 // After the backward of minibatch k the W minibatches still in flight hold at most W versions, the
 // newest among them, so one of W + 1 slabs is always free for the next. With W = 0 nobody holds the
 // newest version at its update, and it is updated in place.
+//
+// An update is written over the oldest version that nobody holds: the newest ones are kept, held or
+// not, for schedules in which a forward asks for an older version by number (vertical sync, 2BW).
 #pragma once
 
 #include <cstdint>
@@ -31,8 +34,9 @@ class WeightPool {
   std::size_t size() const { return slabs_.size(); }
   View slab(std::size_t index) const { return slabs_.at(index).view(); }
 
-  // Holds the newest version for `minibatch`; returns its slab. Throws std::logic_error if it holds one already.
-  std::size_t acquire(std::int64_t minibatch);
+  // Holds `version` for `minibatch`, or the newest for -1; returns its slab. Throws std::logic_error if
+  // it holds one already, or if the version is not kept.
+  std::size_t acquire(std::int64_t minibatch, std::int64_t version = -1);
 
   // Slab and version that `minibatch` holds. Throws std::out_of_range if it holds none.
   std::size_t slab_of(std::int64_t minibatch) const;
@@ -40,13 +44,14 @@ class WeightPool {
 
   void release(std::int64_t minibatch);
 
-  // Chooses the slab for the next version: a free one, or the newest's own if nobody holds it and no
-  // other is free. With `copy` it begins as a copy of the newest version. Throws std::logic_error when
-  // every slab is held, and names the holders.
+  // Chooses the slab for the next version: the oldest that nobody holds, or the newest's own if nobody
+  // holds that and no other is free. With `copy` it begins as a copy of the newest version. With
+  // `overwrite` it is the newest's own whoever holds it: what naive pipelining does. Throws
+  // std::logic_error when every slab is held, and names the holders.
   struct Step {
     std::size_t source, target;
   };
-  Step begin_update(bool copy);
+  Step begin_update(bool copy, bool overwrite = false);
 
   // Makes the slab chosen by begin_update the newest version; returns its number.
   std::int64_t commit();

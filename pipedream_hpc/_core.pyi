@@ -1,4 +1,4 @@
-"""Channels over MPI (C++, csrc/channel.hpp and csrc/progress.hpp)."""
+"""Channels and reductions over MPI (C++, csrc/channel.hpp, csrc/reduction.hpp and csrc/progress.hpp)."""
 
 from collections.abc import Sequence
 from typing import Any, final
@@ -117,3 +117,28 @@ class ReceiveChannel:
     def messages(self) -> int: ...
     @property
     def payload_bytes(self) -> int: ...
+
+@final
+class Reduction:
+    """Sums buckets of numbers over ranks while they compute; the same bits on all of them.
+
+    Args:
+        comm: an mpi4py communicator of those that take part, in the order of the sum; duplicated (collective).
+        buckets: (count, dtype) of each; dtype is float32, float64, bfloat16 or float16.
+        ordered: sum in the order of the ranks, the same at every run; otherwise MPI chooses the order.
+        label: what is summed, for messages to people.
+    """
+
+    def __init__(
+        self, progress: Progress, comm: Any, buckets: Sequence[tuple[int, str]], ordered: bool, label: str
+    ) -> None: ...
+    def __len__(self) -> int:
+        """Buckets."""
+    def bucket(self, index: int) -> View:
+        """What this rank puts in before `start`, and the sum after `wait`; room at the end makes it even."""
+    def start(self, index: int) -> None:
+        """Start to sum; all ranks start buckets in the same order. RuntimeError if not waited for, MpiError."""
+    def done(self, index: int) -> bool:
+        """Whether `wait` would return at once."""
+    def wait(self, index: int, stall_limit_s: float) -> None:
+        """Wait for the sum. Raises MpiError, StallError."""

@@ -53,18 +53,22 @@ class WeightPool:
     def __len__(self) -> int:
         """Slabs."""
     def slab(self, index: int) -> View: ...
-    def acquire(self, minibatch: int) -> int:
-        """Hold the newest version for `minibatch`; returns its slab. RuntimeError if it holds one."""
+    def acquire(self, minibatch: int, version: int = -1) -> int:
+        """Hold `version` (-1: the newest) for `minibatch`; returns its slab.
+
+        RuntimeError if it holds one already or the version is not kept.
+        """
     def slab_of(self, minibatch: int) -> int:
         """Slab that `minibatch` holds. IndexError if none."""
     def version_of(self, minibatch: int) -> int:
         """Version that `minibatch` holds. IndexError if none."""
     def release(self, minibatch: int) -> None: ...
-    def begin_update(self, copy: bool) -> tuple[int, int]:
+    def begin_update(self, copy: bool, overwrite: bool = False) -> tuple[int, int]:
         """Slabs (source, target) of the next version; the same one when it is updated in place.
 
-        With `copy` the target begins as a copy of the source. RuntimeError names the holders when
-        every slab is held.
+        The oldest version that nobody holds is written over. With `copy` the target begins as a copy
+        of the source. With `overwrite` the newest is updated in place whoever holds it. RuntimeError
+        names the holders when every slab is held.
         """
     def commit(self) -> int:
         """Make the target of begin_update the newest version; returns its number."""

@@ -238,7 +238,8 @@ def stages_of(plan: Plan, profile: Profile, topology: Topology) -> tuple[list[St
         used = row.devices - unused
         in_order = [[c * used + d - unused for d in stage.devices for c in range(row.copies)] for stage in stages]
         from_the_end = [[row.devices - 1 - d for d in stage.devices] for stage in stages]
-        if [list(stage.ranks) for stage in plan.stages] in (in_order, from_the_end):
+        counted_back = unused > 0 and row.copies == 1 and len(topology.levels) > 1
+        if [list(stage.ranks) for stage in plan.stages] == (from_the_end if counted_back else in_order):
             return stages, row.copies
     raise AssertionError("the ranks of the plan are no placement")
 

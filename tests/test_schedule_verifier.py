@@ -231,7 +231,7 @@ def test_equal_pipelines_are_played_once() -> None:
 def test_a_shortened_schedule_proves_as_much(replicas: tuple[int, ...], kind: str) -> None:
     members, microbatches = layout(*replicas), 9 if kinds.takes_microbatches(kind) else 1
     for units in (400, 401, 407):
-        fewer = shortened(members, units, microbatches=microbatches)
+        fewer = shortened(members, units, [microbatches])
         assert fewer < units
         whole, part = (verify(kinds.make(kind, members, n, microbatches=microbatches)) for n in (units, fewer))
         assert (whole.in_flight, whole.versions) == (part.in_flight, part.versions)

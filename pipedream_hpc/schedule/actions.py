@@ -32,12 +32,13 @@ class ScheduleError(PipedreamError):
 
 @dataclass(slots=True, unsafe_hash=True)
 class Receive:
-    """Wait until `payload` of `minibatch` from rank `peer` is here, for `stage`."""
+    """Wait until `payload` of `minibatch` from rank `peer` in stage `far` is here, for `stage`."""
 
     stage: int
     minibatch: int
     payload: Payload
     peer: int
+    far: int
 
     def __str__(self) -> str:
         return f"receive {self.payload} {self.minibatch} from rank {self.peer}"
@@ -45,12 +46,13 @@ class Receive:
 
 @dataclass(slots=True, unsafe_hash=True)
 class Send:
-    """Hand `payload` of `minibatch` from `stage` to the channel to rank `peer`."""
+    """Hand `payload` of `minibatch` from `stage` to the channel to rank `peer` in stage `far`."""
 
     stage: int
     minibatch: int
     payload: Payload
     peer: int
+    far: int
 
     def __str__(self) -> str:
         return f"send {self.payload} {self.minibatch} to rank {self.peer}"
@@ -101,6 +103,21 @@ class Reduce:
 
 
 @dataclass(slots=True, unsafe_hash=True)
+class Agree:
+    """Exchange a few numbers about the round's gradients between all ranks of all stages.
+
+    Their norm, by which all stages clip alike, and whether one overflowed, in which case none updates.
+    Only schedules with a synchronous point can have it.
+    """
+
+    stage: int
+    round: int
+
+    def __str__(self) -> str:
+        return f"agree on round {self.round}"
+
+
+@dataclass(slots=True, unsafe_hash=True)
 class Update:
     """Apply the gradient to the newest version of `stage`, which makes `version`."""
 
@@ -111,7 +128,10 @@ class Update:
         return f"update to version {self.version}"
 
 
-Action = Receive | Send | Forward | Backward | Reduce | Update
+Action = Receive | Send | Forward | Backward | Reduce | Agree | Update
+
+#: Pairs of stages, the first before the second, between which activations and gradients travel.
+Links = tuple[tuple[int, int], ...]
 
 
 class Schedule(Protocol):
@@ -133,6 +153,19 @@ class Schedule(Protocol):
     @property
     def newest(self) -> bool:
         """Whether every forward is promised to run on the newest version there is."""
+        ...
+
+    @property
+    def stashes(self) -> bool:
+        """Whether every backward runs on the version of its forward."""
+        ...
+
+    def sources(self, stage: int) -> tuple[int, ...]:
+        """Stages that send activations to `stage`, nearest first."""
+        ...
+
+    def targets(self, stage: int) -> tuple[int, ...]:
+        """Stages that `stage` sends activations to, nearest first."""
         ...
 
     def per_update(self, stage: int) -> int:

@@ -26,6 +26,7 @@ class DataParallel(ModelParallel):
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.layout) != 1:
             raise ScheduleError(
                 f"data-parallel puts the whole model on every rank, but the plan has {len(self.layout)} stages: "

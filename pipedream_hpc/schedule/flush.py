@@ -25,6 +25,8 @@ from pipedream_hpc.schedule.routed import Microbatched, alternate
 class Flush(Microbatched):
     """1F1B within every minibatch of `microbatches` units, then one update."""
 
+    synchronous = True
+
     def in_flight(self, stage: int) -> int:
         """W + 1, or all of a minibatch if they are fewer."""
         return min(self._warm_ups[stage] + 1, self._most_local(stage))

@@ -25,6 +25,8 @@ from pipedream_hpc.schedule.routed import Microbatched
 class GPipe(Microbatched):
     """All forwards of every minibatch of `microbatches` units, all its backwards, one update."""
 
+    synchronous = True
+
     def in_flight(self, stage: int) -> int:
         """All microbatches that a replica gets of a minibatch."""
         return self._most_local(stage)

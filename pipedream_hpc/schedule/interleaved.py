@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
-from pipedream_hpc.schedule.actions import Action, Layout, ScheduleError
+from pipedream_hpc.schedule.actions import Action, Agree, Layout, Reduce, ScheduleError, Update
 from pipedream_hpc.schedule.routed import Microbatched, alternate
 
 
@@ -48,8 +49,15 @@ class Interleaved(Microbatched):
         ScheduleError: ranks do not come round in turn, or a minibatch is not whole groups.
     """
 
+    synchronous = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.links is not None and self.links != tuple(pairwise(range(len(self.layout)))):
+            raise ScheduleError(
+                "interleaved sends from each stage to the next only, but the model's skip connections go over stages: "
+                "cut where one tensor is alive, or name another schedule"
+            )
         ranks, replicas = self._ranks, len(self.layout[0])
         turns = [self.layout[stage % ranks] for stage in range(len(self.layout))]
         if list(self.layout) != turns or len(self.layout) % ranks or any(len(x) != replicas for x in turns):
@@ -94,8 +102,11 @@ class Interleaved(Microbatched):
             for forward, stage, index in self._order(stages[0], len(own)):
                 step = self._forward if forward else self._backward
                 yield from step(stage, own[index], version=number)
-            for stage in stages:
-                yield from self._update(stage, number)
+            updates = [action for stage in stages for action in self._update(stage, number)]
+            # A rank agrees once, for all its chunks.
+            yield from [action for action in updates if isinstance(action, Reduce)]
+            yield from [action for action in updates if isinstance(action, Agree)][:1]
+            yield from [action for action in updates if isinstance(action, Update)]
 
     def _order(self, place: int, count: int) -> Iterator[tuple[bool, int, int]]:
         """(whether forward, stage, number) on the rank at `place`, for `count` microbatches."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pipedream_hpc.schedule.actions import Layout, ScheduleError
+from pipedream_hpc.schedule.actions import Layout, Links, ScheduleError
 from pipedream_hpc.schedule.data_parallel import DataParallel
 from pipedream_hpc.schedule.flush import Flush
 from pipedream_hpc.schedule.forward_only import ForwardOnly
 from pipedream_hpc.schedule.gpipe import GPipe
 from pipedream_hpc.schedule.interleaved import Interleaved
 from pipedream_hpc.schedule.model_parallel import ModelParallel
+from pipedream_hpc.schedule.naive import Naive
 from pipedream_hpc.schedule.one_f_one_b import OneFOneB
 from pipedream_hpc.schedule.two_bw import TwoBW
 from pipedream_hpc.schedule.vertical_sync import VerticalSync
@@ -20,6 +21,7 @@ _WHOLE: dict[str, type[OneFOneB | ModelParallel | ForwardOnly]] = {
     "vertical-sync": VerticalSync,
     "data-parallel": DataParallel,
     "model-parallel": ModelParallel,
+    "naive": Naive,
     "forward-only": ForwardOnly,
 }
 _CUT: dict[str, type[Flush | GPipe | TwoBW | Interleaved]] = {
@@ -38,7 +40,16 @@ def takes_microbatches(kind: str) -> bool:
     return kind in _CUT
 
 
-def make(kind: str, layout: Layout, units: int, *, microbatches: int = 1) -> AnySchedule:
+def make(
+    kind: str,
+    layout: Layout,
+    units: int,
+    *,
+    microbatches: int = 1,
+    links: Links | None = None,
+    accumulate: int = 1,
+    agree: bool = False,
+) -> AnySchedule:
     """The schedule `kind` for `units` units.
 
     Args:
@@ -46,12 +57,15 @@ def make(kind: str, layout: Layout, units: int, *, microbatches: int = 1) -> Any
         layout: ranks of every stage.
         units: microbatches altogether where minibatches are cut, else minibatches.
         microbatches: to a minibatch.
+        links: which stages talk; by default each and the next.
+        accumulate: minibatches per replica to an update; where minibatches are cut, whole minibatches.
+        agree: whether all stages agree about a round before they update.
 
     Raises:
         ScheduleError: no such schedule, or it does not go with this layout or number of microbatches.
     """
     if kind in _CUT:
-        return _CUT[kind](layout, units, microbatches)
+        return _CUT[kind](layout, units, microbatches * accumulate, links=links, agree=agree)
     if kind not in _WHOLE:
         raise ScheduleError(f"there is no schedule '{kind}': choose from {', '.join(NAMES)}")
     if microbatches != 1:
@@ -59,4 +73,4 @@ def make(kind: str, layout: Layout, units: int, *, microbatches: int = 1) -> Any
             f"{kind} sends whole minibatches, not {microbatches} microbatches of each: "
             f"leave microbatches away, or choose from {', '.join(_CUT)}"
         )
-    return _WHOLE[kind](layout, units)
+    return _WHOLE[kind](layout, units, links=links, accumulate=accumulate, agree=agree)

@@ -24,6 +24,7 @@ class ModelParallel(Routed):
     """Forward, backward and update of one minibatch before the next one's forward."""
 
     newest = True
+    synchronous = True
 
     def in_flight(self, stage: int) -> int:
         """One."""
@@ -36,10 +37,12 @@ class ModelParallel(Routed):
     def actions(self, rank: int) -> Iterator[Action]:
         """The actions of `rank`, in order."""
         stage = self._only_stage(rank)
-        own = self._own(stage, rank)
-        for round, minibatch in enumerate(own):
-            yield from self._forward(stage, minibatch, version=round)
-            yield from self._backward(stage, minibatch, version=round)
-            yield from self._update(stage, round)
-        if len(own) < self.updates(stage):
-            yield from self._update(stage, len(own))  # the short last round
+        own, done = self._own(stage, rank), 0
+        for turn, minibatch in enumerate(own, start=1):
+            yield from self._forward(stage, minibatch, version=done)
+            yield from self._backward(stage, minibatch, version=done)
+            if turn % self.accumulate == 0 or turn == len(own):
+                yield from self._update(stage, done)
+                done += 1
+        if done < self.updates(stage):
+            yield from self._update(stage, done)  # the short last round

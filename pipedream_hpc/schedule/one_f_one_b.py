@@ -44,19 +44,25 @@ class OneFOneB(Routed):
     def actions(self, rank: int) -> Iterator[Action]:
         """The actions of `rank`, in order."""
         stage = self._only_stage(rank)
-        own = self._own(stage, rank)
+        own, done = self._own(stage, rank), 0
         for forward, turn in alternate(len(own), self._warm_ups[stage]):
             minibatch = own[turn]
             if forward:
                 yield from self._forward(stage, minibatch, self._version(stage, minibatch))
             else:
-                yield from self._backward(stage, minibatch, self._version(stage, minibatch))
-                yield from self._update(stage, turn)
-        if len(own) < self.updates(stage):
+                yield from self._backward(stage, minibatch, self._backward_version(stage, minibatch))
+                if (turn + 1) % self.accumulate == 0 or turn + 1 == len(own):
+                    yield from self._update(stage, done)
+                    done += 1
+        if done < self.updates(stage):
             # The last round is short and has no minibatch for this replica; it takes part all the
             # same, so that all replicas go on with the same weights.
-            yield from self._update(stage, len(own))
+            yield from self._update(stage, done)
 
     def _version(self, stage: int, minibatch: int) -> int:
         """The newest at its forward: there was an update for every turn but the last W."""
-        return max(0, minibatch // len(self.layout[stage]) - self._warm_ups[stage])
+        return max(0, minibatch // len(self.layout[stage]) - self._warm_ups[stage]) // self.accumulate
+
+    def _backward_version(self, stage: int, minibatch: int) -> int:
+        """That of its forward, which is stashed."""
+        return self._version(stage, minibatch)

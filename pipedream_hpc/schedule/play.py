@@ -4,10 +4,10 @@ The verifier and the simulator both stand on this. The rules are the runtime's, 
 
 - a send is blocking: it begins only when the receiver has a free slot, and the rank goes on only
   then (the runtime lets two sends wait meanwhile);
-- every cut has a channel per pair of ranks and direction, with `activation_slots` or GRADIENT_SLOTS
+- every link has a channel per pair of ranks and direction, with `activation_slots` or `gradient_slots`
   slots. An activation's is free again when its unit's gradient has been sent on upstream, a
   gradient's after the backward that used it;
-- a reduction begins when all replicas of the stage have come to it.
+- a reduction begins when all replicas of the stage have come to it, an agreement when all ranks have.
 
 With a Clockwork all this takes time. A rank runs ahead on its own clock until it wants a port of the
 network; ports are given out in the order of time, once nobody can run further without one. What a
@@ -24,6 +24,7 @@ from typing import Protocol
 
 from pipedream_hpc.schedule.actions import (
     Action,
+    Agree,
     Backward,
     Forward,
     Payload,
@@ -42,9 +43,20 @@ GRADIENT_SLOTS = 2
 Step = tuple[int, Action, float, float]
 
 
-def activation_slots(schedule: Schedule, stage: int) -> int:
-    """Slots of an activation channel into `stage`: those in flight, and one to receive ahead."""
-    return schedule.in_flight(stage) + 1
+def activation_slots(schedule: Schedule, source: int, target: int) -> int:
+    """Slots of an activation channel: those in flight in the target, and one to receive ahead.
+
+    A skip connection overtakes what goes through the stages between, so all that are in flight in
+    the source may wait in the target.
+    """
+    if source + 1 == target:
+        return schedule.in_flight(target) + 1
+    return max(schedule.in_flight(source), schedule.in_flight(target)) + 1
+
+
+def gradient_slots(schedule: Schedule, source: int, target: int) -> int:
+    """Slots of a gradient channel from `target` back to `source`; likewise."""
+    return GRADIENT_SLOTS if source + 1 == target else max(GRADIENT_SLOTS, schedule.in_flight(source))
 
 
 @dataclass(slots=True)
@@ -91,18 +103,18 @@ class _Channel:
 class _Rank:
     """Where a rank stands."""
 
-    __slots__ = ("action", "began_s", "clock_s", "entry", "gradients", "inbox", "outbox", "rank", "todo")
+    __slots__ = ("action", "began_s", "clock_s", "entries", "gradients", "inbox", "outbox", "rank", "todo")
 
     def __init__(self, rank: int, todo: Iterator[Action]) -> None:
         self.rank, self.todo = rank, todo
         self.action = next(todo, None)
         self.clock_s = 0.0
         self.began_s = -1.0  # of a send that waits for its ports; negative while there is none
-        # Channels by (stage, payload, peer); None where the cut is not played.
-        self.inbox: dict[tuple[int, Payload, int], _Channel | None] = {}
-        self.outbox: dict[tuple[int, Payload, int], _Channel | None] = {}
-        self.gradients: dict[tuple[int, int], _Channel] = {}  # (stage, unit) -> whose slot is held
-        self.entry: _Channel | None = None  # forward only: whose slot is held
+        # Channels by (stage, payload, peer, far stage); None where the link is not played.
+        self.inbox: dict[tuple[int, Payload, int, int], _Channel | None] = {}
+        self.outbox: dict[tuple[int, Payload, int, int], _Channel | None] = {}
+        self.gradients: dict[tuple[int, int], list[_Channel]] = {}  # (stage, unit) -> whose slots are held
+        self.entries: list[_Channel] = []  # forward only: whose slots are held
 
 
 def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range | None = None) -> Iterator[Step]:
@@ -119,32 +131,33 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
     """
     played = range(len(schedule.layout)) if stages is None else stages
     ranks = {rank: _Rank(rank, schedule.actions(rank)) for s in played for rank in dict.fromkeys(schedule.layout[s])}
-    channels: dict[tuple[int, int, int, Payload], _Channel] = {}
-    reductions: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)  # who has come, and when
+    channels: dict[tuple[int, int, int, int, Payload], _Channel] = {}
+    meetings: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)  # who has come, and when
     runnable = deque(ranks.values())
     requests: list[tuple[float, int, _Rank]] = []  # for ports: (when, rank's number, rank)
-    training, last = schedule.training, len(schedule.layout) - 1
+    training, ends = schedule.training, [not schedule.targets(stage) for stage in range(len(schedule.layout))]
 
-    def channel(source: int, target: int, cut: int, payload: Payload) -> _Channel | None:
-        if cut not in played or cut + 1 not in played:
+    def channel(sender: int, receiver: int, source: int, target: int, payload: Payload) -> _Channel | None:
+        """Of the link between the stages `source` and `target`."""
+        if source not in played or target not in played:
             return None
-        key = (cut, source, target, payload)
+        key = (source, target, sender, receiver, payload)
         if key not in channels:
-            slots = activation_slots(schedule, cut + 1) if payload == "activation" else GRADIENT_SLOTS
-            link = clockwork.link(source, target, cut) if clockwork is not None else None
+            slots = (activation_slots if payload == "activation" else gradient_slots)(schedule, source, target)
+            link = clockwork.link(sender, receiver, source) if clockwork is not None else None
             channels[key] = _Channel(min(slots, schedule.minibatches), link)
         return channels[key]
 
     def inbox(me: _Rank, action: Receive) -> _Channel | None:
-        cut = action.stage - 1 if action.payload == "activation" else action.stage
-        line = channel(action.peer, me.rank, cut, action.payload)
-        me.inbox[action.stage, action.payload, action.peer] = line
+        source, target = min(action.stage, action.far), max(action.stage, action.far)
+        line = channel(action.peer, me.rank, source, target, action.payload)
+        me.inbox[action.stage, action.payload, action.peer, action.far] = line
         return line
 
     def outbox(me: _Rank, action: Send) -> _Channel | None:
-        cut = action.stage if action.payload == "activation" else action.stage - 1
-        line = channel(me.rank, action.peer, cut, action.payload)
-        me.outbox[action.stage, action.payload, action.peer] = line
+        source, target = min(action.stage, action.far), max(action.stage, action.far)
+        line = channel(me.rank, action.peer, source, target, action.payload)
+        me.outbox[action.stage, action.payload, action.peer, action.far] = line
         return line
 
     def free(line: _Channel, time_s: float) -> None:
@@ -161,16 +174,16 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
                 if clockwork is not None:
                     me.clock_s = start + clockwork.compute(me.rank, action)  # type: ignore[arg-type]
                 if kind is Backward:
-                    held = me.gradients.pop((action.stage, action.minibatch), None)  # type: ignore[union-attr]
-                    if held is not None:
+                    for held in me.gradients.pop((action.stage, action.minibatch), ()):  # type: ignore[union-attr]
                         free(held, me.clock_s)
-                elif not training and action.stage == last and me.entry is not None:
-                    free(me.entry, me.clock_s)
-                    me.entry = None
+                elif not training and ends[action.stage]:
+                    for held in me.entries:
+                        free(held, me.clock_s)
+                    me.entries = []
             elif kind is Receive:
                 assert isinstance(action, Receive)
                 try:
-                    line = me.inbox[action.stage, action.payload, action.peer]
+                    line = me.inbox[action.stage, action.payload, action.peer, action.far]
                 except KeyError:
                     line = inbox(me, action)
                 if line is not None:
@@ -186,13 +199,13 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
                     if time_s > start:
                         me.clock_s = time_s
                     if action.payload == "gradient":
-                        me.gradients[action.stage, unit] = line
-                    else:
-                        me.entry = line
+                        me.gradients.setdefault((action.stage, unit), []).append(line)
+                    elif not training:
+                        me.entries.append(line)
             elif kind is Send:
                 assert isinstance(action, Send)
                 try:
-                    line = me.outbox[action.stage, action.payload, action.peer]
+                    line = me.outbox[action.stage, action.payload, action.peer, action.far]
                 except KeyError:
                     line = outbox(me, action)
                 gone_s = start
@@ -223,23 +236,27 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
                         runnable.append(line.reader)
                         line.reader = None
                 # What came in is done with: when the gradient has gone upstream, or without training
-                # the activation downstream.
+                # the last activation downstream.
                 if not training:
-                    if me.entry is not None:
-                        free(me.entry, gone_s)
-                        me.entry = None
+                    if action.far == schedule.targets(action.stage)[-1]:
+                        for held in me.entries:
+                            free(held, gone_s)
+                        me.entries = []
                 elif action.payload == "gradient":
-                    entry = me.inbox.get((action.stage, "activation", action.peer))
+                    entry = me.inbox.get((action.stage, "activation", action.peer, action.far))
                     if entry is not None:
                         free(entry, gone_s)
             else:
-                assert isinstance(action, Reduce)
-                present, members = reductions[action.stage, action.round], schedule.layout[action.stage]
+                assert isinstance(action, Reduce | Agree)
+                agreement = isinstance(action, Agree)
+                members = tuple(ranks) if agreement else schedule.layout[action.stage]
+                present = meetings[-1 if agreement else action.stage, action.round]
                 if me.rank not in present:
                     present[me.rank] = start
                     if len(present) < len(members):
                         break
-                    ended_s = max(present.values()) + (0.0 if clockwork is None else clockwork.reduce(action))
+                    took_s = clockwork.reduce(action) if clockwork is not None and isinstance(action, Reduce) else 0.0
+                    ended_s = max(present.values()) + took_s
                     for member in members:
                         ranks[member].clock_s = ended_s
                         if member != me.rank:
@@ -261,7 +278,7 @@ def _deadlock(schedule: Schedule, waiting: dict[int, Action]) -> str:
         if isinstance(action, Send | Receive):
             peer = action.peer
         else:  # a reduction waits for a replica that is elsewhere
-            members = schedule.layout[action.stage]
+            members = tuple(waiting) if isinstance(action, Agree) else schedule.layout[action.stage]
             peer = next((other for other in members if waiting.get(other) != action), rank)
         chain[rank] = f"rank {rank} (stage {action.stage}) waits in '{action}' for rank {peer}"
         rank = peer

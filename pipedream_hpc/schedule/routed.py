@@ -14,15 +14,17 @@ which may be waiting for upstream.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
 from pipedream_hpc.planning.plan import warm_up
 from pipedream_hpc.schedule.actions import (
     Action,
+    Agree,
     Backward,
     Forward,
     Layout,
+    Links,
     Receive,
     Reduce,
     ScheduleError,
@@ -46,16 +48,72 @@ def alternate(count: int, ahead: int) -> Iterator[tuple[bool, int]]:
 
 @dataclass(frozen=True)
 class Routed:
-    """`minibatches` units, sent round robin over the replicas of every stage of `layout`."""
+    """`minibatches` units, sent round robin over the replicas of every stage of `layout`.
+
+    Attributes:
+        layout: ranks of every stage.
+        minibatches: how many units pass.
+        links: which stages exchange activations and gradients; by default each and the next. A skip
+            connection over stages goes straight from where it begins to where it ends.
+        accumulate: units per replica that one update learns from.
+        agree: whether all stages agree about a round before they update.
+
+    Raises:
+        ScheduleError: a link does not run forwards, stages are cut off from those before them, fewer
+            than one unit is to be accumulated, or stages are to agree that have no point at which to.
+    """
 
     layout: Layout
     minibatches: int
+    _: KW_ONLY
+    links: Links | None = None
+    accumulate: int = 1
+    agree: bool = False
     training = True
     newest = False
+    stashes = True
+    #: Whether all stages come to the same point between two rounds.
+    synchronous = False
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise ScheduleError(f"an update needs gradients of at least one minibatch, not of {self.accumulate}")
+        if self.agree and not (self.synchronous and len({len(ranks) for ranks in self.layout}) == 1):
+            raise ScheduleError(
+                "stages cannot agree about gradients (to clip by their global norm, or to scale losses) where each "
+                "updates by itself: use 1f1b-flush or gpipe, or clip per stage"
+            )
+        stages = len(self.layout)
+        for source, target in self.links or ():
+            if not 0 <= source < target < stages:
+                raise ScheduleError(f"a link from stage {source} to stage {target} does not run forwards")
+        for stage in range(1, stages):
+            if not self.sources(stage):
+                raise ScheduleError(f"stage {stage} receives nothing from the stages before it")
+        for stage in range(stages - 1):
+            if not self.targets(stage):
+                raise ScheduleError(f"stage {stage} sends nothing to the stages behind it")
 
     def per_update(self, stage: int) -> int:
-        """One unit from every replica."""
-        return len(self.layout[stage])
+        """`accumulate` units from every replica."""
+        return len(self.layout[stage]) * self.accumulate
+
+    def sources(self, stage: int) -> tuple[int, ...]:
+        """Stages that send activations to `stage`, nearest first."""
+        return self._neighbours[0][stage]
+
+    def targets(self, stage: int) -> tuple[int, ...]:
+        """Stages that `stage` sends activations to, nearest first."""
+        return self._neighbours[1][stage]
+
+    @cached_property
+    def _neighbours(self) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+        stages = range(len(self.layout))
+        links = [(stage, stage + 1) for stage in stages[:-1]] if self.links is None else self.links
+        return (
+            tuple(tuple(sorted((s for s, t in links if t == stage), reverse=True)) for stage in stages),
+            tuple(tuple(sorted(t for s, t in links if s == stage)) for stage in stages),
+        )
 
     def updates(self, stage: int) -> int:
         """Updates of `stage` over the whole schedule; the last may be of a short round."""
@@ -91,25 +149,28 @@ class Routed:
         return range(first + turn, self.minibatches if end is None else end, len(replicas))
 
     def _forward(self, stage: int, unit: int, version: int) -> tuple[Action, ...]:
-        run = Forward(stage, unit, version)
-        receive = () if stage == 0 else (Receive(stage, unit, "activation", self._peer(stage - 1, unit)),)
-        if stage + 1 == len(self.layout):
-            return (*receive, run)
-        return (*receive, run, Send(stage, unit, "activation", self._peer(stage + 1, unit)))
+        sources, targets = self._neighbours[0][stage], self._neighbours[1][stage]
+        return (
+            *[Receive(stage, unit, "activation", self._peer(far, unit), far) for far in sources],
+            Forward(stage, unit, version),
+            *[Send(stage, unit, "activation", self._peer(far, unit), far) for far in targets],
+        )
 
     def _backward(self, stage: int, unit: int, version: int) -> tuple[Action, ...]:
-        run = Backward(stage, unit, version)
-        send = () if stage == 0 else (Send(stage, unit, "gradient", self._peer(stage - 1, unit)),)
-        if stage + 1 == len(self.layout):
-            return (run, *send)
-        return (Receive(stage, unit, "gradient", self._peer(stage + 1, unit)), run, *send)
+        sources, targets = self._neighbours[0][stage], self._neighbours[1][stage]
+        return (
+            *[Receive(stage, unit, "gradient", self._peer(far, unit), far) for far in targets],
+            Backward(stage, unit, version),
+            *[Send(stage, unit, "gradient", self._peer(far, unit), far) for far in sources],
+        )
 
     def _update(self, stage: int, round: int) -> tuple[Action, ...]:
         made = Update(stage, round + 1)
+        agree = (Agree(stage, round),) if self.agree else ()
         if len(self.layout[stage]) == 1:
-            return (made,)
+            return (*agree, made)
         units = self.per_update(stage)
-        return Reduce(stage, round, min(units, self.minibatches - round * units)), made
+        return Reduce(stage, round, min(units, self.minibatches - round * units)), *agree, made
 
     def _peer(self, stage: int, unit: int) -> int:
         ranks = self.layout[stage]
@@ -130,8 +191,11 @@ class Microbatched(Routed):
     microbatches: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.microbatches < 1:
             raise ScheduleError(f"a minibatch needs at least one microbatch, not {self.microbatches}")
+        if self.accumulate != 1:
+            raise ScheduleError("units that are microbatches add up within a minibatch: ask for more of these instead")
 
     def per_update(self, stage: int) -> int:
         """One minibatch, whatever the replicas."""

@@ -25,7 +25,17 @@ from functools import cached_property
 
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.topology import Topology
-from pipedream_hpc.schedule.actions import Backward, Forward, Receive, Reduce, Schedule, ScheduleError, Send, Update
+from pipedream_hpc.schedule.actions import (
+    Agree,
+    Backward,
+    Forward,
+    Receive,
+    Reduce,
+    Schedule,
+    ScheduleError,
+    Send,
+    Update,
+)
 from pipedream_hpc.schedule.memory import Memory, memory_over_time
 from pipedream_hpc.schedule.play import Link, Port, play
 from pipedream_hpc.schedule.trace import Kind, Span, Trace
@@ -36,6 +46,7 @@ _KINDS: dict[type, Kind] = {
     Receive: "receive",
     Send: "send",
     Reduce: "reduce",
+    Agree: "agree",
     Update: "update",
 }
 

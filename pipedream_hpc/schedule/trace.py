@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pipedream_hpc.files import STRICT
 
-Kind = Literal["forward", "backward", "receive", "send", "reduce", "update"]
+Kind = Literal["forward", "backward", "receive", "send", "reduce", "agree", "update"]
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -19,8 +19,8 @@ class Span:
         rank: who ran it.
         stage: for which of its stages.
         kind: which action.
-        minibatch: number of the unit within the trace; -1 for updates and reductions.
-        version: weight version used or made; -1 for messages and reductions.
+        minibatch: number of the unit within the trace; -1 for updates, reductions and agreements.
+        version: weight version used or made; -1 for messages, reductions and agreements.
         start_s: seconds since the trace's begin, on one clock for all ranks.
         end_s: likewise.
     """

@@ -5,10 +5,11 @@ launch; `verify_around` proves as much of it as concerns one rank, and every ran
 facts make its part small (measured: benchmarks/deadlocks.py --launch):
 
 **Blocks.** Ranks that wait for each other for ever form a circle in the graph of who talks to whom. A
-circle does not pass one rank twice, so it cannot pass a stage of a single rank and come back: it lies
-between two such stages. And because order on a rank and on a channel is fixed, whether ranks get
-stuck does not depend on timing: if a block gets stuck within the whole, it does so when played alone,
-with all other messages there at once. So the blocks are played one by one::
+circle does not pass one rank twice, so it cannot pass a stage of a single rank and come back (unless a
+skip connection leads around that stage): it lies between two such stages. And because order on a rank
+and on a channel is fixed, whether ranks get stuck does not depend on timing: if a block gets stuck
+within the whole, it does so when played alone, with all other messages there at once. So the blocks
+are played one by one::
 
     ranks    0 ─┐
              1 ─┴─ 2 ─── 3 ─── 4 ─┬─ 5
@@ -31,10 +32,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pipedream_hpc.schedule.actions import Backward, Forward, Layout, Reduce, Schedule, ScheduleError, Update
+from pipedream_hpc.schedule.actions import Backward, Forward, Layout, Links, Reduce, Schedule, ScheduleError, Update
 from pipedream_hpc.schedule.kinds import AnySchedule
 from pipedream_hpc.schedule.play import Step, play
 from pipedream_hpc.schedule.routed import Microbatched
@@ -110,17 +112,18 @@ def verify_around(schedule: AnySchedule, rank: int | None) -> None:
     """
     smaller = representative(schedule)
     stages = {stage for stage, ranks in enumerate(schedule.layout) if rank is None or rank in ranks}
-    for block in blocks(smaller.layout):
+    for block in blocks(smaller.layout, smaller.links):
         if stages.intersection(block):
             verify(smaller, block)
 
 
-def blocks(layout: Layout) -> list[range]:
+def blocks(layout: Layout, links: Links | None = None) -> list[range]:
     """Runs of stages within which ranks can wait for each other in a circle, in order."""
     last = len(layout) - 1
+    around = {stage for source, target in links or () for stage in range(source + 1, target)}
     if sum(map(len, layout)) > len({rank for ranks in layout for rank in ranks}) or not last:
         return [range(last + 1)]  # ranks come round again: all is one circle
-    ends = [0, *(stage for stage in range(1, last) if len(layout[stage]) == 1), last]
+    ends = [0, *(stage for stage in range(1, last) if len(layout[stage]) == 1 and stage not in around), last]
     return [range(first, end + 1) for first, end in pairwise(ends)]
 
 
@@ -130,26 +133,26 @@ def representative(schedule: AnySchedule) -> AnySchedule:
     if isinstance(schedule, Microbatched):
         equal = math.gcd(*sizes, schedule.microbatches)
         microbatches = schedule.microbatches // equal
-        layout, units = _every(schedule, equal, microbatches)
+        layout, units = _every(schedule, equal, [microbatches])
         return dataclasses.replace(schedule, layout=layout, minibatches=units, microbatches=microbatches)
-    layout, units = _every(schedule, math.gcd(*sizes), 1)
+    equal = math.gcd(*sizes)
+    layout, units = _every(schedule, equal, [size // equal * schedule.accumulate for size in sizes])
     return dataclasses.replace(schedule, layout=layout, minibatches=units)
 
 
-def _every(schedule: Schedule, step: int, microbatches: int) -> tuple[Layout, int]:
+def _every(schedule: Schedule, step: int, per_update: Sequence[int]) -> tuple[Layout, int]:
     layout = tuple(ranks[::step] for ranks in schedule.layout)
-    return layout, shortened(layout, -(-schedule.minibatches // step), microbatches=microbatches)
+    return layout, shortened(layout, -(-schedule.minibatches // step), per_update)
 
 
-def shortened(layout: Layout, units: int, *, microbatches: int = 1) -> int:
+def shortened(layout: Layout, units: int, per_update: Sequence[int]) -> int:
     """The smallest number of units that proves as much as `units`.
 
-    Between start-up and drain a round-robin schedule repeats itself every lcm(replicas,
-    microbatches to a minibatch) units, so whole periods beyond a few can be left out. Start-up is
-    over when every stage has made an update for a unit of the steady state: after twice as many units
-    as ranks at most.
+    Between start-up and drain a round-robin schedule repeats itself every lcm(replicas, units to an
+    update) units, so whole periods beyond a few can be left out. Start-up is over when every stage has
+    made an update for a unit of the steady state: after twice as many units as ranks at most.
     """
-    period = math.lcm(microbatches, *(len(members) for members in layout))
+    period = math.lcm(*per_update, *(len(members) for members in layout))
     enough = 2 * (sum(len(members) for members in layout) + period)
     return units if units <= enough else enough + (units - enough) % period
 
@@ -173,7 +176,7 @@ def _check(step: Step, account: _Account, schedule: Schedule) -> None:
     elif kind is Backward:
         assert isinstance(action, Backward)
         held = account.held.pop(action.minibatch, None)
-        if held != action.version:
+        if schedule.stashes and held != action.version:
             raise ScheduleError(f"{_where(step)}: its forward used version {held}")
         _check_alive(step, account, action.version)
         account.backwards += 1
@@ -183,7 +186,8 @@ def _check(step: Step, account: _Account, schedule: Schedule) -> None:
             raise ScheduleError(f"{_where(step)}: the newest version is {account.newest}")
         account.newest = action.version
         # The oldest unit is enough: what else is no longer kept is found at its backward.
-        _check_alive(step, account, next(iter(account.held.values()), action.version))
+        if schedule.stashes:
+            _check_alive(step, account, next(iter(account.held.values()), action.version))
     elif kind is Reduce:
         assert isinstance(action, Reduce)
         units = schedule.per_update(action.stage)

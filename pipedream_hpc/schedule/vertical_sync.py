@@ -44,4 +44,5 @@ class VerticalSync(OneFOneB):
 
     def _version(self, stage: int, minibatch: int) -> int:
         first, own = len(self.layout[0]), len(self.layout[stage])
-        return first * max(0, minibatch // first - self._warm_ups[0]) // own
+        learnt = max(0, minibatch // first - self._warm_ups[0]) // self.accumulate  # updates of the input stage
+        return first * learnt // own

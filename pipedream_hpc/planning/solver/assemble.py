@@ -38,7 +38,7 @@ def assemble(profile: Profile, problem: Problem, pieces: list[Piece], *, schedul
         microbatches=m,
         optimizer=problem.rule.optimizer,
         alternatives=_alternatives(problem, pieces, stages, bottleneck_s),
-        notes=_notes(problem),
+        notes=_notes(problem, pieces),
     )
 
 
@@ -148,8 +148,14 @@ def _alternatives(
     )
 
 
-def _notes(problem: Problem) -> tuple[str, ...]:
-    notes = []
+def _notes(problem: Problem, pieces: list[Piece]) -> tuple[str, ...]:
+    notes, row, unused = [], problem.row, pieces[0].first_device
+    if unused and row.copies > 1:
+        used = row.devices - unused
+        notes.append(
+            f"uses {used} of every {row.devices} devices that stand together: start {used} rank"
+            f"{'s' if used > 1 else ''} on each such group of devices (srun --ntasks-per-node, mpirun --map-by ppr)"
+        )
     if problem.cuts.whole:
         notes.append(
             f"the model branches too much to weigh every cut: {problem.cuts.whole} layers in such places were cut "
