@@ -74,7 +74,7 @@ def _bisect(problem: Problem, below: float = np.inf, relative: float = _RELATIVE
         return None
     high = problem.price_of(pieces)
     # Most plans come close to an even share of the work: look there first.
-    step = 1e-3 * low
+    step = 1e-3 * (low or high)  # layers may take no time at all
     while low < high * (1 - relative):
         middle = min(low + step, (low + high) / 2)
         better = reach.within(middle)
