@@ -14,8 +14,9 @@ version of its forward. No bytes move, whatever the size of the weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 _ALIGNMENT = 64  # bytes: a cache line, and enough for any vector instruction
 
 
+#: Entries that point at a parameter: a module's own, or a list that a recurrent layer keeps beside them.
+_Holder = tuple[Any, Any]
+
+
 @dataclass(frozen=True)
 class _Slot:
     """Where one parameter stands in every slab, and who holds it in the module."""
@@ -39,7 +44,7 @@ class _Slot:
     shape: torch.Size
     dtype: torch.dtype
     trained: bool
-    holders: tuple[tuple[dict[str, nn.Parameter | None], str], ...]
+    holders: tuple[_Holder, ...]
 
     def view(self, slab: View) -> nn.Parameter:
         """A leaf over this parameter's place in `slab`, with a version counter of its own."""
@@ -53,16 +58,21 @@ class _Slot:
 class WeightStash:
     """Versioned parameters of one stage module, and the optimizer that makes new versions.
 
-    Versions count from 0, one per update. Minibatches look theirs up by id.
+    Versions count from 0, one per update. Units (minibatches or microbatches) look theirs up by id.
 
     Args:
         module: the stage; its parameter entries are re-pointed, never its weights copied again.
-        slabs: minibatches in flight at most, which is also the number of versions alive.
+        slabs: number of newest versions that are kept.
         optimizer: called with the stage's trained parameters; not called if there are none.
+        overwrite: let an update write over the newest version even while units hold it, which is
+            what naive pipelining does.
     """
 
-    def __init__(self, module: nn.Module, slabs: int, optimizer: OptimizerFactory) -> None:
+    def __init__(
+        self, module: nn.Module, slabs: int, optimizer: OptimizerFactory, *, overwrite: bool = False
+    ) -> None:
         self._slots, nbytes = _lay_out(module)
+        self._overwrite = overwrite
         self._pool: WeightPool = load_memory().WeightPool(nbytes, slabs)
         self._leaves: list[list[nn.Parameter]] = []
         originals = dict(module.named_parameters())
@@ -95,32 +105,68 @@ class WeightStash:
         """Versions that can be alive at once."""
         return len(self._leaves)
 
-    def acquire(self, minibatch: int) -> int:
-        """Point the module at the newest version and hold it for `minibatch`; returns the version."""
-        self._bind(self._pool.acquire(minibatch))
-        return self._pool.newest
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The newest version of the parameters that are trained."""
+        leaves = self._leaves[self._pool.newest_slab]
+        return [leaves[index] for index in self._trained]
 
-    def version_of(self, minibatch: int) -> int:
-        """The version that `minibatch` holds."""
-        return self._pool.version_of(minibatch)
+    @property
+    def trained_names(self) -> list[str]:
+        """Their qualified names, in the same order."""
+        return [self._slots[index].name for index in self._trained]
 
-    def release(self, minibatch: int) -> list[torch.Tensor | None]:
-        """Let go of the version of `minibatch` after its backward; returns its gradients."""
-        leaves = self._leaves[self._pool.slab_of(minibatch)]
-        self._pool.release(minibatch)
+    def acquire(self, unit: int, version: int) -> None:
+        """Point the module at `version` and hold it for `unit`.
+
+        Raises:
+            RuntimeError: the version is not kept, or the unit holds one already.
+        """
+        self._bind(self._pool.acquire(unit, version))
+
+    def bind(self, unit: int) -> None:
+        """Point the module at the version that `unit` holds."""
+        self._bind(self._pool.slab_of(unit))
+
+    def version_of(self, unit: int) -> int:
+        """The version that `unit` holds."""
+        return self._pool.version_of(unit)
+
+    def release(self, unit: int) -> list[torch.Tensor | None]:
+        """Let go of the version of `unit` after its backward; returns its gradients."""
+        leaves = self._leaves[self._pool.slab_of(unit)]
+        self._pool.release(unit)
         gradients = []
         for index in self._trained:
             gradients.append(leaves[index].grad)
             leaves[index].grad = None
         return gradients
 
-    def update(self, gradients: list[torch.Tensor | None]) -> int:
+    def when_ready(self, ready: Callable[[int, torch.Tensor], None]) -> None:
+        """Call `ready(position, gradient)` during backward, as soon as a parameter's gradient is whole.
+
+        The gradient is then the callee's, and `release` has nothing to return for it.
+        """
+
+        def hook(position: int) -> Callable[[torch.Tensor], None]:
+            def hand_over(leaf: torch.Tensor) -> None:
+                gradient, leaf.grad = leaf.grad, None
+                if gradient is not None:
+                    ready(position, gradient)
+
+            return hand_over
+
+        for leaves in self._leaves:
+            for position, index in enumerate(self._trained):
+                leaves[index].register_post_accumulate_grad_hook(hook(position))
+
+    def update(self, gradients: Sequence[torch.Tensor | None]) -> int:
         """Write the next version: newest weights, one optimizer step; returns its number.
 
         The step is written into a free slab. With one slab (the last stage has no other minibatch
         in flight) the newest version is nobody's any more and is updated in place.
         """
-        _, target = self._pool.begin_update(copy=True)
+        _, target = self._pool.begin_update(copy=True, overwrite=self._overwrite)
         leaves = self._leaves[target]
         for cursor, index, gradient in zip(self._cursors, self._trained, gradients, strict=True):
             cursor.data = leaves[index].data
@@ -129,6 +175,11 @@ class WeightStash:
             self.optimizer.step()
         for cursor in self._cursors:
             cursor.grad = None
+        return self._pool.commit()
+
+    def skip_update(self) -> int:
+        """Make the next version a copy of the newest: a step left out; returns its number."""
+        self._pool.begin_update(copy=True, overwrite=self._overwrite)
         return self._pool.commit()
 
     def use_newest(self) -> None:
@@ -146,11 +197,15 @@ class WeightStash:
 
 def _lay_out(module: nn.Module) -> tuple[list[_Slot], int]:
     """Give every distinct parameter its place in a slab; parameters of one dtype stand together."""
-    holders: dict[int, list[tuple[dict[str, nn.Parameter | None], str]]] = {}
+    holders: dict[int, list[_Holder]] = {}
     for owner in module.modules():
         for key, parameter in owner._parameters.items():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append((owner._parameters, key))
+        # Recurrent layers look their weights up in a list of their own.
+        for position, parameter in enumerate(getattr(owner, "_flat_weights", ())):
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((owner._flat_weights, position))
     slots, offset = [], 0
     for name, parameter in sorted(module.named_parameters(), key=lambda item: str(item[1].dtype)):
         place = tuple(holders[id(parameter)])

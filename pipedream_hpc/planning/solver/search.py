@@ -29,6 +29,8 @@ from pipedream_hpc.planning.topology import Level, Topology
 
 #: Bisection ends when what is possible and what is not are this close.
 _RELATIVE = 1e-9
+#: Layers may take no time at all, or figures so small that halving them leads nowhere. Seconds.
+_NO_TIME_S = 1e-15
 #: So many of the cuts are searched first.
 _COARSE = 100
 
@@ -74,8 +76,8 @@ def _bisect(problem: Problem, below: float = np.inf, relative: float = _RELATIVE
         return None
     high = problem.price_of(pieces)
     # Most plans come close to an even share of the work: look there first.
-    step = 1e-3 * (low or high)  # layers may take no time at all
-    while low < high * (1 - relative):
+    step = max(1e-3 * (low or high), _NO_TIME_S)
+    while high - low > max(relative * high, _NO_TIME_S):
         middle = min(low + step, (low + high) / 2)
         better = reach.within(middle)
         if better is None:
