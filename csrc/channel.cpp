@@ -177,9 +177,9 @@ void ReceiveChannel::check_header(const Header& header, std::int64_t minibatch) 
   }
   const Shape got = header.shape_vector();
   bool fits = header.dtype_name() == dtype_ && got.size() == shape_.size();
-  for (std::size_t i = 0; fits && i < got.size(); ++i) fits = i == 0 ? got[0] <= shape_[0] : got[i] == shape_[i];
+  for (std::size_t i = 0; fits && i < got.size(); ++i) fits = got[i] <= shape_[i];
   if (!fits || header.payload_bytes > line_.capacity) {
-    throw MessageError(here + " expected " + text_of(dtype_, shape_) + " (or fewer samples) but got " +
+    throw MessageError(here + " expected " + text_of(dtype_, shape_) + " (or smaller) but got " +
                        text_of(header.dtype_name(), got) + " for minibatch " + std::to_string(minibatch) + ": " +
                        from());
   }

@@ -87,7 +87,7 @@ class SendChannel final : public Endpoint {
 
 class ReceiveChannel final : public Endpoint {
  public:
-  // `dtype` and `shape` are the plan's: a message may be smaller in the first dimension only.
+  // `dtype` and `shape` are the plan's: a message may be smaller in any dimension.
   ReceiveChannel(std::shared_ptr<Progress> progress, Line line, std::size_t slots, std::string dtype, Shape shape);
   ~ReceiveChannel() override;
 

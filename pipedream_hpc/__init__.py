@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from pipedream_hpc.planning.profile import Profile
     from pipedream_hpc.planning.topology import Topology
     from pipedream_hpc.runtime.pipeline import Pipeline
+    from pipedream_hpc.runtime.step import Clip
     from pipedream_hpc.schedule.trace import Trace
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Clip": "pipedream_hpc.runtime.step",
     "Job": "pipedream_hpc.job",
     "Pipeline": "pipedream_hpc.runtime.pipeline",
     "PipedreamError": "pipedream_hpc.errors",
@@ -29,7 +31,7 @@ _HOMES = {
     "Trace": "pipedream_hpc.schedule.trace",
 }
 
-__all__ = ["Job", "PipedreamError", "Pipeline", "Plan", "Profile", "Topology", "Trace"]
+__all__ = ["Clip", "Job", "PipedreamError", "Pipeline", "Plan", "Profile", "Topology", "Trace"]
 
 
 def __getattr__(name: str) -> Any:

@@ -85,7 +85,7 @@ class ReceiveChannel:
     Args:
         slots: how many tensors can be held or under way at once.
         dtype: planned dtype, such as `float32`.
-        shape: planned shape; a message may be smaller in the first dimension only.
+        shape: planned shape; a message may be smaller in any dimension.
     """
 
     def __init__(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import fx
+from torch.utils._pytree import tree_flatten
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.capture import Layer, LayerGraph
-from pipedream_hpc.model.cut import enter, stage_module
+from pipedream_hpc.model.capture import Layer, LayerGraph, arguments_of
+from pipedream_hpc.model.cut import Cut, Part, enter
 from pipedream_hpc.model.untouched import untouched
 from pipedream_hpc.planning.profile import LayerProfile, Profile
 
@@ -23,9 +25,7 @@ class _Samples:
     stash_bytes: int = 0
 
 
-def measure(
-    graph: LayerGraph, example: torch.Tensor, *, minibatches: int = 20, warm_up: int = 3, model: str = ""
-) -> Profile:
+def measure(graph: LayerGraph, example: Any, *, minibatches: int = 20, warm_up: int = 3, model: str = "") -> Profile:
     """Time forward and backward of every layer (the paper's section 3.1).
 
     Each layer is run by itself on what the layer before it put out, so that its time, its output
@@ -34,7 +34,7 @@ def measure(
 
     Args:
         graph: the captured model.
-        example: one minibatch of real inputs.
+        example: one minibatch of real inputs, in the captured form.
         minibatches: how many to measure (the paper: 1,000 on a GPU; tens settle on a quiet machine).
         warm_up: minibatches run before, not counted.
         model: the name to note down; the model's class by default.
@@ -44,23 +44,46 @@ def measure(
     """
     if minibatches < 1:
         raise PipedreamError(f"minibatches to profile should be at least 1, not {minibatches}")
-    if tuple(example.shape) != graph.input_shape or example.dtype != graph.input_dtype:
-        raise PipedreamError(
-            f"the example has shape {tuple(example.shape)} and {example.dtype}, but the model was "
-            f"captured with {graph.input_shape} and {graph.input_dtype}: use the same example for both"
-        )
-    modules = [stage_module(graph, index, index + 1) for index in range(len(graph.layers))]
-    samples = [_Samples() for _ in modules]
+    arguments = _checked(graph, example)
+    cut = Cut(graph, [[index] for index in range(len(graph.layers))])
+    parts = [cut.part(index, isolated=False) for index in range(len(graph.layers))]
+    samples = [_Samples() for _ in parts]
     with untouched(graph.module):
         for turn in range(warm_up + minibatches):
-            _one_minibatch(modules, samples, example, counted=turn >= warm_up)
+            _one_minibatch(parts, samples, arguments, counted=turn >= warm_up)
     return Profile(
         model=model or type(graph.module).__name__,
         device="cpu",
-        minibatch=example.shape[0],
+        minibatch=_minibatch(graph),
         layers=tuple(_summary(layer, sample) for layer, sample in zip(graph.layers, samples, strict=True)),
-        edges=tuple((index, index + 1) for index in range(len(graph.layers) - 1)),
+        edges=graph.edges,
     )
+
+
+def _checked(graph: LayerGraph, example: Any) -> tuple[Any, ...]:
+    """The example's arguments, which must be of the captured shapes."""
+
+    def described(value: Any) -> str:
+        tensors = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
+        return " and ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
+
+    arguments = (
+        tuple(example[str(node.target)] for node in graph.inputs)
+        if isinstance(example, Mapping)
+        else arguments_of(example)
+    )
+    if described(arguments) != described(graph.example):
+        raise PipedreamError(
+            f"the example has shape {described(arguments)}, but the model was captured with "
+            f"{described(graph.example)}: use the same example for both"
+        )
+    return arguments
+
+
+def _minibatch(graph: LayerGraph) -> int:
+    """Samples in the captured example."""
+    tensors = [leaf for leaf in tree_flatten(graph.example)[0] if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    return int(tensors[0].shape[0]) if tensors else 1
 
 
 def count(graph: LayerGraph, model: str = "") -> Profile:
@@ -72,23 +95,24 @@ def count(graph: LayerGraph, model: str = "") -> Profile:
     """
     layers = []
     for layer in graph.layers:
-        forward_s = (layer.operations + torch.Size(layer.output_shape).numel()) / 1e9
+        forward_s = (layer.operations + layer.output_bytes // 4) / 1e9
         layers.append(_profile(layer, forward_s, 2 * forward_s, stash_bytes=0))
-    edges = tuple((index, index + 1) for index in range(len(layers) - 1))
     name = model or type(graph.module).__name__
-    return Profile(name, "counted", graph.input_shape[0], tuple(layers), edges)
+    return Profile(name, "counted", _minibatch(graph), tuple(layers), graph.edges)
 
 
-def _one_minibatch(
-    modules: list[fx.GraphModule], samples: list[_Samples], example: torch.Tensor, *, counted: bool
-) -> None:
-    value = example
-    for index, (module, sample) in enumerate(zip(modules, samples, strict=True)):
-        # The first layer needs no gradient of its input, just as in training. A layer that writes
-        # into its input gets a copy: the value is also the stash of the layer before.
-        entry = value.detach().clone().requires_grad_(index > 0 and value.is_floating_point())
+def _one_minibatch(parts: list[Part], samples: list[_Samples], arguments: tuple[Any, ...], *, counted: bool) -> None:
+    values: dict[str, torch.Tensor] = {}
+    for part, sample in zip(parts, samples, strict=True):
+        # A layer that writes into its input gets a copy: the value is also the stash of the layer before.
+        entries = [
+            values[value.name].detach().clone().requires_grad_(value.needs_gradient) for _, value in part.entries
+        ]
+        given = [*(arguments[index] for index in part.inputs), *entries]
+        for position in part.rewrites:
+            given[position] = enter(given[position]) if given[position].requires_grad else given[position].clone()
         kept: dict[int, int] = {}
-        own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        own = {parameter.untyped_storage().data_ptr() for parameter in part.module.parameters()}
 
         def keep(tensor: torch.Tensor, kept: dict[int, int] = kept, own: set[int] = own) -> torch.Tensor:
             storage = tensor.untyped_storage()
@@ -98,21 +122,23 @@ def _one_minibatch(
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             began = time.perf_counter()
-            output = module(enter(entry) if module.meta["rewrites_input"] else entry)
+            returned = part.run(given)
             forward_s = time.perf_counter() - began
+        outputs = [leaf for leaf in tree_flatten(returned)[0] if isinstance(leaf, torch.Tensor)]
+        trained = [output for output in outputs if output.requires_grad]
         backward_s = 0.0
-        if output.requires_grad:
-            gradient = torch.full_like(output, 1.0 / output.numel())
+        if trained:
+            gradients = [torch.full_like(output, 1.0 / max(output.numel(), 1)) for output in trained]
             began = time.perf_counter()
-            output.backward(gradient)
+            torch.autograd.backward(trained, gradients)
             backward_s = time.perf_counter() - began
-        for parameter in module.parameters():
+        for parameter in part.module.parameters():
             parameter.grad = None
         if counted:
             sample.forward_s.append(forward_s)
             sample.backward_s.append(backward_s)
             sample.stash_bytes = max(sample.stash_bytes, sum(kept.values()))
-        value = output.detach()
+        values.update((value.name, exit.detach()) for value, exit in zip(part.exits, returned, strict=False))
 
 
 def _summary(layer: Layer, sample: _Samples) -> LayerProfile:
@@ -130,5 +156,5 @@ def _profile(layer: Layer, forward_s: float, backward_s: float, stash_bytes: int
         parameter_bytes=layer.parameter_bytes,
         stash_bytes=stash_bytes,
         output_shape=layer.output_shape,
-        output_dtype=str(layer.output_dtype).removeprefix("torch."),
+        output_dtype=None if layer.output_dtype is None else str(layer.output_dtype).removeprefix("torch."),
     )

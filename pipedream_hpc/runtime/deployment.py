@@ -2,106 +2,227 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import load
 from pipedream_hpc.model.capture import LayerGraph
+from pipedream_hpc.model.cut import Cut
 from pipedream_hpc.model.profiler import count
+from pipedream_hpc.planning.even import even, replicas_of
 from pipedream_hpc.planning.plan import Plan, StagePlan
 from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.topology import Level, Topology
 from pipedream_hpc.runtime.transport import Boundary
-from pipedream_hpc.schedule.one_f_one_b import OneFOneB
+from pipedream_hpc.schedule import kinds
+from pipedream_hpc.schedule.actions import Layout, Links, Schedule
+from pipedream_hpc.schedule.interleaved import folded
 
 
-def resolve(plan: Plan | str | Path | int, graph: LayerGraph) -> Plan:
-    """The plan itself, the one in a file, or an even cut into so many stages."""
-    if isinstance(plan, Plan):
-        return plan
-    if isinstance(plan, str | Path):
-        return load(Plan, plan)
-    flat = Topology((Level("node", plan, 0.0, 1e9),), device="counted")
-    return solve(count(graph), flat, Request(straight=True))
+@dataclass(frozen=True)
+class Manner:
+    """In which manner a plan is run.
+
+    Attributes:
+        schedule: one of schedule.kinds.NAMES; None for the plan's.
+        microbatches: to a minibatch; None for the plan's.
+        chunks: stages per rank, for the interleaved schedule.
+        accumulate: minibatches per replica to an update.
+        agree: whether all stages agree about gradients before they update.
+    """
+
+    schedule: str | None = None
+    microbatches: int | None = None
+    chunks: int = 1
+    accumulate: int = 1
+    agree: bool = False
+
+    def pieces(self, wanted: Plan | tuple[int, ...] | int) -> int:
+        """Units that a minibatch is cut into."""
+        planned = wanted if isinstance(wanted, Plan) else None
+        schedule = self.schedule or (planned.schedule if planned else "1f1b")
+        if not kinds.takes_microbatches(schedule):
+            if self.microbatches not in (None, 1):
+                kinds.make(schedule, ((0,),), 0, microbatches=self.microbatches)  # says what is wrong
+            return 1
+        if self.microbatches is not None:
+            return self.microbatches
+        return planned.microbatches if planned and self.schedule is None else 1
 
 
-def cuts_of(plan: Plan, graph: LayerGraph, name: str) -> list[tuple[int, int]]:
-    """Layer range of every stage.
+def given(plan: Plan | str | Path | int) -> Plan | tuple[int, ...] | int:
+    """What a user asks for: a plan (read, if it is a file), the replicas of even stages, or their number."""
+    if isinstance(plan, str) and (replicas := replicas_of(plan)) is not None:
+        return replicas
+    return load(Plan, plan) if isinstance(plan, str | Path) else plan
+
+
+def resolve(wanted: Plan | tuple[int, ...] | int, graph: LayerGraph, manner: Manner) -> Plan:
+    """The plan itself, or an even cut into stages, to be run in this manner."""
+    if isinstance(wanted, int):
+        flat = Topology((Level("node", wanted, 0.0, 1e9),), device="counted")
+        plan = solve(count(graph), flat, Request(straight=True))
+    else:
+        plan = wanted if isinstance(wanted, Plan) else even(count(graph), wanted)
+    return dataclasses.replace(plan, schedule=manner.schedule or plan.schedule, microbatches=manner.pieces(wanted))
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What every rank has to know.
+
+    Attributes:
+        plan: the plan, with the schedule and number of microbatches that are to be run.
+        name: what it is called in messages.
+        graph: the captured model.
+        cut: the same in stages.
+        layout: ranks of every stage.
+        manner: in which manner it is run.
+    """
+
+    plan: Plan
+    name: str
+    graph: LayerGraph
+    cut: Cut
+    layout: Layout
+    manner: Manner
+
+    @property
+    def pieces(self) -> int:
+        """Units that a minibatch is cut into."""
+        return self.plan.microbatches
+
+    @property
+    def shared(self) -> int:
+        """Minibatches among which the losses of an update are shared out.
+
+        1 where units are whole minibatches: there every stage averages over the units of its own rounds.
+        """
+        return self.manner.accumulate if self.cuts_minibatches else 1
+
+    @property
+    def cuts_minibatches(self) -> bool:
+        """Whether units are microbatches."""
+        return kinds.takes_microbatches(self.plan.schedule)
+
+    @property
+    def links(self) -> Links:
+        """Stages that talk to each other."""
+        return tuple(sorted(self.cut.links))
+
+    @property
+    def lines(self) -> dict[tuple[int, int], tuple[Boundary, ...]]:
+        """What travels from which stage to which."""
+        return {
+            (source, target): tuple(
+                Boundary(value.layer or value.name, source, value.shape, value.dtype, value.needs_gradient)
+                for value in values
+            )
+            for (source, target), values in self.cut.links.items()
+        }
+
+    @property
+    def ranks(self) -> int:
+        """Ranks it runs on."""
+        return len({rank for ranks in self.layout for rank in ranks})
+
+    def training(self, minibatches: int) -> kinds.AnySchedule:
+        """The schedule of an epoch.
+
+        Raises:
+            ScheduleError: the plan's schedule does not go with its layout or microbatches.
+        """
+        return kinds.make(
+            self.plan.schedule,
+            self.layout,
+            minibatches * self.pieces,
+            microbatches=self.plan.microbatches,
+            links=self.links,
+            accumulate=self.manner.accumulate,
+            agree=self.manner.agree,
+        )
+
+    def evaluation(self, minibatches: int) -> kinds.AnySchedule:
+        """The schedule of an evaluation."""
+        return kinds.make("forward-only", self.layout, minibatches * self.pieces, links=self.links)
+
+
+def deploy(plan: Plan, name: str, graph: LayerGraph, manner: Manner, world: World) -> Deployment:
+    """Hold a plan against model and ranks.
 
     Raises:
-        PipedreamError: the plan's layers are not the model's.
+        PipedreamError: the plan's layers are not the model's, the workers cannot run it, or not on the
+            ranks that were started.
     """
-    remedy = "profile and partition this model again (pipedream profile, pipedream partition)"
-    planned = [(layer, index) for index, stage in enumerate(plan.stages) for layer in stage.layers]
-    for position, (layer, stage) in enumerate(planned):
-        if position >= len(graph.layers):
-            break
-        if layer != graph.layers[position].name:
-            raise PipedreamError(
-                f"{name} was made for another model: layer {position} (stage {stage}) is '{layer}' in the plan "
-                f"and '{graph.layers[position].name}' in the model: {remedy}"
-            )
-    if len(planned) != len(graph.layers):
+    stages = _layers_of(plan, graph, name)
+    layout = folded(plan.layout, manner.chunks) if plan.schedule == "interleaved" else plan.layout
+    deployment = Deployment(plan, name, graph, Cut(graph, stages), layout, manner)
+    schedule = deployment.training(0)
+    if manner.schedule is None:
+        _check_in_flight(plan, name, schedule)
+    if world.size not in (1, deployment.ranks):
         raise PipedreamError(
-            f"{name} was made for another model: it has {len(planned)} layers, the model {len(graph.layers)}: {remedy}"
+            f"{name} is for {deployment.ranks} ranks, but {world.size} were started: "
+            f"start {deployment.ranks} (mpirun -n {deployment.ranks} ...) or plan for {world.size} "
+            f"(pipedream partition --devices {world.size})"
         )
-    cuts, first = [], 0
-    for index, planned_stage in enumerate(plan.stages):
-        last = first + len(planned_stage.layers)
-        _check_stage(index, planned_stage, graph, first, last, f"{name} was made for another model", remedy)
-        cuts.append((first, last))
-        first = last
-    return cuts
+    return deployment
+
+
+def _layers_of(plan: Plan, graph: LayerGraph, name: str) -> list[list[int]]:
+    """Layer numbers of every stage."""
+    remedy = "profile and partition this model again (pipedream profile, pipedream partition)"
+    wrong = f"{name} was made for another model"
+    number = {layer.name: index for index, layer in enumerate(graph.layers)}
+    planned = [layer for stage in plan.stages for layer in stage.layers]
+    for index, stage in enumerate(plan.stages):
+        for layer in stage.layers:
+            if layer not in number:
+                raise PipedreamError(f"{wrong}: layer '{layer}' of stage {index} is not in the model: {remedy}")
+    missing = [layer.name for layer in graph.layers if layer.name not in set(planned)]
+    if missing or len(planned) != len(graph.layers):
+        which = f", '{missing[0]}' among those it lacks" if missing else ""
+        raise PipedreamError(f"{wrong}: it has {len(planned)} layers, the model {len(graph.layers)}{which}: {remedy}")
+    stages = [sorted(number[layer] for layer in stage.layers) for stage in plan.stages]
+    for index, (stage, layers) in enumerate(zip(plan.stages, stages, strict=True)):
+        _check_stage(index, stage, graph, layers, wrong, remedy)
+    return stages
 
 
 def _check_stage(
-    index: int, stage: StagePlan, graph: LayerGraph, first: int, last: int, wrong: str, remedy: str
+    index: int,
+    stage: StagePlan,
+    graph: LayerGraph,
+    layers: Sequence[int],
+    wrong: str,
+    remedy: str,
 ) -> None:
-    layers = graph.layers[first:last]
-    parameter_bytes = sum(layer.parameter_bytes for layer in layers)
+    parameter_bytes = sum(graph.layers[layer].parameter_bytes for layer in layers)
     if parameter_bytes != stage.parameter_bytes:
         raise PipedreamError(
             f"{wrong}: stage {index} ('{stage.layers[0]}' to '{stage.layers[-1]}') has {stage.parameter_bytes} bytes "
             f"of parameters in the plan and {parameter_bytes} in the model: {remedy}"
         )
-    shape, dtype = layers[-1].output_shape, str(layers[-1].output_dtype).removeprefix("torch.")
-    if stage.output_shape is not None and (stage.output_shape[1:], stage.output_dtype) != (shape[1:], dtype):
+    last = graph.layers[layers[-1]]
+    if stage.output_shape is None or last.output_shape is None or stage.layers[-1] != last.name:
+        return
+    shape, dtype = last.output_shape, str(last.output_dtype).removeprefix("torch.")
+    if (stage.output_shape[1:], stage.output_dtype) != (shape[1:], dtype):
         raise PipedreamError(
             f"{wrong}: layer '{stage.layers[-1]}' (stage {index}) puts out {stage.output_dtype} {stage.output_shape} "
             f"in the plan and {dtype} {shape} in the model: {remedy}"
         )
 
 
-def check_runnable(plan: Plan, name: str, world: World) -> None:
-    """Refuse a plan that the workers cannot run, or not on the ranks that were started.
-
-    Raises:
-        PipedreamError: says what the plan asks for, and what to do instead.
-    """
-    if not plan.straight:
-        raise PipedreamError(
-            f"{name} replicates stages ({plan.config}), which the workers cannot run yet: "
-            "plan with `pipedream partition --straight`"
-        )
-    if plan.schedule != "1f1b":
-        raise PipedreamError(f"{name}: field 'schedule' is '{plan.schedule}', but the workers run '1f1b' only")
-    schedule = OneFOneB(plan.layout, minibatches=0)
+def _check_in_flight(plan: Plan, name: str, schedule: Schedule) -> None:
     for index, stage in enumerate(plan.stages):
         if stage.in_flight != schedule.in_flight(index):
             raise PipedreamError(
-                f"{name}: field 'stages[{index}].in_flight' is {stage.in_flight}, but 1f1b on {plan.ranks} ranks keeps "
-                f"{schedule.in_flight(index)} minibatches in flight there: make the plan anew with pipedream partition"
+                f"{name}: field 'stages[{index}].in_flight' is {stage.in_flight}, but {plan.schedule} on {plan.ranks} "
+                f"ranks keeps {schedule.in_flight(index)} minibatches in flight there: make the plan anew with "
+                "pipedream partition"
             )
-    if world.size not in (1, plan.ranks):
-        raise PipedreamError(
-            f"{name} is for {plan.ranks} ranks, but {world.size} were started: "
-            f"start {plan.ranks} (mpirun -n {plan.ranks} ...) or plan for {world.size} "
-            f"(pipedream partition --devices {world.size})"
-        )
-
-
-def boundaries_of(graph: LayerGraph, cuts: list[tuple[int, int]]) -> list[Boundary]:
-    """What crosses the cut behind each stage but the last."""
-    ends = [graph.layers[last - 1] for _, last in cuts[:-1]]
-    return [Boundary(end.name, stage, end.output_shape, end.output_dtype) for stage, end in enumerate(ends)]

@@ -1,15 +1,26 @@
-"""Feed: minibatches from the user's loader to the stages that need them."""
+"""Feed: minibatches from the user's loader to the stages that need them.
+
+A stage that takes one of the model's inputs reads the data itself, and so does the output stage for
+its targets: nothing of the data set travels. All read the same minibatches in the same order,
+whatever the plan. Where minibatches are cut, units are microbatches::
+
+    minibatch 0   0 1 2 3 4 5 6        minibatch 1   ...
+    units         0   1   2 3 (of 4)   4 5 6 7             as even as can be, the longer ones first
+"""
 
 from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_map
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.capture import arguments_of
 
 
 def seed_for(*what: object) -> int:
@@ -18,54 +29,139 @@ def seed_for(*what: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class Feed:
-    """One pass over a loader, read by the input stage (inputs) and the output stage (targets).
+def cut(value: Any, pieces: int) -> list[Any]:
+    """`value`, a tensor or a structure of them, in so many pieces along the samples.
 
-    With MPI each of the two ranks has a feed of its own over the same data in the same order;
-    in one process both read from one feed, which keeps a minibatch until the second has had it.
+    Raises:
+        PipedreamError: there are fewer samples than pieces, or tensors of different length.
+    """
+    if pieces == 1:
+        return [value]
+    sizes = {tensor.shape[0] for tensor in _tensors(value) if tensor.dim()}
+    if len(sizes) > 1 or min(sizes, default=pieces) < pieces:
+        what = f"tensors of {' and '.join(map(str, sorted(sizes)))} samples"
+        raise PipedreamError(
+            f"a minibatch has {what}, which cannot be cut into {pieces} microbatches: give all tensors the samples as "
+            "first dimension, and leave away a last minibatch that is too short (DataLoader(drop_last=True))"
+        )
+
+    def piece(index: int) -> Any:
+        return tree_map(
+            lambda each: each.tensor_split(pieces)[index] if isinstance(each, torch.Tensor) and each.dim() else each,
+            value,
+        )
+
+    return [piece(index) for index in range(pieces)]
+
+
+@dataclass(frozen=True)
+class Taker:
+    """A replica of a stage that reads data: units `replica`, `replica` + `replicas`, ..."""
+
+    replica: int
+    replicas: int
+
+    def has(self, unit: int) -> bool:
+        """Whether the unit is one of its own."""
+        return unit % self.replicas == self.replica
+
+
+@dataclass
+class _Unit:
+    inputs: Sequence[Any]
+    target: Any
+    samples: int
+    weight: float
+    readers: int  # that are not done with it
+
+
+class Feed:
+    """One pass over a loader.
+
+    With MPI every rank that reads has a feed of its own over the same data in the same order; in one
+    process all read from one feed, which keeps a unit until the last has had it.
 
     Args:
-        loader: yields (input, target) pairs.
+        loader: yields (inputs, target) pairs.
         epoch: shuffling depends on the seed and the epoch alone, so that all ranks agree.
         seed: of the run.
-        sides: which of `input` and `target` are read here.
+        takers: who reads here.
+        names: of the model's arguments, in order.
+        pieces: microbatches to a minibatch; 1 for whole minibatches.
+        accumulate: minibatches that share an update, where minibatches are cut.
+        length: minibatches in the pass.
     """
 
-    def __init__(self, loader: Iterable[Any], *, epoch: int, seed: int, sides: frozenset[str]) -> None:
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        epoch: int,
+        seed: int,
+        takers: Sequence[Taker],
+        names: Sequence[str],
+        pieces: int = 1,
+        accumulate: int = 1,
+        length: int = 0,
+    ) -> None:
         self._seed = (seed, epoch)
         torch.manual_seed(seed_for("epoch", *self._seed))
+        set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
         self._minibatches: Iterator[Any] = iter(loader)
-        self._sides = sides
-        self._waiting: dict[int, dict[str, Any]] = {}
+        self._takers, self._names = takers, names
+        self._pieces, self._accumulate, self._length = pieces, accumulate, length
+        self._waiting: dict[int, _Unit] = {}
         self._read = 0
+        self._fingerprint: int | None = None
 
-    def input(self, minibatch: int) -> torch.Tensor:
-        """Input of the minibatch with this number within the epoch."""
-        inputs: torch.Tensor = self._take(minibatch, "input")
-        return inputs
+    def input(self, unit: int, argument: int) -> Any:
+        """The model's argument of this number, of the unit with this number within the epoch."""
+        waiting = self._unit(unit)
+        if argument >= len(waiting.inputs):
+            raise PipedreamError(
+                f"the model takes input '{self._names[argument]}', but a minibatch of the loader has "
+                f"{len(waiting.inputs)}: let the loader yield ((input, ...), target) as the example has it"
+            )
+        return waiting.inputs[argument]
 
-    def target(self, minibatch: int) -> Any:
-        """Target of the minibatch with this number within the epoch."""
-        return self._take(minibatch, "target")
+    def target(self, unit: int) -> Any:
+        """Target of the unit with this number within the epoch."""
+        return self._unit(unit).target
 
-    def fingerprint(self) -> int:
-        """Checksum of the first minibatch's input, by which ranks see that they read the same data."""
-        if not self._sides or (self._read == 0 and not self._advance()):
-            return 0
-        return zlib.crc32(self._waiting[0]["fingerprint"].contiguous().view(-1).view(torch.uint8).numpy())
+    def samples(self, unit: int) -> int:
+        """Samples of the unit."""
+        return self._unit(unit).samples
 
-    def _take(self, minibatch: int, side: str) -> Any:
-        while self._read <= minibatch:
+    def weight(self, unit: int) -> float:
+        """Part of the unit's samples in its minibatch, shared by the minibatches of an update."""
+        return self._unit(unit).weight
+
+    def leave(self, unit: int) -> None:
+        """One of those who read the unit is done with it."""
+        waiting = self._waiting[unit]
+        waiting.readers -= 1
+        if not waiting.readers:
+            del self._waiting[unit]
+
+    def fingerprint(self) -> int | None:
+        """Checksum of the first minibatch's inputs, by which ranks see that they read the same data.
+
+        None where nobody reads, or nothing is to be had.
+        """
+        if self._takers and self._read == 0:
+            self._advance()
+        return self._fingerprint
+
+    def _unit(self, unit: int) -> _Unit:
+        while self._read * self._pieces <= unit:
             if not self._advance():
                 raise PipedreamError(
                     f"the loader ended after {self._read} minibatches but its length promised more: "
                     "make len(loader) and iteration agree"
                 )
-        pair = self._waiting[minibatch]
-        value = pair.pop(side)
-        if not pair.keys() & self._sides:
-            del self._waiting[minibatch]
-        return value
+        return self._waiting[unit]
 
     def _advance(self) -> bool:
         # Random augmentation must not depend on what else drew numbers in this process.
@@ -74,14 +170,54 @@ class Feed:
         if pair is None:
             return False
         try:
-            inputs, targets = pair
+            inputs, target = pair
         except (TypeError, ValueError):
             raise PipedreamError(
                 f"minibatch {self._read} of the loader is no (input, target) pair but {type(pair).__name__}"
             ) from None
-        kept = {"input": inputs, "target": targets}
-        self._waiting[self._read] = {side: kept[side] for side in self._sides}
         if self._read == 0:
-            self._waiting[0]["fingerprint"] = inputs
+            self._fingerprint = _checksum(inputs)
+        first = self._read * self._pieces
+        own = [sum(taker.has(first + piece) for taker in self._takers) for piece in range(self._pieces)]
+        if any(own):
+            self._keep(first, own, inputs, target)
         self._read += 1
         return True
+
+    def _arguments(self, inputs: Any) -> tuple[Any, ...]:
+        if not isinstance(inputs, Mapping):
+            return arguments_of(inputs)
+        missing = [name for name in self._names if name not in inputs]
+        if missing:
+            raise PipedreamError(f"it has no input '{missing[0]}', which the model takes: it has {', '.join(inputs)}")
+        return tuple(inputs[name] for name in self._names)
+
+    def _keep(self, first: int, own: list[int], inputs: Any, target: Any) -> None:
+        try:
+            pieces = cut((self._arguments(inputs), target), self._pieces)
+        except PipedreamError as error:
+            raise PipedreamError(f"minibatch {self._read} of the loader: {error}") from None
+        sizes = [_samples(arguments) for arguments, _ in pieces]
+        group = self._read // self._accumulate * self._accumulate
+        sharing = min(self._accumulate, max(self._length - group, 1))
+        for piece, (arguments, part) in enumerate(pieces):
+            if own[piece]:
+                weight = 1.0 if self._pieces == 1 and sharing == 1 else sizes[piece] / sum(sizes) / sharing
+                self._waiting[first + piece] = _Unit(arguments, part, sizes[piece], weight, own[piece])
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
+
+
+def _samples(arguments: Any) -> int:
+    first = next(iter(_tensors(arguments)), None)
+    return int(first.shape[0]) if first is not None and first.dim() else 1
+
+
+def _checksum(inputs: Any) -> int:
+    total = 0
+    for tensor in _tensors(inputs):
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        total = zlib.crc32(flat.view(torch.uint8).numpy().data, total)
+    return total

@@ -25,17 +25,13 @@ def agree(world: World, facts: dict[str, Any], *, limit_s: float) -> list[dict[s
         return [facts]
     deadline = time.monotonic() + limit_s
     if world.rank != 0:
-        world.comm.send(facts, dest=0, tag=_TAG)
-        answers: list[dict[str, Any]] = _wait(
-            world.comm.irecv(1 << 20, source=0, tag=_TAG), deadline, "rank 0", limit_s
-        )
+        sent = world.comm.isend(facts, dest=0, tag=_TAG)
+        answers: list[dict[str, Any]] = _receive(world, 0, deadline, limit_s)
+        sent.wait()
         return answers
-    requests = {rank: world.comm.irecv(1 << 20, source=rank, tag=_TAG) for rank in range(1, world.size)}
-    gathered = [facts, *({} for _ in requests)]
-    for rank, request in requests.items():
-        gathered[rank] = _wait(request, deadline, f"rank {rank}", limit_s)
-    for rank in requests:
-        world.comm.send(gathered, dest=rank, tag=_TAG)
+    gathered = [facts, *(_receive(world, rank, deadline, limit_s) for rank in range(1, world.size))]
+    for request in [world.comm.isend(gathered, dest=rank, tag=_TAG) for rank in range(1, world.size)]:
+        request.wait()
     return gathered
 
 
@@ -54,16 +50,15 @@ def same(answers: list[dict[str, Any]], remedies: dict[str, str]) -> None:
                 )
 
 
-def _wait(request: Any, deadline: float, who: str, limit_s: float) -> Any:
+def _receive(world: World, rank: int, deadline: float, limit_s: float) -> Any:
+    """What `rank` sent, of whatever size."""
     pause = 1e-4
-    while True:
-        done, value = request.test()
-        if done:
-            return value
+    while not world.comm.iprobe(source=rank, tag=_TAG):
         if time.monotonic() > deadline:
             raise PipedreamError(
-                f"{who} did not answer within {limit_s:.0f} s: look at that rank's log; "
+                f"rank {rank} did not answer within {limit_s:.0f} s: look at that rank's log; "
                 "a longer limit is Pipeline(stall_limit_s=...)"
             )
         time.sleep(pause)
         pause = min(2 * pause, 0.01)
+    return world.comm.recv(source=rank, tag=_TAG)

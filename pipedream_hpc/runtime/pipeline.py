@@ -7,8 +7,9 @@ plan ──► stage modules ──► workers ──► fit, evaluate
 
 from __future__ import annotations
 
-import math
+import contextlib
 import platform
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,23 +22,27 @@ from pipedream_hpc.cluster.threads import threads_per_rank
 from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss, OptimizerFactory
-from pipedream_hpc.model.capture import LayerGraph, capture
-from pipedream_hpc.model.cut import check_ties, stage_module
+from pipedream_hpc.model.capture import capture
 from pipedream_hpc.planning.plan import Plan
-from pipedream_hpc.runtime.deployment import boundaries_of, check_runnable, cuts_of, resolve
+from pipedream_hpc.runtime.averaging import Averager, Packing
+from pipedream_hpc.runtime.deployment import Deployment, Manner, deploy, given, resolve
 from pipedream_hpc.runtime.emulator import carry_out, emulate
-from pipedream_hpc.runtime.feed import Feed
+from pipedream_hpc.runtime.feed import Feed, Taker, cut
 from pipedream_hpc.runtime.handshake import agree, same
+from pipedream_hpc.runtime.stage import Ports, Stage
 from pipedream_hpc.runtime.stall import is_stall, report
 from pipedream_hpc.runtime.stash import WeightStash
-from pipedream_hpc.runtime.transport import Boundary
+from pipedream_hpc.runtime.statistics import Statistics
+from pipedream_hpc.runtime.step import Clip, LossScale, SchedulerFactory, Step
 from pipedream_hpc.runtime.wiring import Wiring, local_wiring, mpi_wiring
 from pipedream_hpc.runtime.worker import Worker
 from pipedream_hpc.schedule.actions import Action, Backward, Schedule
-from pipedream_hpc.schedule.forward_only import ForwardOnly
-from pipedream_hpc.schedule.one_f_one_b import OneFOneB
+from pipedream_hpc.schedule.kinds import AnySchedule
 from pipedream_hpc.schedule.trace import Span, Trace
 from pipedream_hpc.schedule.verifier import verify_around
+
+#: Loss scale that fp16 begins with.
+_FIRST_SCALE = 65536.0
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -46,19 +51,33 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class Pipeline:
-    """Train a model with 1F1B and weight stashing.
+    """Train a model with pipeline parallelism: 1F1B with weight stashing, or any other schedule.
 
     Started by itself, a program runs all ranks of the plan in its one process; started by mpirun
     or srun on as many ranks as the plan has, each runs its own. The numbers are the same.
 
     Args:
-        model: takes one tensor, returns one tensor. Build it with the same seed on every rank.
+        model: any module that torch.fx can trace. Build it with the same seed on every rank.
         loss: mean loss of a minibatch from (output, target).
         optimizer: called once per stage with the stage's parameters, such as
             `functools.partial(torch.optim.SGD, lr=0.1)`.
-        example: one minibatch of inputs, as large as they will get; only shape and dtype are used.
-        plan: a Plan, the file of one, or a number of stages to cut the model into evenly (by
-            counted floating-point operations: the same cut on every machine).
+        example: one minibatch of inputs, as large as they will get: a tensor, a tuple of the model's
+            arguments, or a mapping from their names; only shapes and dtypes are used.
+        plan: a Plan, the file of one, a number of stages to cut the model into evenly (by counted
+            floating-point operations: the same cut on every machine), or the replicas of such
+            stages, as in "2-1-1".
+        schedule: one of schedule.kinds.NAMES, instead of the plan's.
+        microbatches: to a minibatch, for schedules that cut minibatches, instead of the plan's.
+        chunks: stages per rank, for the interleaved schedule.
+        accumulate: minibatches per replica that one update learns from.
+        scheduler: called with each stage's optimizer, makes its learning-rate scheduler, which is
+            stepped once per minibatch: `functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)`.
+        clip: how gradients are clipped.
+        precision: "bf16" or "fp16" to run forwards under autocast; fp16 scales losses.
+        recompute: run forwards again before backwards instead of keeping activations; by default what
+            the plan says, stage by stage.
+        deterministic: average gradients of replicas in a fixed order, so that every run makes the
+            same bits; otherwise MPI chooses the order.
         leaves: module classes that torch.fx cannot look into and is to keep whole.
         seed: order of the data and dropout masks depend on it and on nothing else.
         stall_limit_s: seconds a rank waits for another before it says for whom, and stops.
@@ -74,36 +93,55 @@ class Pipeline:
         *,
         loss: Loss,
         optimizer: OptimizerFactory,
-        example: torch.Tensor,
+        example: Any,
         plan: Plan | str | Path | int,
+        schedule: str | None = None,
+        microbatches: int | None = None,
+        chunks: int = 1,
+        accumulate: int = 1,
+        scheduler: SchedulerFactory | None = None,
+        clip: Clip | None = None,
+        precision: str | None = None,
+        recompute: bool | None = None,
+        deterministic: bool = True,
         leaves: Sequence[type[nn.Module]] = (),
         seed: int = 0,
         stall_limit_s: float = 300.0,
         trace: bool = False,
     ) -> None:
         self.world: World = join()
-        graph = capture(model, example, leaves)
-        self.plan = resolve(plan, graph)
-        name = str(plan) if isinstance(plan, str | Path) else "the plan"
-        cuts = cuts_of(self.plan, graph, name)
-        check_ties(graph, cuts)
-        check_runnable(self.plan, name, self.world)
-        self._seed, self._stall_limit_s, self._tracing = seed, stall_limit_s, trace
-        self._epoch = self._minibatches_run = 0
-        self._verified: set[OneFOneB | ForwardOnly] = set()
-        self._spans: list[Span] | None = None
-        self._last_minibatches = 0
-        boundaries = boundaries_of(graph, cuts)
-        self._agree_on_start(seed, boundaries)
-        if self.plan.ranks > 1 or self.world.size > 1:
-            torch.set_num_threads(threads_per_rank(max(self.plan.ranks, self.world.local_size)))
-        slots = [stage.in_flight + 1 for stage in self.plan.stages]
-        self._wiring: Wiring = (
-            mpi_wiring(self.world, self.plan.layout, boundaries, slots, stall_limit_s)
-            if self.world.size > 1
-            else local_wiring(self.plan.layout, boundaries, slots)
+        manner = Manner(
+            schedule,
+            microbatches,
+            chunks,
+            accumulate,
+            agree=(clip is not None and clip.over == "model") or precision == "fp16",
         )
-        self._workers = [self._worker(graph, cuts, rank, loss, optimizer, seed) for rank in sorted(self._wiring.ports)]
+        wanted = given(plan)
+        graph = capture(model, cut(example, manner.pieces(wanted))[0], leaves)
+        name = str(plan) if isinstance(plan, str | Path) else "the plan"
+        self._deployment = deploy(resolve(wanted, graph, manner), name, graph, manner, self.world)
+        self.plan = self._deployment.plan
+        self._model, self._seed, self._stall_limit_s, self._tracing = model, seed, stall_limit_s, trace
+        self._loss, self._optimizer, self._scheduler = loss, optimizer, scheduler
+        self._clip, self._precision, self._recompute = clip, _autocast(precision), recompute
+        self._first_scale = _FIRST_SCALE if precision == "fp16" else 1.0
+        self._epoch = self._units_run = 0
+        self._verified: set[AnySchedule] = set()
+        self._spans: list[Span] | None = None
+        self._last_units = 0
+        self._agree_on_start()
+        ranks = self._deployment.ranks
+        if ranks > 1 or self.world.size > 1:
+            torch.set_num_threads(threads_per_rank(max(ranks, self.world.local_size)))
+        training, lines = self._deployment.training(0), self._deployment.lines
+        self._wiring: Wiring = (
+            mpi_wiring(self.world, training, lines, stall_limit_s, ordered=deterministic)
+            if self.world.size > 1
+            else local_wiring(training, lines)
+        )
+        self._workers = self._made(training)
+        self._statistics = self._shared_statistics()
 
     @property
     def rank(self) -> int:
@@ -118,26 +156,30 @@ class Pipeline:
         """Train one epoch; returns the mean loss per sample, the same on all ranks.
 
         Args:
-            loader: yields (input, target) minibatches; has a length.
+            loader: yields (inputs, target) minibatches; has a length.
             on_minibatch: called with (done, total) whenever the input stage has finished one.
 
         Raises:
-            PipedreamError: ranks read different data, or a minibatch is larger than the example.
+            PipedreamError: ranks read different data, a minibatch is larger than the example, or
+                replicas have come to differ.
         """
+        total, pieces = _length(loader), self._deployment.pieces
 
         def finished(worker: Worker, action: Action) -> None:
-            if on_minibatch is not None and worker is self._workers[0] and isinstance(action, Backward):
-                on_minibatch(action.minibatch + 1, total)
+            if on_minibatch is None or worker is not self._workers[0] or not isinstance(action, Backward):
+                return
+            if action.stage == min(worker.stages) and (action.minibatch + 1) % pieces == 0:
+                on_minibatch((action.minibatch + 1) // pieces, total)
 
-        total = _length(loader)
-        return self._pass(loader, OneFOneB(self.plan.layout, total), None, finished)
+        return self._pass(loader, total, self._deployment.training(total), None, finished)
 
     def evaluate(self, loader: Any, metric: Loss = accuracy) -> float:
         """Mean of `metric` per sample over `loader`, forward only, on the newest weights.
 
         Moves no weight, BatchNorm statistic or random number generator. The same on all ranks.
         """
-        return self._pass(loader, ForwardOnly(self.plan.layout, _length(loader)), metric, lambda *_: None)
+        total = _length(loader)
+        return self._pass(loader, total, self._deployment.evaluation(total), metric, lambda *_: None)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Newest weights and buffers of the whole model under the model's own names.
@@ -145,13 +187,14 @@ class Pipeline:
         Collective. The whole on rank 0, empty elsewhere.
         """
         own: dict[str, torch.Tensor] = {}
-        for worker in self._workers:
-            worker.stash.use_newest()
-            own.update((k, v.detach().clone()) for k, v in worker.module.state_dict().items())
-        if self.world.comm is None or self.world.size == 1:
-            return own
-        parts = self.world.comm.gather(own, root=0)
-        return {name: value for part in parts or () for name, value in part.items()}
+        for stage in self._stages:
+            if stage.replica == 0:
+                stage.stash.use_newest()
+                own.update((name, value.detach().clone()) for name, value in stage.module.state_dict().items())
+        if self.world.comm is not None and self.world.size > 1:
+            parts = self.world.comm.gather(own, root=0)
+            own = {name: value for part in parts or () for name, value in part.items()}
+        return self._completed(own) if self.rank == 0 else {}
 
     def last_trace(self) -> Trace:
         """What ran when in the last `fit`. Collective; the same on all ranks.
@@ -164,7 +207,7 @@ class Pipeline:
         spans = self._spans
         if self.world.comm is not None and self.world.size > 1:
             spans = [span for part in self.world.comm.allgather(spans) for span in part]
-        return Trace("measured", self.plan.layout, self._last_minibatches, tuple(spans))
+        return Trace("measured", self._deployment.layout, self._last_units, tuple(spans))
 
     def close(self) -> None:
         """Give back the channels. Collective; called at exit if not before."""
@@ -177,34 +220,37 @@ class Pipeline:
         if kind is None:
             self.close()
 
+    # ------------------------------------------------------------------
+
+    @property
+    def _stages(self) -> list[Stage]:
+        return [stage for worker in self._workers for stage in worker.stages.values()]
+
     def _pass(
         self,
         loader: Any,
-        schedule: OneFOneB | ForwardOnly,
+        total: int,
+        schedule: AnySchedule,
         metric: Loss | None,
         finished: Callable[[Worker, Action], None],
     ) -> float:
         """Run one schedule over one pass of the loader; `metric` None means training."""
         training = metric is None
         self._verify(schedule)
-        sides = self._sides()
         rng = torch.random.get_rng_state()
         try:
-            feed = Feed(loader, epoch=self._epoch, seed=self._seed, sides=sides)
-            self._agree_on_data(schedule, feed, sides)
+            feed = self._feed(loader, total)
+            self._agree_on_data(total, feed)
             for worker in self._workers:
-                worker.begin(
-                    feed,
-                    self._minibatches_run,
-                    training=training,
-                    score=metric or worker.loss,
-                    trace=training and self._tracing,
-                )
+                worker.begin(schedule, feed, self._units_run, score=metric, trace=training and self._tracing)
             began_ns = self._wiring.common_epoch_ns()
             for worker, action in self._execute(schedule):
                 finished(worker, action)
             for worker in self._workers:
                 worker.end()
+            if training:
+                self._share_statistics()
+            mean = self._agree_on_end(training)
         except Exception as error:
             if is_stall(error):
                 raise report(self.world, str(error.__cause__ or error)) from None
@@ -213,52 +259,115 @@ class Pipeline:
             torch.random.set_rng_state(rng)
         if training and self._tracing:
             self._spans = [span for worker in self._workers for span in worker.spans(began_ns)]
-            self._last_minibatches = schedule.minibatches
-        self._minibatches_run += schedule.minibatches
+            self._last_units = schedule.minibatches
+        self._units_run += schedule.minibatches
         self._epoch += training
-        return self._from_output_stage()
+        return mean
 
     def _execute(self, schedule: Schedule) -> Iterator[tuple[Worker, Action]]:
         if self.world.size > 1:
             return carry_out(self._workers[0], schedule)
         return emulate(self._workers, schedule)
 
-    def _from_output_stage(self) -> float:
-        """The mean that the output stage tallied, on every rank."""
-        mean = next((w.tally.mean() for w in self._workers if w.stage == self.last_stage), math.nan)
-        if self.world.comm is not None and self.world.size > 1:
-            mean = self.world.comm.bcast(mean, root=self.plan.layout[self.last_stage][0])
-        return float(mean)
+    def _feed(self, loader: Any, total: int) -> Feed:
+        layout = self._deployment.layout
+        takers = [Taker(stage.replica, len(layout[stage.index])) for stage in self._stages if stage.reads]
+        return Feed(
+            loader,
+            epoch=self._epoch,
+            seed=self._seed,
+            takers=takers,
+            names=[str(node.target) for node in self._deployment.graph.inputs],
+            pieces=self._deployment.pieces,
+            accumulate=self._deployment.shared,
+            length=total,
+        )
 
-    def _worker(
-        self,
-        graph: LayerGraph,
-        cuts: list[tuple[int, int]],
-        rank: int,
-        loss: Loss,
-        optimizer: OptimizerFactory,
-        seed: int,
-    ) -> Worker:
-        stage = self.plan.stage_of(rank)
-        module = stage_module(graph, *cuts[stage])
-        stash = WeightStash(module, self.plan.stages[stage].in_flight, optimizer)
-        return Worker(rank, stage, module, stash, self._wiring.ports[rank], loss, seed)
+    def _made(self, training: AnySchedule) -> list[Worker]:
+        """The workers of this process, in the order of their ranks."""
+        stages: dict[int, list[Stage]] = {}
+        # In the order of the replicas, in which their gradients are added up.
+        for index, ranks in enumerate(training.layout):
+            for replica, rank in enumerate(ranks):
+                if (index, rank) in self._wiring.ports:
+                    ports = self._wiring.ports[index, rank]
+                    stages.setdefault(rank, []).append(self._stage(training, index, replica, ports))
+        agreements = {
+            rank: self._wiring.reduce(None, [(2, torch.float64)]) if training.agree else None for rank in sorted(stages)
+        }
+        return [Worker(rank, stages[rank], agreements[rank]) for rank in sorted(stages)]
 
-    def _sides(self) -> frozenset[str]:
-        stages = {worker.stage for worker in self._workers}
-        sides = {"input"} if 0 in stages else set()
-        return frozenset(sides | ({"target"} if self.last_stage in stages else set()))
+    def _stage(self, training: AnySchedule, index: int, replica: int, ports: Ports) -> Stage:
+        part = self._deployment.cut.part(index)
+        stash = WeightStash(part.module, training.versions(index), self._optimizer, overwrite=not training.stashes)
+        step = Step(
+            stash.optimizer,
+            self._scheduler,
+            self._clip,
+            LossScale(self._first_scale),
+            microbatches=self._deployment.pieces,
+            average=not self._deployment.cuts_minibatches,
+        )
+        averager = None
+        if len(training.layout[index]) > 1:
+            packing = Packing(stash.trained)
+            averager = Averager(packing, self._wiring.reduce(index, packing.buckets))
+        planned = self.plan.stages[index].recompute
+        return Stage(
+            index,
+            replica,
+            part,
+            self._deployment.cut.links,
+            stash,
+            step,
+            averager,
+            ports,
+            self._loss,
+            self._seed,
+            recompute=planned if self._recompute is None else self._recompute,
+            precision=self._precision,
+        )
 
-    def _verify(self, schedule: OneFOneB | ForwardOnly) -> None:
+    def _shared_statistics(self) -> list[Statistics]:
+        shared = []
+        for stage in sorted(self._stages, key=lambda each: (each.index, each.replica)):
+            replicas, statistics = len(self._deployment.layout[stage.index]), Statistics(stage.module)
+            if replicas > 1 and statistics.buckets:
+                statistics.share(self._wiring.reduce(stage.index, statistics.buckets), replicas)
+                shared.append(statistics)
+        return shared
+
+    def _share_statistics(self) -> None:
+        for statistics in self._statistics:
+            statistics.hand_in()
+        for statistics in self._statistics:
+            statistics.take()
+
+    def _completed(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Also what no stage uses, and further names of weights that have several."""
+        names: dict[int, str] = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            if name in own:
+                names.setdefault(id(parameter), name)
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            if name not in own and id(parameter) in names:
+                own[name] = own[names[id(parameter)]]
+        return {name: own.get(name, value) for name, value in self._model.state_dict().items()}
+
+    def _verify(self, schedule: AnySchedule) -> None:
         if schedule not in self._verified:
             verify_around(schedule, self.world.rank if self.world.size > 1 else None)
             self._verified.add(schedule)
 
-    def _agree_on_start(self, seed: int, boundaries: list[Boundary]) -> None:
+    def _agree_on_start(self) -> None:
+        deployment: Deployment = self._deployment
         facts = {
+            "boundaries that the example leads to": [
+                (each.layer, each.shape, each.dtype_name) for line in deployment.lines.values() for each in line
+            ],
             "plan": str([(stage.layers, stage.ranks) for stage in self.plan.stages]),
-            "seed": seed,
-            "boundaries that the example leads to": [(each.shape, each.dtype_name) for each in boundaries],
+            "schedule": (self.plan.schedule, deployment.pieces, deployment.manner.chunks, deployment.manner.accumulate),
+            "seed": self._seed,
             "version of pipedream_hpc": __version__,
             "version of torch": torch.__version__,
             "byte order": platform.machine(),
@@ -266,8 +375,8 @@ class Pipeline:
         answers = agree(self.world, facts, limit_s=self._stall_limit_s)
         same(answers, dict.fromkeys(facts, "start every rank with the same"))
 
-    def _agree_on_data(self, schedule: Schedule, feed: Feed, sides: frozenset[str]) -> None:
-        facts = {"minibatches": schedule.minibatches, "data": feed.fingerprint() if sides else None}
+    def _agree_on_data(self, minibatches: int, feed: Feed) -> None:
+        facts = {"minibatches": minibatches, "data": feed.fingerprint()}
         answers = agree(self.world, facts, limit_s=self._stall_limit_s)
         same(answers, {"minibatches": "give every rank the same loader"})
         seen = [(rank, answer["data"]) for rank, answer in enumerate(answers) if answer["data"] is not None]
@@ -277,6 +386,51 @@ class Pipeline:
                     f"ranks {seen[0][0]} and {rank} read different first minibatches: the order of the data must "
                     "depend on torch's random numbers alone (DataLoader(shuffle=True) does), not on the rank"
                 )
+
+    def _agree_on_end(self, training: bool) -> float:
+        """Compare replicas; returns the mean score over all samples, the same on every rank."""
+        facts: dict[str, Any] = {
+            "scores": [score for stage in self._stages if stage.output for score in stage.tally.read()],
+            "weights": [
+                (stage.index, worker.rank, _checksum(stage))
+                for worker in self._workers
+                for stage in worker.stages.values()
+                if training and stage.averager is not None
+            ],
+        }
+        answers = agree(self.world, facts, limit_s=self._stall_limit_s)
+        first: dict[int, tuple[int, int]] = {}
+        for index, rank, checksum in sorted(each for answer in answers for each in answer["weights"]):
+            other, expected = first.setdefault(index, (rank, checksum))
+            if checksum != expected:
+                raise PipedreamError(
+                    f"replicas of stage {index} have drifted apart: after this epoch the weights of ranks {other} and "
+                    f"{rank} differ: random numbers or data of the model must not depend on the rank"
+                )
+        scores = sorted(score for answer in answers for score in answer["scores"])
+        samples = sum(count for _, _, count in scores)
+        return sum(mean * count for _, mean, count in scores) / samples if samples else float("nan")
+
+
+def _checksum(stage: Stage) -> int:
+    """Of the newest weights and the buffers of a stage."""
+    total = 0
+    for tensor in (*stage.stash.trained, *stage.module.buffers()):
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        if flat.numel():
+            total = zlib.crc32(flat.view(torch.uint8).numpy().data, total)
+    return total
+
+
+def _autocast(precision: str | None) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    if precision is None:
+        return contextlib.nullcontext
+    if precision not in ("bf16", "fp16"):
+        raise PipedreamError(
+            f"precision should be 'bf16' or 'fp16', or left away for that of the model, not '{precision}'"
+        )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return lambda: torch.autocast("cpu", dtype=dtype)
 
 
 def _length(loader: Any) -> int:

@@ -68,9 +68,7 @@ class WeightStash:
             what naive pipelining does.
     """
 
-    def __init__(
-        self, module: nn.Module, slabs: int, optimizer: OptimizerFactory, *, overwrite: bool = False
-    ) -> None:
+    def __init__(self, module: nn.Module, slabs: int, optimizer: OptimizerFactory, *, overwrite: bool = False) -> None:
         self._slots, nbytes = _lay_out(module)
         self._overwrite = overwrite
         self._pool: WeightPool = load_memory().WeightPool(nbytes, slabs)
@@ -116,8 +114,8 @@ class WeightStash:
         """Their qualified names, in the same order."""
         return [self._slots[index].name for index in self._trained]
 
-    def acquire(self, unit: int, version: int) -> None:
-        """Point the module at `version` and hold it for `unit`.
+    def acquire(self, unit: int, version: int = -1) -> None:
+        """Point the module at `version` (-1: the newest) and hold it for `unit`.
 
         Raises:
             RuntimeError: the version is not kept, or the unit holds one already.
@@ -158,7 +156,7 @@ class WeightStash:
 
         for leaves in self._leaves:
             for position, index in enumerate(self._trained):
-                leaves[index].register_post_accumulate_grad_hook(hook(position))
+                leaves[index].register_post_accumulate_grad_hook(hook(position))  # type: ignore[no-untyped-call]
 
     def update(self, gradients: Sequence[torch.Tensor | None]) -> int:
         """Write the next version: newest weights, one optimizer step; returns its number.

@@ -1,84 +1,173 @@
-"""Wiring: make the channels between the ranks of a plan.
+"""Wiring: make the channels and reductions between the ranks of a plan.
 
-::
+Every tensor of every link has two tags, one for each direction; between replicas there is a channel
+for each pair that shares a unit::
 
-    rank 0  activation_out ─── tag 0 ──► activation_in   rank 1  activation_out ─── tag 2 ──►  ...
-            gradient_in    ◄── tag 1 ─── gradient_out            gradient_in    ◄── tag 3 ───
+    2-1      stage 0 a ──┐                     rank 0 ─── tag 0 ──► rank 2     rank 0 ◄── tag 1 ─── rank 2
+             stage 0 b ──┴── stage 1           rank 1 ─── tag 0 ──► rank 2     rank 1 ◄── tag 1 ─── rank 2
 """
 
 from __future__ import annotations
 
 import atexit
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from pipedream_hpc.cluster.threads import crowded
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.core import load_core
-from pipedream_hpc.runtime.transport import Boundary, LocalChannel, LocalOutbox, MpiInbox, MpiOutbox
-from pipedream_hpc.runtime.worker import Ports
-from pipedream_hpc.schedule.actions import Layout
-from pipedream_hpc.schedule.play import GRADIENT_SLOTS
+from pipedream_hpc.runtime.reduction import Buckets, Meeting, MpiReduction, Reduction
+from pipedream_hpc.runtime.stage import Port, Ports
+from pipedream_hpc.runtime.transport import (
+    Boundary,
+    Inbox,
+    LocalChannel,
+    LocalSender,
+    MpiReceiver,
+    MpiSender,
+    Outbox,
+)
+from pipedream_hpc.schedule.actions import Layout, Payload, Schedule
+from pipedream_hpc.schedule.play import activation_slots, gradient_slots
+
+#: (stage, rank): a replica.
+Place = tuple[int, int]
+#: (stage it leaves, stage it enters) -> what goes over.
+Lines = Mapping[tuple[int, int], tuple[Boundary, ...]]
 
 
 @dataclass(frozen=True)
 class Wiring:
-    """Channel ends of the ranks that live in this process.
+    """Channel ends of the replicas that live in this process.
 
     Attributes:
-        ports: by rank.
+        ports: by stage and rank.
+        reduce: makes the reduction of one replica of a stage, or with None for the stage that of a
+            rank over all ranks; collective, in the same order on all ranks concerned.
         common_epoch_ns: a moment that is the same on all ranks, on this process's clock
             (time.perf_counter_ns); collective.
         close: gives the channels back; collective, harmless when called twice.
     """
 
-    ports: dict[int, Ports]
+    ports: dict[Place, Ports]
+    reduce: Callable[[int | None, Buckets], Reduction]
     common_epoch_ns: Callable[[], int]
     close: Callable[[], None]
 
 
-def local_wiring(layout: Layout, boundaries: Sequence[Boundary], activation_slots: Sequence[int]) -> Wiring:
+@dataclass(frozen=True)
+class _Pipe:
+    """One link between two replicas, in one direction."""
+
+    source: Place
+    target: Place
+    payload: Payload
+    boundaries: tuple[Boundary, ...]
+    tags: tuple[int, ...]
+    slots: int
+
+    @property
+    def sends_as(self) -> Port:
+        """What the source calls it."""
+        return (self.payload, *self.target)
+
+    @property
+    def arrives_as(self) -> Port:
+        """What the target calls it."""
+        return (self.payload, *self.source)
+
+
+def _pipes(schedule: Schedule, lines: Lines) -> Iterator[_Pipe]:
+    """Everything that travels, in an order all ranks agree about."""
+    layout, tag = schedule.layout, 0
+    for (source, target), boundaries in sorted(lines.items()):
+        apart = math.gcd(len(layout[source]), len(layout[target]))
+        pairs = [
+            ((source, a), (target, b))
+            for i, a in enumerate(layout[source])
+            for j, b in enumerate(layout[target])
+            if (i - j) % apart == 0
+        ]
+        tags = tuple(range(tag, tag + 2 * len(boundaries), 2))
+        tag += 2 * len(boundaries)
+        returning = [index for index, boundary in enumerate(boundaries) if boundary.gradient]
+        for near, far in pairs:
+            slots = activation_slots(schedule, source, target)
+            yield _Pipe(near, far, "activation", boundaries, tags, slots)
+            yield _Pipe(
+                far,
+                near,
+                "gradient",
+                tuple(boundaries[index] for index in returning),
+                tuple(tags[index] + 1 for index in returning),
+                gradient_slots(schedule, source, target),
+            )
+
+
+def local_wiring(schedule: Schedule, lines: Lines) -> Wiring:
     """All ranks in this process."""
-    ports = {rank: Ports() for ranks in layout for rank in ranks}
-    for stage, boundary in enumerate(boundaries):
-        upstream, downstream = ports[layout[stage][0]], ports[layout[stage + 1][0]]
-        forth = LocalChannel(boundary, activation_slots[stage + 1], "activation")
-        back = LocalChannel(boundary, GRADIENT_SLOTS, "gradient")
-        upstream.activation_out, downstream.activation_in = LocalOutbox(forth), forth
-        downstream.gradient_out, upstream.gradient_in = LocalOutbox(back), back
-    return Wiring(ports, time.perf_counter_ns, lambda: None)
+    ports: dict[Place, Ports] = defaultdict(Ports)
+    for stage, ranks in enumerate(schedule.layout):
+        for rank in ranks:
+            ports[stage, rank] = Ports()
+    for pipe in _pipes(schedule, lines):
+        _join(pipe, ports)
+    meetings: dict[int | None, Meeting] = defaultdict(Meeting)
+    return Wiring(ports, lambda stage, buckets: meetings[stage].join(buckets), time.perf_counter_ns, lambda: None)
 
 
-def mpi_wiring(
-    world: World,
-    layout: Layout,
-    boundaries: Sequence[Boundary],
-    activation_slots: Sequence[int],
-    stall_limit_s: float,
-) -> Wiring:
-    """This process's rank; its neighbours are other processes. Collective."""
-    stage = next(index for index, ranks in enumerate(layout) if world.rank in ranks)
+def _join(pipe: _Pipe, ports: dict[Place, Ports]) -> None:
+    """Both ends in this process."""
+    channels = [LocalChannel(boundary, pipe.slots, pipe.payload) for boundary in pipe.boundaries]
+    ports[pipe.source].outboxes[pipe.sends_as] = Outbox([LocalSender(each) for each in channels])
+    ports[pipe.target].inboxes[pipe.arrives_as] = Inbox(channels)
+
+
+def mpi_wiring(world: World, schedule: Schedule, lines: Lines, stall_limit_s: float, *, ordered: bool) -> Wiring:
+    """This process's rank; the others are other processes. Collective."""
+    layout: Layout = schedule.layout
     progress = load_core().Progress(world.comm, crowded=crowded(world.local_size))
-    ports = Ports()
-    # Receives are posted before anybody sends: a message never waits for its receiver.
-    if stage > 0:
-        boundary, peer, tag = boundaries[stage - 1], layout[stage - 1][0], 2 * (stage - 1)
-        slots = activation_slots[stage]
-        ports.activation_in = MpiInbox(progress, peer, tag, boundary, "activation", slots, stall_limit_s)
-        ports.gradient_out = MpiOutbox(progress, peer, tag + 1, boundary, "gradient", stall_limit_s)
-    if stage < len(boundaries):
-        boundary, peer, tag = boundaries[stage], layout[stage + 1][0], 2 * stage
-        ports.gradient_in = MpiInbox(progress, peer, tag + 1, boundary, "gradient", GRADIENT_SLOTS, stall_limit_s)
-        ports.activation_out = MpiOutbox(progress, peer, tag, boundary, "activation", stall_limit_s)
+    own = {(stage, world.rank): Ports() for stage, ranks in enumerate(layout) if world.rank in ranks}
+    for pipe in _pipes(schedule, lines):
+        if pipe.source in own and pipe.target in own:
+            _join(pipe, own)
+        elif pipe.target in own:
+            # Receives are posted before anybody sends: a message never waits for its receiver.
+            own[pipe.target].inboxes[pipe.arrives_as] = Inbox(
+                [
+                    MpiReceiver(progress, pipe.source[1], tag, boundary, pipe.payload, pipe.slots, stall_limit_s)
+                    for tag, boundary in zip(pipe.tags, pipe.boundaries, strict=True)
+                ]
+            )
+        elif pipe.source in own:
+            own[pipe.source].outboxes[pipe.sends_as] = Outbox(
+                [
+                    MpiSender(progress, pipe.target[1], tag, boundary, pipe.payload, stall_limit_s)
+                    for tag, boundary in zip(pipe.tags, pipe.boundaries, strict=True)
+                ]
+            )
     offset_ns = _clock_offset_ns(world)
 
     def common_epoch_ns() -> int:
         now = time.perf_counter_ns() if world.rank == 0 else None
         return int(world.comm.bcast(now, root=0)) + offset_ns
 
+    def reduce(stage: int | None, buckets: Buckets) -> Reduction:
+        ranks = range(world.size) if stage is None else layout[stage]
+        group = world.comm.Get_group().Incl(list(ranks))
+        comm = world.comm.Create_group(group, tag=0 if stage is None else stage + 1)
+        label = "numbers of all ranks" if stage is None else f"gradients of stage {stage} over its replicas"
+        try:
+            return MpiReduction(progress, comm, buckets, label, stall_limit_s, ordered=ordered)
+        finally:
+            comm.Free()  # the reduction has duplicates of its own
+            group.Free()
+
     atexit.register(progress.close)  # runs before mpi4py finalises MPI: it was registered later
-    return Wiring({world.rank: ports}, common_epoch_ns, progress.close)
+    return Wiring(own, reduce, common_epoch_ns, progress.close)
 
 
 def _clock_offset_ns(world: World, rounds: int = 20) -> int:

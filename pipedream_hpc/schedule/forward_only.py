@@ -31,7 +31,15 @@ class ForwardOnly(Routed):
         return 1
 
     def actions(self, rank: int) -> Iterator[Action]:
-        """The actions of `rank`, in order."""
-        stage = self._only_stage(rank)
-        for minibatch in self._own(stage, rank):
-            yield from self._forward(stage, minibatch, version=0)
+        """The actions of `rank`, in order.
+
+        A rank of several stages runs as many units as there are ranks in turn through one stage, then
+        the same through the next, as the interleaved schedule does.
+        """
+        stages = self.stages_of[rank]
+        own = self._own(stages[0], rank)
+        group = max(1, len(self.layout) // len(stages))
+        for first in range(0, len(own), group):
+            for stage in stages:
+                for minibatch in own[first : first + group]:
+                    yield from self._forward(stage, minibatch, version=0)

@@ -1,10 +1,14 @@
-"""Train a chain of tests/chains.py and write down everything that tests compare.
+"""Train chains of tests/chains.py and write down everything that tests compare.
 
-python train_chain.py '{"stages": 4, "model": "plain", "optimizer": "sgd", "epochs": [40, 40], "out": "x.pt"}'
+python train_chain.py '[{"plan": 4, "model": "plain", "optimizer": "sgd", "epochs": [40, 40], "out": "x.pt"}, ...]'
+
+Each case may have `last` (samples of the last minibatch), `options` (more arguments of Pipeline), `clip`
+and `decay` (the learning rate's, per minibatch).
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,22 +17,31 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import chains
 
-from pipedream_hpc import Pipeline, core
+from pipedream_hpc import Clip, Pipeline, core
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    wanted = json.loads(sys.argv[1])
-    model = chains.MODELS[wanted["model"]]()
+    for wanted in json.loads(sys.argv[1]):
+        train(wanted)
+
+
+def train(wanted: dict) -> None:
+    options = dict(wanted.get("options", {}))
+    if "clip" in wanted:
+        options["clip"] = Clip(*wanted["clip"])
+    if "decay" in wanted:
+        options["scheduler"] = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=wanted["decay"])
     pipeline = Pipeline(
-        model,
+        chains.MODELS[wanted["model"]](),
         loss=nn.CrossEntropyLoss(),
         optimizer=chains.OPTIMIZERS[wanted["optimizer"]],
         example=chains.example(),
-        plan=wanted["stages"],
+        plan=wanted["plan"],
         leaves=[chains.Functional],
         trace=True,
         stall_limit_s=30,
+        **options,
     )
     report = {"ranks": pipeline.world.size, "losses": [], "scores": [], "traces": [], "allocations": []}
     for count in wanted["epochs"]:
@@ -41,7 +54,10 @@ def main() -> None:
         report["allocations"].append(
             core.load_memory().allocations() + (core.load_core().allocations() if pipeline.world.size > 1 else 0)
         )
-    report["slabs"] = {worker.rank: worker.stash.slabs for worker in pipeline._workers}
+    report["slabs"] = {
+        worker.rank: stage.stash.slabs for worker in pipeline._workers for stage in worker.stages.values()
+    }
+    report["stages"] = [len(stage.layers) for stage in pipeline.plan.stages]
     report["weights"] = pipeline.state_dict()
     if pipeline.world.comm is not None:
         for part in pipeline.world.comm.allgather((report["losses"], report["scores"])):

@@ -1,0 +1,409 @@
+"""Stage: one replica of one stage, and what each action means for it.
+
+It decides nothing. What runs when stands in the schedule, and how a tensor travels is the
+transport's business::
+
+    Receive activation 5   slots ──► leaves
+    Forward 5 on v3        module(inputs, leaves) ──► exits       holds version 3 for unit 5
+    Send activation 5      exits ──► outbox
+    Receive gradient 2     slots
+    Backward 2 on v0       backward(exits, gradients) ──► leaves' gradients, parameters' gradients
+    Send gradient 2        leaves' gradients ──► outbox
+    Reduce round 1         gradients averaged over the replicas
+    Update to v2           optimizer writes the next version
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.job import Loss
+from pipedream_hpc.model.capture import Value
+from pipedream_hpc.model.cut import Part, enter, seed_functions
+from pipedream_hpc.runtime.averaging import Averager
+from pipedream_hpc.runtime.feed import Feed, seed_for
+from pipedream_hpc.runtime.stash import WeightStash
+from pipedream_hpc.runtime.step import Step
+from pipedream_hpc.runtime.transport import Inbox, Outbox
+from pipedream_hpc.schedule.actions import Backward, Forward, Payload, Receive, Schedule, Send, Update
+
+#: (payload, stage at the other end, rank there)
+Port = tuple[Payload, int, int]
+
+
+@dataclass
+class Ports:
+    """The channel ends of one replica of one stage."""
+
+    inboxes: dict[Port, Inbox] = field(default_factory=dict)
+    outboxes: dict[Port, Outbox] = field(default_factory=dict)
+
+
+@dataclass
+class _Live:
+    """A unit between its first and its last action in this stage."""
+
+    entries: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # by the stage they came from
+    gradients: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # likewise
+    inputs: list[Any] = field(default_factory=list)
+    exits: tuple[torch.Tensor, ...] = ()
+    loss: torch.Tensor | None = None
+
+
+@dataclass
+class Tally:
+    """Scores of the output stage's units: (unit, mean over its samples, samples)."""
+
+    parts: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
+
+    def add(self, unit: int, mean: torch.Tensor, samples: int) -> None:
+        # Read out only at the end of the epoch: reading a number waits for the device.
+        self.parts.append((unit, mean, samples))
+
+    def read(self) -> list[tuple[int, float, int]]:
+        return [(unit, mean.item(), samples) for unit, mean, samples in self.parts]
+
+
+class Stage:
+    """One replica of one stage at work.
+
+    Args:
+        index: number of the stage.
+        replica: number among its replicas.
+        part: its module, and what goes in and out.
+        links: what goes from which stage to which.
+        stash: its weights.
+        step: what is done with a round's gradients.
+        averager: how they are averaged over replicas; None for a single one.
+        ports: channel ends.
+        loss: mean loss from (output, target); only used by the output stage.
+        seed: of the run; random layers draw from (seed, unit, layer).
+        recompute: whether the forward is run again before the backward, instead of keeping activations.
+        precision: a context that forwards run in, such as autocast.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        replica: int,
+        part: Part,
+        links: Mapping[tuple[int, int], tuple[Value, ...]],
+        stash: WeightStash,
+        step: Step,
+        averager: Averager | None,
+        ports: Ports,
+        loss: Loss,
+        seed: int,
+        *,
+        recompute: bool,
+        precision: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self.index, self.replica, self.part, self.module = index, replica, part, part.module
+        self.stash, self.step, self.averager, self.ports = stash, step, averager, ports
+        self.loss, self._seed, self._recompute, self._precision = loss, seed, recompute, precision
+        self.output = part.output
+        #: Whether it takes something from the data set.
+        self.reads = bool(part.inputs) or part.output
+        self._incoming = {source: values for (source, target), values in links.items() if target == index}
+        self._outgoing = {target: values for (source, target), values in links.items() if source == index}
+        self._exit_of = {value.name: position for position, value in enumerate(part.exits)}
+        self._live: dict[int, _Live] = {}
+        self._sum: list[torch.Tensor | None] = []  # of the units of a round so far
+        self._whole: list[torch.Tensor | None] | None = None  # of a round, averaged
+        self._score: Loss = loss
+        self._feed: Feed | None = None
+        self._schedule: Schedule | None = None
+        self._training = True
+        self._unit_base = self._version_base = 0
+        self._current = 0
+        self.tally = Tally()
+        if averager is not None:
+            stash.when_ready(averager.add)
+        self._seed_random_layers()
+
+    def begin(self, schedule: Schedule, feed: Feed, unit_base: int, score: Loss) -> None:
+        """Make ready for one schedule.
+
+        Args:
+            schedule: whose actions are to come.
+            feed: the minibatches.
+            unit_base: number within the run of the schedule's unit 0; messages carry it, so that no
+                unit of one epoch can be taken for one of another.
+            score: what the output stage computes from (output, target).
+        """
+        self._schedule, self._feed, self._unit_base, self._score = schedule, feed, unit_base, score
+        self._training = schedule.training
+        self._version_base = self.stash.version
+        self.tally = Tally()
+        self.module.train(self._training)
+        if not self._training:
+            self.stash.use_newest()
+
+    def end(self) -> None:
+        """Wait for the last sends; nothing of the schedule is left behind."""
+        for outbox in self.ports.outboxes.values():
+            outbox.drain()
+        assert not self._live, "a schedule that passed the verifier leaves no unit behind"
+        self._feed = None
+
+    def ready(self, action: Receive | Send) -> bool:
+        """Whether a message could be taken or handed over without waiting."""
+        key = (action.payload, action.far, action.peer)
+        if isinstance(action, Receive):
+            return self.ports.inboxes[key].ready(self._unit_base + action.minibatch)
+        return self.ports.outboxes[key].ready()
+
+    def receive(self, action: Receive) -> None:
+        unit = self._unit_base + action.minibatch
+        tensors = self.ports.inboxes[action.payload, action.far, action.peer].receive(unit)
+        live = self._live.setdefault(action.minibatch, _Live())
+        if action.payload == "gradient":
+            live.gradients[action.far] = tensors
+            return
+        # Leaves over the slots' memory: their gradients are what goes back.
+        live.entries[action.far] = [
+            tensor.detach().requires_grad_(self._training and value.needs_gradient)
+            for tensor, value in zip(tensors, self._incoming[action.far], strict=True)
+        ]
+
+    def forward(self, action: Forward) -> None:
+        assert self._feed is not None
+        unit = action.minibatch
+        live = self._live.setdefault(unit, _Live())
+        live.inputs = [self._feed.input(unit, argument) for argument in self.part.inputs]
+        if self._training:
+            version = self._version_base + action.version
+            self.stash.acquire(self._unit_base + unit, version)
+            self._check_version(unit, action)
+        keep = self._training and not self._recompute
+        live.exits, output = self._run(unit, live, gradients=keep)
+        if self.output:
+            live.loss = self._finish_forward(unit, output, gradients=keep)
+            if not self._training:
+                self._leave(unit)
+
+    def backward(self, action: Backward) -> None:
+        assert self._schedule is not None
+        unit = action.minibatch
+        live = self._live[unit]
+        self._check_version(unit, action)
+        if self._recompute:
+            self._run_again(unit, live)
+        tensors: list[torch.Tensor] = []
+        gradients: list[torch.Tensor | None] = []
+        if live.loss is not None and live.loss.requires_grad:
+            tensors.append(live.loss)
+            gradients.append(None)
+        for far, received in live.gradients.items():
+            wanted = [value for value in self._outgoing[far] if value.needs_gradient]
+            for value, gradient in zip(wanted, received, strict=True):
+                exit = live.exits[self._exit_of[value.name]]
+                if exit.requires_grad:
+                    tensors.append(exit)
+                    gradients.append(gradient)
+        if self.averager is not None and self._last_of_round(unit):
+            self.averager.last_backward()
+        if tensors:
+            torch.autograd.backward(tensors, gradients)
+        live.loss, live.exits = None, ()
+        slots = {_storage(tensor) for received in live.gradients.values() for tensor in received}
+        own = self.stash.release(self._unit_base + unit)
+        if self.averager is None:
+            # A parameter's gradient may stand in the slot, which is given back before the update.
+            self._add([_apart(gradient, slots) for gradient in own])
+        for entries in live.entries.values():
+            for entry in entries:
+                # A stage of views hands the very gradient on that came in; that send may still be
+                # under way when the slot is given back.
+                entry.grad = _apart(entry.grad, slots)
+        for port, inbox in self.ports.inboxes.items():
+            if port[0] == "gradient" and port[1] in live.gradients and self._meets(port, unit):
+                inbox.release(self._unit_base + unit)
+        live.gradients = {}
+        if not live.entries:
+            self._leave(unit)
+
+    def send(self, action: Send) -> None:
+        unit, live = action.minibatch, self._live[action.minibatch]
+        outbox = self.ports.outboxes[action.payload, action.far, action.peer]
+        if action.payload == "activation":
+            exits = [live.exits[self._exit_of[value.name]] for value in self._outgoing[action.far]]
+            slots = {_storage(entry) for entries in live.entries.values() for entry in entries}
+            # Without a gradient to come back, a slot may be given back before the send has gone.
+            free = [exit if exit.requires_grad else _apart(exit, slots) for exit in exits]
+            outbox.send(self._unit_base + unit, [tensor for tensor in free if tensor is not None])
+            if not self._training and action.far == self._last_target:
+                self._leave(unit)
+            return
+        entries = live.entries.pop(action.far)
+        wanted = [entry for entry in entries if entry.requires_grad]
+        # The stage's output may not depend on all of its input.
+        gradients = [torch.zeros_like(entry) if entry.grad is None else entry.grad for entry in wanted]
+        outbox.send(self._unit_base + unit, gradients)
+        self._release(unit, action.far)
+        if not live.entries:
+            self._leave(unit)
+
+    def update(self, action: Update) -> None:
+        assert self._schedule is not None
+        round = action.version - 1
+        count = self.step.count(self._schedule, self.index, round)
+        gradients, self._whole = self.gradients(count), None
+        made = self.step.apply(self.stash, gradients, self._schedule, self.index, round)
+        if made - self._version_base != action.version:
+            raise RuntimeError(f"made version {made - self._version_base}, planned was {action.version}")
+
+    def gradients(self, count: int) -> list[torch.Tensor | None]:
+        """The round's gradients, averaged over its `count` units; the same when asked for again before the update."""
+        if self._whole is None:
+            if self.averager is not None:
+                self._whole = self.averager.average(count)
+            else:
+                self._whole = self._sum or [None] * len(self.stash.trained)
+                for gradient in self._whole:
+                    if gradient is not None and count > 1:
+                        gradient.div_(count)
+            self._sum = []
+        return self._whole
+
+    # ------------------------------------------------------------------
+
+    @property
+    def _last_target(self) -> int:
+        assert self._schedule is not None
+        return self._schedule.targets(self.index)[-1]
+
+    def _add(self, gradients: list[torch.Tensor | None]) -> None:
+        if not self._sum:
+            self._sum = gradients
+            return
+        for position, gradient in enumerate(gradients):
+            total = self._sum[position]
+            if total is None:
+                self._sum[position] = gradient
+            elif gradient is not None:
+                total.add_(gradient)
+
+    def _last_of_round(self, unit: int) -> bool:
+        assert self._schedule is not None
+        per_update, replicas = self._schedule.per_update(self.index), len(self._schedule.layout[self.index])
+        following = unit + replicas
+        return following >= self._schedule.minibatches or following // per_update != unit // per_update
+
+    def _run(self, unit: int, live: _Live, *, gradients: bool) -> tuple[tuple[torch.Tensor, ...], Any]:
+        """The module on a unit: its exits, and the model's output if it is the output stage."""
+        self._current = self._unit_base + unit
+        # Whatever else is random in the stage does not depend on what this process did before.
+        torch.manual_seed(seed_for(self._seed, self._current, self.index))
+        entries = [entry for far in sorted(live.entries) for entry in live.entries[far]]
+        arguments = [*live.inputs, *entries]
+        for position in self.part.rewrites:
+            argument = arguments[position]
+            if position < len(live.inputs):
+                arguments[position] = argument.clone()  # the data set's own
+            elif argument.requires_grad:
+                arguments[position] = enter(argument)
+        with torch.set_grad_enabled(gradients), self._precision():
+            returned = self.part.run(arguments)
+        count = len(self.part.exits)
+        return returned[:count], returned[count] if self.output else None
+
+    def _finish_forward(self, unit: int, output: Any, *, gradients: bool) -> torch.Tensor:
+        """Score the model's output; the loss is weighted by the unit's part in its round."""
+        assert self._feed is not None
+        with torch.set_grad_enabled(gradients), self._precision():
+            score = self._score(output, self._feed.target(unit))
+        if not isinstance(score, torch.Tensor) or score.dim() != 0:
+            what = "loss" if self._training else "metric"
+            got = f"shape {tuple(score.shape)}" if isinstance(score, torch.Tensor) else f"type {type(score).__name__}"
+            raise PipedreamError(
+                f"the {what} should be one number, the mean over the minibatch, but has {got}: "
+                "take its mean (reduction='mean')"
+            )
+        self.tally.add(unit, score.detach(), self._feed.samples(unit))
+        weight = self._feed.weight(unit) * self.step.loss_scale if self._training else 1.0
+        return score if weight == 1.0 else score * weight
+
+    def _run_again(self, unit: int, live: _Live) -> None:
+        """Recompute what backward needs, on the weights of the unit's forward, with the same random numbers."""
+        self.stash.bind(self._unit_base + unit)
+        with _statistics_kept(self.module):
+            live.exits, output = self._run(unit, live, gradients=True)
+        if self.output:
+            tally, self.tally = self.tally, Tally()
+            live.loss = self._finish_forward(unit, output, gradients=True)
+            self.tally = tally
+
+    def _meets(self, port: Port, unit: int) -> bool:
+        """Whether the rank at the other end of `port` is the one that has the unit."""
+        assert self._schedule is not None
+        ranks = self._schedule.layout[port[1]]
+        return ranks[unit % len(ranks)] == port[2]
+
+    def _release(self, unit: int, far: int) -> None:
+        for port, inbox in self.ports.inboxes.items():
+            if port[0] == "activation" and port[1] == far and self._meets(port, unit):
+                inbox.release(self._unit_base + unit)
+
+    def _leave(self, unit: int) -> None:
+        assert self._feed is not None
+        for far in self._live.pop(unit).entries:
+            self._release(unit, far)
+        if self.reads:
+            self._feed.leave(unit)
+
+    def _check_version(self, unit: int, action: Forward | Backward) -> None:
+        held = self.stash.version_of(self._unit_base + unit) - self._version_base
+        if held != action.version:
+            raise RuntimeError(f"runs on version {held}, planned was {action.version}")
+
+    def _seed_random_layers(self) -> None:
+        """Draw the masks of dropout from (seed, unit, layer), so that every plan draws the same."""
+
+        def seeder(name: str) -> Callable[[nn.Module, Any], None]:
+            def seed(module: nn.Module, _: Any) -> None:
+                if module.training:
+                    torch.manual_seed(seed_for(self._seed, self._current, name))
+
+            return seed
+
+        def seed_function(name: str) -> None:
+            torch.manual_seed(seed_for(self._seed, self._current, name))
+
+        seed_functions(self.module, seed_function)
+        for name, module in self.module.named_modules():
+            # Recurrent and attention layers keep their dropout as a number.
+            number = getattr(module, "dropout", None)
+            if isinstance(module, nn.modules.dropout._DropoutNd) or (isinstance(number, float) and number > 0):
+                module.register_forward_pre_hook(seeder(name))
+
+
+class _statistics_kept:  # noqa: N801
+    """Leave the running statistics of normalisation layers as they are: they have seen this unit."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._layers = [each for each in module.modules() if getattr(each, "track_running_stats", False)]
+
+    def __enter__(self) -> None:
+        self._before = [[buffer.clone() for buffer in layer.buffers(recurse=False)] for layer in self._layers]
+
+    def __exit__(self, *_: object) -> None:
+        for layer, buffers in zip(self._layers, self._before, strict=True):
+            for buffer, before in zip(layer.buffers(recurse=False), buffers, strict=True):
+                buffer.copy_(before)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _apart(tensor: torch.Tensor | None, slots: Sequence[int] | set[int]) -> torch.Tensor | None:
+    """`tensor`, copied if it stands in one of `slots`."""
+    return tensor.clone() if tensor is not None and slots and _storage(tensor) in slots else tensor

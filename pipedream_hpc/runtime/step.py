@@ -1,0 +1,153 @@
+"""Step: what is done with the gradients of a round before and around the optimizer's own step.
+
+    gradients ──► unscale ──► clip ──► optimizer.step ──► learning rates move on
+
+Learning-rate schedulers count minibatches, whatever the replicas: a stage of two replicas learns from
+two minibatches at a time, and its scheduler takes two steps. So every stage has, for one minibatch,
+the learning rate that plain training would have.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from pipedream_hpc.runtime.stash import WeightStash
+from pipedream_hpc.schedule.actions import Schedule
+
+#: Makes the learning-rate scheduler of one stage; it is stepped once per minibatch.
+SchedulerFactory = Callable[[torch.optim.Optimizer], LRScheduler]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Gradient clipping by norm.
+
+    Attributes:
+        norm: the largest norm that is left as it is.
+        over: the gradients of each stage by itself, or of all stages together.
+    """
+
+    norm: float
+    over: Literal["stage", "model"] = "stage"
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16 (Micikevicius et al., ICLR 2018, section 3.2).
+
+    Args:
+        initial: factor on the loss at first; 1 for no scaling at all.
+        growth_interval: rounds without overflow after which it is doubled.
+    """
+
+    def __init__(self, initial: float = 1.0, growth_interval: int = 2000) -> None:
+        self.value, self._growth_interval, self._good = initial, growth_interval, 0
+        self.dynamic = initial != 1.0
+
+    def after(self, overflow: bool) -> None:
+        """A round is over on all stages."""
+        if not self.dynamic:
+            return
+        self._good = 0 if overflow else self._good + 1
+        if overflow:
+            self.value = max(self.value / 2, 1.0)
+        elif self._good == self._growth_interval:
+            self.value, self._good = self.value * 2, 0
+
+
+class Step:
+    """The update of one stage.
+
+    Args:
+        optimizer: the stage's; None if it trains nothing.
+        scheduler: makes its learning-rate scheduler.
+        clip: how gradients are clipped.
+        loss_scale: of fp16.
+        minibatches_per_unit: a unit is so much of a minibatch: 1/m where there are m microbatches.
+        average: whether gradients of a round's units are averaged, or come weighted from the loss.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer | None,
+        scheduler: SchedulerFactory | None,
+        clip: Clip | None,
+        loss_scale: LossScale,
+        *,
+        microbatches: int,
+        average: bool,
+    ) -> None:
+        self.scheduler = scheduler(optimizer) if scheduler is not None and optimizer is not None else None
+        self._optimizer, self._clip, self._scale = optimizer, clip, loss_scale
+        self._microbatches, self._average = microbatches, average
+        self._agreed: tuple[float, bool] | None = None
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss."""
+        return self._scale.value
+
+    def count(self, schedule: Schedule, stage: int, round: int) -> int:
+        """What the sum of the round's gradients is divided by."""
+        return _units(schedule, stage, round) if self._average else 1
+
+    def measure(self, gradients: Sequence[torch.Tensor | None]) -> tuple[float, bool]:
+        """Sum of squares of the round's gradients, and whether one is not finite."""
+        total = math.fsum(float(gradient.double().pow(2).sum()) for gradient in gradients if gradient is not None)
+        return total, not math.isfinite(total)
+
+    def agreed(self, squares: float, overflow: bool) -> None:
+        """What all stages together measured."""
+        self._agreed = (squares, overflow)
+
+    def apply(
+        self, stash: WeightStash, gradients: list[torch.Tensor | None], schedule: Schedule, stage: int, round: int
+    ) -> int:
+        """Make the next version; returns its number."""
+        squares, overflow = self._agreed or (0.0, False)
+        self._agreed = None
+        if overflow and self._scale.dynamic:
+            self._scale.after(True)
+            made = stash.skip_update()
+        else:
+            self._prepare(gradients, squares)
+            made = stash.update(gradients)
+            self._scale.after(False)
+        if self.scheduler is not None:
+            for _ in range(-(-_units(schedule, stage, round) // self._microbatches)):
+                _advance(self.scheduler)
+        return made
+
+    def _prepare(self, gradients: Sequence[torch.Tensor | None], squares: float) -> None:
+        present = [gradient for gradient in gradients if gradient is not None]
+        if self._scale.value != 1.0:
+            for gradient in present:
+                gradient.div_(self._scale.value)
+        if self._clip is None:
+            return
+        if self._clip.over == "stage":
+            squares, _ = self.measure(present)
+            norm = math.sqrt(squares)
+        else:
+            norm = math.sqrt(squares) / self._scale.value
+        if norm > self._clip.norm:
+            for gradient in present:
+                gradient.mul_(self._clip.norm / (norm + 1e-6))
+
+
+def _units(schedule: Schedule, stage: int, round: int) -> int:
+    per_update = schedule.per_update(stage)
+    return min(per_update, schedule.minibatches - round * per_update)
+
+
+def _advance(scheduler: LRScheduler) -> None:
+    with warnings.catch_warnings():
+        # The step was the stash's; torch looks for a call of optimizer.step.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        scheduler.step()

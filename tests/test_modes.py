@@ -1,0 +1,177 @@
+"""Every schedule on real ranks = in one process = plain autograd with the papers' equations, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import chains
+import pytest
+import ranks
+import reference
+import torch
+from torch import nn
+
+from pipedream_hpc import Clip, Pipeline
+from pipedream_hpc.errors import PipedreamError
+
+PLANS = ["1", "2", "4", "1-1", "2-1", "1-2", "2-1-1", "1-2-1", "3-1", "1-1-1-1"]
+#: Two epochs, whose ends fill no round of 2, 3 or 4, the last minibatch being short.
+UNEVEN = {"epochs": [11, 7], "last": 5, "model": "plain"}
+
+
+def case(plan: str, kind: str = "1f1b", optimizer: str = "sgd", **more: Any) -> dict[str, Any]:
+    return {"plan": plan, "kind": kind, "optimizer": optimizer, "decay": 0.9, **UNEVEN, **more}
+
+
+def cases() -> list[dict[str, Any]]:
+    found = [case(plan, "1f1b", optimizer) for plan in PLANS for optimizer in ("sgd", "adam")]
+    found += [case(plan, "vertical-sync") for plan in ("1-1", "2-1", "1-2", "2-1-1", "3-1", "1-1-1-1")]
+    for kind in ("1f1b-flush", "gpipe"):
+        found += [case(plan, kind, microbatches=4) for plan in ("1-1", "2-1", "1-2-1", "1-1-1-1", "4")]
+    found += [case("1-1", "gpipe", microbatches=3), case("1-1-1", "1f1b-flush", "adam", microbatches=5)]
+    found += [case(plan, "2bw", microbatches=4) for plan in ("1-1", "2-1", "1-1-1-1")]
+    found += [case(plan, "data-parallel", optimizer) for plan in ("2", "4") for optimizer in ("sgd", "adam")]
+    found += [case(plan, "model-parallel") for plan in ("1-1", "2-1", "1-1-1-1")]
+    found += [case("2-1", "1f1b", accumulate=2), case("1-1-1", "vertical-sync", accumulate=3)]
+    found += [case("1-1", "gpipe", microbatches=2, accumulate=2), case("2", "data-parallel", accumulate=2)]
+    found += [case("2-1", "1f1b", clip=(0.1, "stage")), case("1-1", "gpipe", microbatches=2, clip=(0.1, "model"))]
+    found += [case("2-2", "1f1b-flush", microbatches=4, clip=(0.1, "model"))]
+    return found
+
+
+def named(wanted: dict[str, Any]) -> str:
+    extra = [f"{key}={wanted[key]}" for key in ("microbatches", "accumulate", "clip") if key in wanted]
+    return " ".join([wanted["plan"], wanted["kind"], wanted["optimizer"], *extra])
+
+
+CASES = {named(wanted): wanted for wanted in cases()}
+
+
+def replicas(wanted: dict[str, Any]) -> list[int]:
+    return [int(count) for count in wanted["plan"].split("-")]
+
+
+def options(wanted: dict[str, Any]) -> dict[str, Any]:
+    found = {key: wanted[key] for key in ("microbatches", "accumulate") if key in wanted}
+    return {**found, "schedule": wanted["kind"]}
+
+
+def emulated(wanted: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float], list[int]]:
+    torch.set_num_threads(1)
+    pipeline = Pipeline(
+        chains.MODELS[wanted["model"]](),
+        loss=nn.CrossEntropyLoss(),
+        optimizer=chains.OPTIMIZERS[wanted["optimizer"]],
+        example=chains.example(),
+        plan=wanted["plan"],
+        scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=wanted["decay"]),
+        clip=Clip(*wanted["clip"]) if "clip" in wanted else None,
+        **options(wanted),
+    )
+    losses = [pipeline.fit(chains.minibatches(count, last=wanted["last"])) for count in wanted["epochs"]]
+    return pipeline.state_dict(), losses, [len(stage.layers) for stage in pipeline.plan.stages]
+
+
+def by_reference(wanted: dict[str, Any], layers: list[int]) -> dict[str, torch.Tensor]:
+    model, parts, first = chains.MODELS[wanted["model"]](), [], 0
+    for count in layers:
+        parts.append(model[first : first + count])
+        first += count
+    weights = reference.train(
+        parts,
+        [chains.minibatches(count, last=wanted["last"]) for count in wanted["epochs"]],
+        nn.CrossEntropyLoss(),
+        chains.OPTIMIZERS[wanted["optimizer"]],
+        kind=wanted["kind"],
+        replicas=replicas(wanted),
+        microbatches=wanted.get("microbatches", 1),
+        accumulate=wanted.get("accumulate", 1),
+        scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=wanted["decay"]),
+        clip=wanted.get("clip"),
+    )
+    return {name: value for of_stage in weights for name, value in of_stage.items()}
+
+
+def assert_bitwise(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_in_one_process_as_the_reference(name: str) -> None:
+    weights, _, layers = emulated(CASES[name])
+    assert_bitwise(weights, by_reference(CASES[name], layers))
+
+
+@pytest.mark.parametrize("on_ranks", [1, 2, 3, 4])
+def test_on_ranks_as_in_one_process(on_ranks: int, tmp_path: Path) -> None:
+    """One launch trains all the cases that are for so many ranks."""
+    chosen = [(name, wanted) for name, wanted in CASES.items() if sum(replicas(wanted)) == on_ranks]
+    orders = [
+        {**wanted, "options": options(wanted), "out": str(tmp_path / f"{index}.pt")}
+        for index, (_, wanted) in enumerate(chosen)
+    ]
+    finished = ranks.python(on_ranks, "train_chain.py", json.dumps(orders), timeout=240)
+    assert finished.status == 0, finished.output
+    for index, (name, wanted) in enumerate(chosen):
+        report = torch.load(tmp_path / f"{index}.pt")
+        assert report["ranks"] == on_ranks, "the ranks really ran"
+        weights, losses, _ = emulated(wanted)
+        assert_bitwise(report["weights"], weights)
+        assert report["losses"] == losses, name
+
+
+def test_interleaved_is_gpipe_to_the_last_bit(tmp_path: Path) -> None:
+    wanted = case("1-1-1-1", "interleaved", microbatches=4)
+    expected, _, _ = emulated(case("1-1-1-1", "gpipe", microbatches=4))
+    order = {**wanted, "options": {**options(wanted), "chunks": 2}, "out": str(tmp_path / "x.pt")}
+    finished = ranks.python(2, "train_chain.py", json.dumps([order]))
+    assert finished.status == 0, finished.output
+    report = torch.load(tmp_path / "x.pt")
+    assert report["ranks"] == 2
+    assert_bitwise(report["weights"], expected)
+
+
+def test_naive_pipelining_is_none_of_the_others() -> None:
+    """What weight stashing is for: without it gradients are of no function at all."""
+    naive, _, layers = emulated(case("1-1-1-1", "naive"))
+    stashed, plain = emulated(case("1-1-1-1"))[0], by_reference(case("1-1-1-1", "model-parallel"), layers)
+    for other in (stashed, plain):
+        assert any(not torch.equal(naive[name], other[name]) for name in naive)
+
+
+def test_fixed_order_or_not_replicas_stay_equal(tmp_path: Path) -> None:
+    """MPI may sum in an order of its own, but all replicas must get the same sum."""
+    order = {**case("3"), "options": {"deterministic": False}, "out": str(tmp_path / "x.pt")}
+    finished = ranks.python(3, "train_chain.py", json.dumps([order]))
+    assert finished.status == 0, finished.output
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"schedule": "gpip"}, "there is no schedule 'gpip': choose from 1f1b"),
+        ({"microbatches": 4}, "1f1b sends whole minibatches, not 4 microbatches"),
+        ({"schedule": "gpipe", "microbatches": 9}, "tensors of 8 samples, which cannot be cut into 9 microbatches"),
+        ({"clip": Clip(1.0, "model")}, "stages cannot agree about gradients .* use 1f1b-flush or gpipe"),
+        ({"precision": "fp16"}, "stages cannot agree about gradients"),
+        ({"precision": "fp8"}, "precision should be 'bf16' or 'fp16', or left away"),
+        ({"accumulate": 0}, "at least one minibatch, not of 0"),
+        ({"schedule": "2bw", "microbatches": 1}, "2bw needs at least 3 microbatches"),
+        ({"schedule": "data-parallel"}, "the plan has 4 stages"),
+        ({"schedule": "interleaved", "chunks": 3}, "4 stages cannot be shared out in chunks of 3"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_a_sentence(asked: dict[str, Any], words: str) -> None:
+    with pytest.raises(PipedreamError, match=words):
+        Pipeline(
+            chains.plain_model(),
+            loss=nn.CrossEntropyLoss(),
+            optimizer=chains.OPTIMIZERS["sgd"],
+            example=chains.example(),
+            plan="1-1-1-1",
+            **asked,
+        )
