@@ -21,18 +21,25 @@ Loss = Callable[[torch.Tensor, Any], torch.Tensor]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
+def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Fraction of samples whose largest output is at the target: (n, classes), (n,) -> ()."""
+    return (output.argmax(dim=1) == target).float().mean()
+
+
 @dataclass
 class Job:
     """What `pipedream profile` and `pipedream train` run.
 
     Attributes:
-        model: takes one tensor, returns one tensor.
+        model: any module that torch.fx can trace.
         loss: mean loss of a minibatch from (output, target).
         optimizer: called once per stage with the stage's parameters, such as
             `functools.partial(torch.optim.SGD, lr=0.1)`.
-        train: yields (input, target) minibatches and has a length, such as a DataLoader.
-        example: one minibatch of inputs, as large as they will get.
+        train: yields (inputs, target) minibatches and has a length, such as a DataLoader.
+        example: one minibatch of inputs, as large as they will get: a tensor, a tuple of the model's
+            arguments, or a mapping from their names.
         test: like `train`; evaluated after every epoch.
+        metric: mean score of a test minibatch from (output, target); the accuracy by default.
         epochs: how many to train at most.
         leaves: module classes that torch.fx cannot look into and is to keep whole.
     """
@@ -41,8 +48,9 @@ class Job:
     loss: Loss
     optimizer: OptimizerFactory
     train: Any
-    example: torch.Tensor
+    example: Any
     test: Any = None
+    metric: Loss = accuracy
     epochs: int = 1
     leaves: Sequence[type[nn.Module]] = ()
 

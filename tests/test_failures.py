@@ -118,26 +118,12 @@ def make(model: nn.Module, plan: Plan | Path | int) -> Pipeline:
     )
 
 
-def test_a_replicated_plan_is_refused(tmp_path: Path) -> None:
-    plan = load(Plan, plan_file(tmp_path, chains.plain_model(), 4, straight=False))
-    assert not plan.straight
-    with pytest.raises(PipedreamError, match=r"replicates stages .* partition --straight"):
-        make(chains.plain_model(), plan)
-
-
 def test_other_weights_under_the_same_names(tmp_path: Path) -> None:
     plan = load(Plan, plan_file(tmp_path, chains.plain_model(), 2))
     wider = chains.plain_model()
     wider[2], wider[4] = nn.Linear(16, 20), nn.Linear(20, 16)
     with pytest.raises(PipedreamError, match=r"stage \d .* bytes of parameters in the plan and \d+ in the model"):
         make(wider, plan)
-
-
-def test_weights_tied_across_stages() -> None:
-    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh())
-    model[2].weight = model[0].weight
-    with pytest.raises(PipedreamError, match=r"'0\.weight'|'2\.weight'"):
-        make(model, 2)
 
 
 def test_a_loader_without_length() -> None:
@@ -157,8 +143,8 @@ def test_more_stages_than_layers() -> None:
 
 def test_a_plan_with_another_schedule_or_too_few_versions(tmp_path: Path) -> None:
     plan = load(Plan, plan_file(tmp_path, chains.plain_model(), 3))
-    with pytest.raises(PipedreamError, match="field 'schedule' is 'gpipe', but the workers run '1f1b' only"):
-        make(chains.plain_model(), replace(plan, schedule="gpipe"))
+    with pytest.raises(PipedreamError, match="there is no schedule 'gpip': choose from 1f1b"):
+        make(chains.plain_model(), replace(plan, schedule="gpip"))
     first, *others = plan.stages
     with pytest.raises(PipedreamError, match=r"'stages\[0\]\.in_flight' is 1, but 1f1b on 3 ranks keeps 3"):
         make(chains.plain_model(), replace(plan, stages=(replace(first, in_flight=1), *others)))

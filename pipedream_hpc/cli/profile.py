@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from pipedream_hpc.job import Job
 
 
 def run(
@@ -26,10 +29,14 @@ def run(
     """Measure every layer of a model on this device.
 
     Runs some minibatches through each layer and keeps the median forward and backward time, the
-    bytes of its output, of its parameters, and of what autograd stashes. Set OMP_NUM_THREADS to what
-    one rank will have. Needs no MPI.
+    bytes of its output, of its parameters, and of what autograd stashes. The loss is counted with the
+    last layer. Needs no MPI; set OMP_NUM_THREADS to what one rank will have. Under mpirun or srun all
+    ranks of a node measure at the same time, sharing caches and memory as they will in training, and
+    the mean is kept.
 
         pipedream profile examples/classifier.py -o profile.json
+
+        mpirun -n 4 pipedream profile examples/classifier.py -o profile.json
 
         pipedream profile --import vgg16.txt --minibatch 128 -o vgg16.json
 
@@ -50,17 +57,42 @@ def run(
         import torch
 
         from pipedream_hpc.cluster.threads import threads_per_rank
+        from pipedream_hpc.cluster.world import join
         from pipedream_hpc.job import load
         from pipedream_hpc.model.capture import capture
-        from pipedream_hpc.model.profiler import measure
+        from pipedream_hpc.model.profiler import averaged, measure
+        from pipedream_hpc.runtime.update_cost import with_updates
 
         assert target is not None
-        torch.set_num_threads(threads_per_rank(1))
+        world = join()
+        torch.set_num_threads(threads_per_rank(world.local_size))
         job = load(target, args or [])
+        graph, target_of_one = capture(job.model, job.example, job.leaves), first_target(job)
         measured = measure(
-            capture(job.model, job.example, job.leaves), job.example, minibatches=minibatches, model=Path(target).stem
+            graph,
+            job.example,
+            minibatches=minibatches,
+            model=Path(target).stem,
+            loss=None if target_of_one is None else lambda output: job.loss(output, target_of_one),
         )
+        measured = with_updates(measured, job.model, job.optimizer)
+        if world.comm is not None and world.size > 1:
+            measured = averaged(world.comm.allgather(measured))
+            if not world.is_root:
+                return
     save(measured, output)
     console = terminal.console()
     console.print(profile_table(measured))
     console.print(f"written to {output}")
+
+
+def first_target(job: Job) -> Any:
+    """The target of the job's first minibatch, if it is as large as the example; the loss is measured with it."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        pair = next(iter(job.train), None)
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        return None
+    shapes = [tensor.shape[0] for tensor in (job.example, pair[1]) if isinstance(tensor, torch.Tensor) and tensor.dim()]
+    return pair[1] if len(shapes) == 2 and shapes[0] == shapes[1] else None

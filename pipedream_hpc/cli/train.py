@@ -14,7 +14,9 @@ def run(
         typer.Argument(help="Python file or module with a function job(args) that returns a pipedream_hpc.Job."),
     ],
     args: Annotated[Optional[list[str]], typer.Argument(help="Passed on to job(args), after --.")] = None,  # noqa: UP045
-    plan: Annotated[str, typer.Option(help="A plan file, or a number of stages to cut evenly.")] = "plan.json",
+    plan: Annotated[
+        str, typer.Option(help="A plan file, a number of stages to cut evenly, or their replicas as in 2-1-1.")
+    ] = "plan.json",
     out: Annotated[Path, typer.Option(help="Folder for trace.json, timeline.png and summary.json.")] = Path("out"),
     epochs: Annotated[Optional[int], typer.Option(help="Instead of the job's own number.", min=1)] = None,  # noqa: UP045
     until_accuracy: Annotated[
@@ -25,9 +27,19 @@ def run(
     stall_limit: Annotated[
         float, typer.Option(help="Seconds a rank waits for another before it says for whom, and stops.")
     ] = 300.0,
+    schedule: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Instead of the plan's: 1f1b, vertical-sync, 2bw, 1f1b-flush, gpipe, interleaved, ..."),
+    ] = None,
+    microbatches: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="To a minibatch, for the schedules that cut it: 1f1b-flush, gpipe, 2bw, interleaved.", min=1),
+    ] = None,
+    chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
+    precision: Annotated[Optional[str], typer.Option(help="bf16 or fp16: forwards under autocast.")] = None,  # noqa: UP045
     trace: Annotated[bool, typer.Option(help="Note down what ran when, and write trace.json and timeline.png.")] = True,
 ) -> None:
-    """Train with 1F1B and weight stashing, one stage per rank.
+    """Train: 1F1B with weight stashing, or any other schedule, one replica of a stage per rank.
 
     Started by itself it runs all ranks in one process, with the same numbers, only slower.
 
@@ -50,6 +62,10 @@ def run(
         optimizer=job.optimizer,
         example=job.example,
         plan=stages(plan),
+        schedule=schedule,
+        microbatches=microbatches,
+        chunks=chunks,
+        precision=precision,
         leaves=job.leaves,
         seed=seed,
         stall_limit_s=stall_limit,
@@ -59,7 +75,7 @@ def run(
     for epoch in range(epochs or job.epochs):
         with session.epoch(epoch, len(job.train)) as on_minibatch:
             loss = pipeline.fit(job.train, on_minibatch)
-        accuracy = pipeline.evaluate(job.test) if job.test is not None else None
+        accuracy = pipeline.evaluate(job.test, job.metric) if job.test is not None else None
         session.say(epoch, loss, accuracy)
         if until_accuracy is not None and accuracy is not None and accuracy >= until_accuracy:
             break

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,15 @@ class _Samples:
     stash_bytes: int = 0
 
 
-def measure(graph: LayerGraph, example: Any, *, minibatches: int = 20, warm_up: int = 3, model: str = "") -> Profile:
+def measure(
+    graph: LayerGraph,
+    example: Any,
+    *,
+    minibatches: int = 20,
+    warm_up: int = 3,
+    model: str = "",
+    loss: Callable[[Any], torch.Tensor] | None = None,
+) -> Profile:
     """Time forward and backward of every layer (the paper's section 3.1).
 
     Each layer is run by itself on what the layer before it put out, so that its time, its output
@@ -38,6 +47,7 @@ def measure(graph: LayerGraph, example: Any, *, minibatches: int = 20, warm_up: 
         minibatches: how many to measure (the paper: 1,000 on a GPU; tens settle on a quiet machine).
         warm_up: minibatches run before, not counted.
         model: the name to note down; the model's class by default.
+        loss: of the model's output for this example; it is counted with the last layer.
 
     Raises:
         PipedreamError: `minibatches` is less than 1, or the example has not the captured shape.
@@ -50,7 +60,8 @@ def measure(graph: LayerGraph, example: Any, *, minibatches: int = 20, warm_up: 
     samples = [_Samples() for _ in parts]
     with untouched(graph.module):
         for turn in range(warm_up + minibatches):
-            _one_minibatch(parts, samples, arguments, counted=turn >= warm_up)
+            # What autograd stashes is looked at while warming up: looking takes time.
+            _one_minibatch(parts, samples, arguments, loss, counted=turn >= warm_up)
     return Profile(
         model=model or type(graph.module).__name__,
         device="cpu",
@@ -86,6 +97,21 @@ def _minibatch(graph: LayerGraph) -> int:
     return int(tensors[0].shape[0]) if tensors else 1
 
 
+def averaged(profiles: Sequence[Profile]) -> Profile:
+    """The mean of what several ranks measured of the same model at the same time."""
+    first = profiles[0]
+    layers = tuple(
+        dataclasses.replace(
+            same[0],
+            forward_s=statistics.fmean(each.forward_s for each in same),
+            backward_s=statistics.fmean(each.backward_s for each in same),
+            update_s=statistics.fmean(each.update_s for each in same),
+        )
+        for same in zip(*(profile.layers for profile in profiles), strict=True)
+    )
+    return dataclasses.replace(first, layers=layers)
+
+
 def count(graph: LayerGraph, model: str = "") -> Profile:
     """A Profile by counting instead of measuring: the same on every machine and at every call.
 
@@ -101,7 +127,14 @@ def count(graph: LayerGraph, model: str = "") -> Profile:
     return Profile(name, "counted", _minibatch(graph), tuple(layers), graph.edges)
 
 
-def _one_minibatch(parts: list[Part], samples: list[_Samples], arguments: tuple[Any, ...], *, counted: bool) -> None:
+def _one_minibatch(
+    parts: list[Part],
+    samples: list[_Samples],
+    arguments: tuple[Any, ...],
+    loss: Callable[[Any], torch.Tensor] | None,
+    *,
+    counted: bool,
+) -> None:
     values: dict[str, torch.Tensor] = {}
     for part, sample in zip(parts, samples, strict=True):
         # A layer that writes into its input gets a copy: the value is also the stash of the layer before.
@@ -111,19 +144,13 @@ def _one_minibatch(parts: list[Part], samples: list[_Samples], arguments: tuple[
         given = [*(arguments[index] for index in part.inputs), *entries]
         for position in part.rewrites:
             given[position] = enter(given[position]) if given[position].requires_grad else given[position].clone()
-        kept: dict[int, int] = {}
-        own = {parameter.untyped_storage().data_ptr() for parameter in part.module.parameters()}
-
-        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept, own: set[int] = own) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            began = time.perf_counter()
-            returned = part.run(given)
-            forward_s = time.perf_counter() - began
+        if not counted:
+            sample.stash_bytes = max(sample.stash_bytes, _stashed_bytes(part, given))
+        began = time.perf_counter()
+        returned = part.run(given)
+        if part.output and loss is not None:
+            returned = (*returned[:-1], loss(returned[-1]))
+        forward_s = time.perf_counter() - began
         outputs = [leaf for leaf in tree_flatten(returned)[0] if isinstance(leaf, torch.Tensor)]
         trained = [output for output in outputs if output.requires_grad]
         backward_s = 0.0
@@ -137,8 +164,30 @@ def _one_minibatch(parts: list[Part], samples: list[_Samples], arguments: tuple[
         if counted:
             sample.forward_s.append(forward_s)
             sample.backward_s.append(backward_s)
-            sample.stash_bytes = max(sample.stash_bytes, sum(kept.values()))
         values.update((value.name, exit.detach()) for value, exit in zip(part.exits, returned, strict=False))
+
+
+def _stashed_bytes(part: Part, given: list[Any]) -> int:
+    """What autograd keeps from this layer's forward to its backward, without the weights."""
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in part.module.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def copied(value: Any) -> Any:
+        return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+
+    copies = [copied(each) for each in given]
+    for position in part.rewrites:
+        copies[position] = enter(copies[position]) if copies[position].requires_grad else copies[position]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        alive = part.run(copies)
+    del alive
+    return sum(kept.values())
 
 
 def _summary(layer: Layer, sample: _Samples) -> LayerProfile:

@@ -148,7 +148,7 @@ def sentences(plan: Plan) -> list[str]:
             rivals.append(("model parallelism", other.model_parallel_s))
             compared = ", ".join(f"{seconds * _per_second(plan.bottleneck_s):.2f}x {name}" for name, seconds in rivals)
             reduction = communication_reduction(plan)
-            less = "" if reduction is None else f"; {reduction:.0%} less communication than data parallelism"
+            less = "" if reduction is None else f"; {_compared(reduction)} communication than data parallelism"
             said.append(f"compared with the same devices: {compared}{less}")
     if plan.scaled:
         said.append(f"the profile was scaled: {plan.scaled}")
@@ -237,3 +237,8 @@ def draw_what_if(cases: Sequence[Case], path: str | Path) -> None:
     axis.legend(frameon=False)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=130)
+
+
+def _compared(reduction: float) -> str:
+    """Such as `85% less`, or `1.6 times more`."""
+    return f"{reduction:.0%} less" if reduction >= 0 else f"{-reduction:.1f} times more"

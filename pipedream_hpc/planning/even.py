@@ -29,7 +29,7 @@ def even(profile: Profile, replicas: Sequence[int]) -> Plan:
         raise PipedreamError(
             f"{profile.model} has {len(layers)} layers and cannot be cut into {stages} stages: ask for fewer"
         )
-    times = [0.0, *accumulate(layer.forward_s + layer.backward_s for layer in layers)]
+    times = [0.0, *accumulate(layer.work_s for layer in layers)]
     # best[k][end]: the slowest of the first k stages when they end before layer `end`, and where the k-th begins.
     best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
     for number, count in enumerate(replicas, start=1):

@@ -35,7 +35,8 @@ class StagePlan:
         ranks: one rank per replica, in round-robin order.
         forward_s: measured forward time of one minibatch on one replica.
         backward_s: measured backward time of one minibatch on one replica, without recompute.
-        compute_s: of the whole stage: (forward_s + backward_s, + forward_s with recompute) / replicas.
+        compute_s: of the whole stage: (forward_s + backward_s + update_s, + forward_s with recompute) /
+            replicas, since each of them updates once in as many minibatches.
         sync_s: gradient synchronisation of the replicas.
         boundary_s: sending its output on and getting the gradient back; 0 for the last stage.
         in_flight: minibatches (with microbatches: those) alive on one replica.
@@ -46,6 +47,7 @@ class StagePlan:
         limit: which of `compute`, `sync`, `boundary` this stage waits for.
         memory: bytes on one device, by part; None when not known.
         recompute: whether the forward is run again before the backward, instead of keeping activations.
+        update_s: measured time of one update on one replica; 0 when not known.
     """
 
     __pydantic_config__ = STRICT
@@ -65,6 +67,7 @@ class StagePlan:
     limit: str
     memory: MemoryParts | None = None
     recompute: bool = False
+    update_s: Seconds = 0.0
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -18,6 +18,8 @@ Count = Annotated[int, Gt(0)]
 class LayerProfile:
     """One layer, for one whole minibatch (the T_l, a_l and w_l of the paper, section 3.1).
 
+    The last layer's times include the loss where it was known.
+
     Attributes:
         name: fully qualified name in the model, such as `features.3`.
         kind: class or function, such as `Conv2d`.
@@ -28,6 +30,7 @@ class LayerProfile:
         stash_bytes: bytes autograd keeps from this layer's forward to its backward.
         output_shape: shape of the output, first dimension the minibatch; None when imported.
         output_dtype: such as `float32`; None when imported.
+        update_s: time of the optimizer's step on its parameters; 0 when not measured.
     """
 
     __pydantic_config__ = STRICT
@@ -41,6 +44,12 @@ class LayerProfile:
     stash_bytes: Bytes = 0
     output_shape: tuple[Annotated[int, Ge(0)], ...] | None = None
     output_dtype: str | None = None
+    update_s: Seconds = 0.0
+
+    @property
+    def work_s(self) -> float:
+        """All that one minibatch costs in this layer, in seconds."""
+        return self.forward_s + self.backward_s + self.update_s
 
 
 @dataclass(frozen=True)
@@ -82,5 +91,5 @@ class Profile:
 
     @property
     def total_s(self) -> float:
-        """Forward and backward time of the whole model for one minibatch, in seconds."""
-        return sum(layer.forward_s + layer.backward_s for layer in self.layers)
+        """Forward, backward and update of the whole model for one minibatch, in seconds."""
+        return sum(layer.work_s for layer in self.layers)

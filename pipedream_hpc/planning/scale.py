@@ -31,6 +31,7 @@ def scaled(profile: Profile, *, minibatch: int | None = None, compute: float = 1
             each,
             forward_s=each.forward_s * part * compute,
             backward_s=each.backward_s * part * compute,
+            update_s=each.update_s * compute,
             output_bytes=round(each.output_bytes * part),
             stash_bytes=round(each.stash_bytes * part),
             output_shape=(samples, *shape[1:]) if shape and shape[0] == profile.minibatch else shape,

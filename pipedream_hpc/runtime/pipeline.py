@@ -21,7 +21,7 @@ from pipedream_hpc import __version__
 from pipedream_hpc.cluster.threads import threads_per_rank
 from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.job import Loss, OptimizerFactory
+from pipedream_hpc.job import Loss, OptimizerFactory, accuracy
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.runtime.averaging import Averager, Packing
@@ -43,11 +43,6 @@ from pipedream_hpc.schedule.verifier import verify_around
 
 #: Loss scale that fp16 begins with.
 _FIRST_SCALE = 65536.0
-
-
-def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Fraction of samples whose largest output is at the target: (n, classes), (n,) -> ()."""
-    return (output.argmax(dim=1) == target).float().mean()
 
 
 class Pipeline:

@@ -86,7 +86,7 @@ class PlannedTimes:
         self._times = {
             Forward: [stage.forward_s / microbatches for stage in plan.stages],
             Backward: [stage.backward_s / microbatches for stage in plan.stages],
-            Update: [0.0] * len(plan.stages),
+            Update: [stage.update_s for stage in plan.stages],
         }
         self._sent = [stage.output_bytes / microbatches for stage in plan.stages]
         self._parameters = [stage.parameter_bytes for stage in plan.stages]

@@ -50,7 +50,8 @@ def _stage(problem: Problem, pieces: list[Piece], index: int) -> StagePlan:
     parameter_bytes = sum(x.parameter_bytes for x in layers)
     replicas = piece.replicas * row.copies
     start, stop = piece.first_device, piece.first_device + piece.replicas
-    compute_s = float(formula.compute_s(forward_s * (1 + piece.recompute) + backward_s, replicas))
+    update_s = sum(x.update_s for x in layers)
+    compute_s = float(formula.compute_s(forward_s * (1 + piece.recompute) + backward_s + update_s, replicas))
     spans = row.spans(start, stop)
     sync_s = float(formula.sync_s(formula.round_s(float(parameter_bytes), spans, row.topology.levels), replicas))
     boundary_s = 0.0
@@ -78,6 +79,7 @@ def _stage(problem: Problem, pieces: list[Piece], index: int) -> StagePlan:
         ranks=_ranks(problem, pieces, start, stop),
         forward_s=forward_s,
         backward_s=backward_s,
+        update_s=update_s,
         compute_s=compute_s,
         sync_s=sync_s,
         boundary_s=boundary_s,

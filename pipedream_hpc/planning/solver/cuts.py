@@ -264,7 +264,7 @@ def _table(profile: Profile, graph: _Graph, found: list[_Cut], whole: int) -> Cu
         layers=profile.layers,
         words=packed,
         forward_s=sums([layer.forward_s for layer in profile.layers]),
-        time_s=sums([layer.forward_s + layer.backward_s for layer in profile.layers]),
+        time_s=sums([layer.work_s for layer in profile.layers]),
         parameter_bytes=sums([layer.parameter_bytes for layer in profile.layers]),
         stash_bytes=sums([layer.stash_bytes for layer in profile.layers]),
         crossing_bytes=np.array([float(sum(output_bytes[x] for x in each)) for each in crossing]),

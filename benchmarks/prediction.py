@@ -1,0 +1,119 @@
+"""Predicted beside measured: time per minibatch of the demo's classifier and of a small GPT on 2 ranks.
+
+    python benchmarks/prediction.py
+
+Profile (both ranks at once, as they will run), plan, simulate and train follow each other in every
+round, so that predicted and measured are of the same minute. What should come out: the prediction
+within 10 % of what is measured, where every rank has a core of its own. Writes a picture per model
+with the predicted timeline above the measured one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipedream_hpc.files import load
+from pipedream_hpc.observe.metrics import minibatch_s, split
+from pipedream_hpc.observe.timeline import draw
+from pipedream_hpc.observe.trace_file import load_trace
+from pipedream_hpc.planning.plan import Plan
+
+HERE = Path(__file__).resolve().parent
+BIN = Path(sys.executable).parent
+JOBS = {
+    "classifier": [HERE.parent / "examples/classifier.py"],
+    "GPT-like": [HERE.parent / "examples/language_model.py"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("prediction-out"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    cores = len(os.sched_getaffinity(0))
+    if options.ranks > cores:
+        sys.exit(f"{options.ranks} ranks on {cores} cores take turns, which no plan foresees: take --ranks {cores}")
+    os.environ.update(OMP_NUM_THREADS=str(cores // options.ranks), OMPI_MCA_btl="^ofi")
+    os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+
+    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in JOBS}
+    stages: dict[str, list[str]] = {}
+    for turn in range(options.rounds):
+        for name, job in JOBS.items():
+            folder = options.out / f"{name}-{turn}".lower()
+            rows[name].append(once(job, folder, options.ranks))
+            stages[name] = by_stage(folder)
+            print(f"round {turn} {name}: predicted {rows[name][-1][0] * 1e3:.2f} ms, "
+                  f"measured {rows[name][-1][1] * 1e3:.2f} ms")  # fmt: skip
+    table = Table(title=f"time per minibatch, {options.ranks} ranks, medians of {options.rounds} rounds")
+    for column in ("model", "predicted", "measured", "ratio", "range of ratios"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, pairs in rows.items():
+        ratios = sorted(predicted / measured for predicted, measured in pairs)
+        predicted, measured = (statistics.median(column) * 1e3 for column in zip(*pairs, strict=True))
+        table.add_row(name, f"{predicted:.2f} ms", f"{measured:.2f} ms", f"{statistics.median(ratios):.3f}",
+                      f"{ratios[0]:.3f} to {ratios[-1]:.3f}")  # fmt: skip
+        middle = sorted(range(len(pairs)), key=lambda turn: pairs[turn][0] / pairs[turn][1])[len(pairs) // 2]
+        folder = options.out / f"{name}-{middle}".lower()
+        draw([load_trace(folder / "predicted.json"), load_trace(folder / "trace.json")],
+             options.out / f"{name}.png".lower(), minibatches=8)  # fmt: skip
+    Console().print(table)
+    for name, lines in stages.items():
+        print(f"{name}, last round, forward and backward per stage:", *lines, sep="\n  ")
+    result = {
+        name: {"predicted_s": [p for p, _ in pairs], "measured_s": [m for _, m in pairs]}
+        for name, pairs in rows.items()
+    }
+    (options.out / "prediction.json").write_text(json.dumps(result, indent=1))
+
+
+def once(job: list[Path], folder: Path, ranks: int) -> tuple[float, float]:
+    """Profile, probe, plan, simulate and train; (predicted, measured) seconds per minibatch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mpirun = ["mpirun", "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
+    run(*mpirun, "pipedream", "profile", *job, "-o", folder / "profile.json")
+    run(*mpirun, "pipedream", "probe", "-o", folder / "topology.json")
+    run("pipedream", "partition", folder / "profile.json", "--topology", folder / "topology.json", "--straight",
+        "-o", folder / "plan.json")  # fmt: skip
+    run("pipedream", "simulate", folder / "plan.json", "--topology", folder / "topology.json", "--minibatches", 40,
+        "-o", folder / "predicted.json")  # fmt: skip
+    run(*mpirun, "pipedream", "train", *job, "--plan", folder / "plan.json", "--out", folder, "--epochs", 2)
+    return minibatch_s(load_trace(folder / "predicted.json")), minibatch_s(load_trace(folder / "trace.json"))
+
+
+def by_stage(folder: Path) -> list[str]:
+    """Planned and measured times of every stage."""
+    plan, measured = load(Plan, folder / "plan.json"), split(load_trace(folder / "trace.json"))
+    return [
+        f"stage {index}: predicted {stage.forward_s * 1e3:.2f} + {stage.backward_s * 1e3:.2f} ms, "
+        f"measured {rank.forward_s * 1e3:.2f} + {rank.backward_s * 1e3:.2f} ms"
+        for index, (stage, rank) in enumerate(zip(plan.stages, measured, strict=True))
+    ]
+
+
+def run(*command: object) -> None:
+    """Run a command with the programs beside this Python; stop if it fails."""
+    words = [str(word) for word in command]
+    path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
+    done = subprocess.run(
+        [BIN / words[0], *words[1:]], env={**os.environ, "PATH": path}, check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
+
+
+if __name__ == "__main__":
+    main()
