@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
+Batches = Sequence[tuple[Any, torch.Tensor]]
 
 CUT = ("1f1b-flush", "gpipe", "2bw", "interleaved")
 
@@ -41,7 +41,8 @@ def version(kind: str, replicas: Sequence[int], per_round: Sequence[int], accumu
 
 
 def train(
-    stages: Sequence[nn.Sequential],
+    model: nn.Module,
+    stage_of: dict[str, int],
     epochs: Sequence[Batches],
     loss: Any,
     optimizer: Callable[..., Any],
@@ -52,55 +53,69 @@ def train(
     accumulate: int = 1,
     scheduler: Callable[..., Any] | None = None,
     clip: tuple[float, str] | None = None,
-) -> list[dict[str, torch.Tensor]]:
-    """Weights of every stage after all epochs."""
-    n, replicas = len(stages), replicas or [1] * len(stages)
-    optimizers = [optimizer(stage.parameters()) for stage in stages]
+    seeded: Callable[[nn.Module, int], None] = lambda model, unit: None,
+) -> dict[str, torch.Tensor]:
+    """Weights of the model after all epochs.
+
+    The whole model is run on a mixture of weights: of every stage the version that the unit meets there.
+
+    Args:
+        stage_of: the stage of every parameter.
+        seeded: called with every unit's number within the run before its forward.
+    """
+    n = max(stage_of.values()) + 1
+    replicas = replicas or [1] * n
+    own = [{name: p for name, p in model.named_parameters() if stage_of[name] == s} for s in range(n)]
+    optimizers = [optimizer(each.values()) for each in own]
     schedulers = [scheduler(each) for each in optimizers] if scheduler else []
     per_round = [microbatches * accumulate if kind in CUT else R * accumulate for R in replicas]
-    versions = [[_copy(stage)] for stage in stages]  # versions[s][v]
+    versions = [[_copy(each)] for each in own]  # versions[s][v]
+    run = 0
     for batches in epochs:
         begin = [len(of_stage) - 1 for of_stage in versions]
         units = _units(batches, microbatches if kind in CUT else 1, accumulate if kind in CUT else 1)
         # sums[s][r]: of the gradients that replica r of stage s has made in this round
         sums: list[list[dict[str, torch.Tensor]]] = [[{} for _ in range(R)] for R in replicas]
         for k, (inputs, target, weight) in enumerate(units):
-            leaves, value = [], inputs
-            for s, stage in enumerate(stages):
-                used = versions[s][begin[s] + version(kind, replicas, per_round, accumulate, s, k)]
-                leaves.append({name: w.clone().requires_grad_() for name, w in used.items()})
-                value = functional_call(stage, leaves[s], value)
-            scored = loss(value, target)
-            (scored if weight == 1 else scored * weight).backward()
+            leaves = {}
             for s in range(n):
-                own = sums[s][k % replicas[s]]
-                for name, leaf in leaves[s].items():
-                    own[name] = own[name] + leaf.grad if name in own else leaf.grad
+                used = versions[s][begin[s] + version(kind, replicas, per_round, accumulate, s, k)]
+                leaves.update({name: w.clone().requires_grad_() for name, w in used.items()})
+            seeded(model, run + k)
+            scored = loss(functional_call(model, leaves, inputs), target)
+            (scored if weight == 1 else scored * weight).backward()
+            for name, leaf in leaves.items():
+                total = sums[stage_of[name]][k % replicas[stage_of[name]]]
+                if leaf.grad is not None:
+                    total[name] = total[name] + leaf.grad if name in total else leaf.grad
             ending = [s for s in range(n) if (k + 1) % per_round[s] == 0 or k + 1 == len(units)]
             averages = {}
             for s in ending:
                 count = (k % per_round[s]) + 1 if kind not in CUT else 1
                 averages[s] = _averaged(sums[s], count)
                 sums[s] = [{} for _ in range(replicas[s])]
-            _clip(averages, stages, clip)
+            _clip(averages, clip)
             for s in ending:
-                for name, parameter in stages[s].named_parameters():
-                    parameter.grad = averages[s][name]
+                for name, parameter in own[s].items():
+                    parameter.grad = averages[s].get(name)
                 optimizers[s].step()  # acts on the newest version
-                versions[s].append(_copy(stages[s]))
+                versions[s].append(_copy(own[s]))
                 for _ in range(-(-((k % per_round[s]) + 1) // (microbatches if kind in CUT else 1))):
                     if schedulers:
                         schedulers[s].step()
-    return [of_stage[-1] for of_stage in versions]
+        run += len(units)
+    return {name: value for of_stage in versions for name, value in of_stage[-1].items()}
 
 
-def _units(batches: Batches, pieces: int, accumulate: int) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
+def _units(batches: Batches, pieces: int, accumulate: int) -> list[tuple[Any, torch.Tensor, float]]:
     """(inputs, target, weight of its loss): minibatches, or the microbatches they are cut into."""
     units = []
     for number, (inputs, target) in enumerate(batches):
         sharing = min(accumulate, len(batches) - number // accumulate * accumulate)
-        for x, y in zip(inputs.tensor_split(pieces), target.tensor_split(pieces), strict=True):
-            units.append((x, y, 1.0 if pieces == sharing == 1 else len(x) / len(inputs) / sharing))
+        several = inputs if isinstance(inputs, tuple) else (inputs,)
+        cut = zip(*(each.tensor_split(pieces) for each in several), strict=True)
+        for x, y in zip(cut, target.tensor_split(pieces), strict=True):
+            units.append((x, y, 1.0 if pieces == sharing == 1 else len(y) / len(target) / sharing))
     return units
 
 
@@ -112,9 +127,7 @@ def _averaged(of_replicas: list[dict[str, torch.Tensor]], count: int) -> dict[st
     return {name: gradient / count if count > 1 else gradient for name, gradient in total.items()}
 
 
-def _clip(
-    averages: dict[int, dict[str, torch.Tensor]], stages: Sequence[nn.Sequential], clip: tuple[float, str] | None
-) -> None:
+def _clip(averages: dict[int, dict[str, torch.Tensor]], clip: tuple[float, str] | None) -> None:
     if clip is None:
         return
     squares = {s: sum(float(g.double().pow(2).sum()) for g in found.values()) for s, found in averages.items()}
@@ -125,5 +138,5 @@ def _clip(
                 gradient.mul_(clip[0] / (norm + 1e-6))
 
 
-def _copy(stage: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in stage.named_parameters()}
+def _copy(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in parameters.items()}

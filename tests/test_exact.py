@@ -36,7 +36,7 @@ def run(folder: Path, on_ranks: int, **wanted: Any) -> dict[str, Any]:
 
 
 def by_reference(stages: int, optimizer: str, epochs: list[int]) -> dict[str, torch.Tensor]:
-    """Weights by tests/reference.py, under the names of the whole model."""
+    """Weights by tests/reference.py."""
     pipeline = Pipeline(
         chains.plain_model(),
         loss=nn.CrossEntropyLoss(),
@@ -44,15 +44,13 @@ def by_reference(stages: int, optimizer: str, epochs: list[int]) -> dict[str, to
         example=chains.example(),
         plan=stages,
     )
-    model, parts, first = chains.plain_model(), [], 0
-    for stage in pipeline.plan.stages:
-        parts.append(model[first : first + len(stage.layers)])
-        first += len(stage.layers)
-    weights = reference.train(
-        parts, [chains.minibatches(m) for m in epochs], nn.CrossEntropyLoss(), chains.OPTIMIZERS[optimizer]
+    return reference.train(
+        chains.plain_model(),
+        pipeline.stage_of_parameters(),
+        [chains.minibatches(m) for m in epochs],
+        nn.CrossEntropyLoss(),
+        chains.OPTIMIZERS[optimizer],
     )
-    # Slices of a Sequential keep the whole model's names.
-    return {name: value for of_stage in weights for name, value in of_stage.items()}
 
 
 def assert_bitwise(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:

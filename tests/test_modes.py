@@ -59,7 +59,7 @@ def options(wanted: dict[str, Any]) -> dict[str, Any]:
     return {**found, "schedule": wanted["kind"]}
 
 
-def emulated(wanted: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float], list[int]]:
+def emulated(wanted: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float], dict[str, int]]:
     torch.set_num_threads(1)
     pipeline = Pipeline(
         chains.MODELS[wanted["model"]](),
@@ -72,16 +72,13 @@ def emulated(wanted: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[floa
         **options(wanted),
     )
     losses = [pipeline.fit(chains.minibatches(count, last=wanted["last"])) for count in wanted["epochs"]]
-    return pipeline.state_dict(), losses, [len(stage.layers) for stage in pipeline.plan.stages]
+    return pipeline.state_dict(), losses, pipeline.stage_of_parameters()
 
 
-def by_reference(wanted: dict[str, Any], layers: list[int]) -> dict[str, torch.Tensor]:
-    model, parts, first = chains.MODELS[wanted["model"]](), [], 0
-    for count in layers:
-        parts.append(model[first : first + count])
-        first += count
-    weights = reference.train(
-        parts,
+def by_reference(wanted: dict[str, Any], stage_of: dict[str, int]) -> dict[str, torch.Tensor]:
+    return reference.train(
+        chains.MODELS[wanted["model"]](),
+        stage_of,
         [chains.minibatches(count, last=wanted["last"]) for count in wanted["epochs"]],
         nn.CrossEntropyLoss(),
         chains.OPTIMIZERS[wanted["optimizer"]],
@@ -92,7 +89,6 @@ def by_reference(wanted: dict[str, Any], layers: list[int]) -> dict[str, torch.T
         scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=wanted["decay"]),
         clip=wanted.get("clip"),
     )
-    return {name: value for of_stage in weights for name, value in of_stage.items()}
 
 
 def assert_bitwise(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -102,8 +98,8 @@ def assert_bitwise(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]
 
 @pytest.mark.parametrize("name", CASES)
 def test_in_one_process_as_the_reference(name: str) -> None:
-    weights, _, layers = emulated(CASES[name])
-    assert_bitwise(weights, by_reference(CASES[name], layers))
+    weights, _, stage_of = emulated(CASES[name])
+    assert_bitwise(weights, by_reference(CASES[name], stage_of))
 
 
 @pytest.mark.parametrize("on_ranks", [1, 2, 3, 4])
@@ -137,8 +133,8 @@ def test_interleaved_is_gpipe_to_the_last_bit(tmp_path: Path) -> None:
 
 def test_naive_pipelining_is_none_of_the_others() -> None:
     """What weight stashing is for: without it gradients are of no function at all."""
-    naive, _, layers = emulated(case("1-1-1-1", "naive"))
-    stashed, plain = emulated(case("1-1-1-1"))[0], by_reference(case("1-1-1-1", "model-parallel"), layers)
+    naive, _, stage_of = emulated(case("1-1-1-1", "naive"))
+    stashed, plain = emulated(case("1-1-1-1"))[0], by_reference(case("1-1-1-1", "model-parallel"), stage_of)
     for other in (stashed, plain):
         assert any(not torch.equal(naive[name], other[name]) for name in naive)
 

@@ -111,6 +111,15 @@ class Cut:
         """
         return _Builder(self, stage, isolated).part()
 
+    def parameters(self, stage: int) -> list[str]:
+        """Qualified names of the weights that belong to a stage, each under its first name."""
+        first: dict[int, str] = {}
+        for layer in self._graph.layers:
+            for node in layer.nodes:
+                for name, parameter in parameters_of(self._graph.module, node):
+                    first.setdefault(id(parameter), name)
+        return [name for key, name in first.items() if self._owner[key][0] == stage]
+
     # -- used by _Builder ----------------------------------------------
 
     @property
@@ -361,6 +370,7 @@ def _seeding(function: Any, name: str, module: nn.Module, seed: Callable[[str], 
     def drawing(*args: Any, **kwargs: Any) -> Any:
         if module.training:
             seed(name)
+            args = tuple(in_one_piece(each) for each in args)
         elif attention:
             args, kwargs = args[:4], {**kwargs, "attn_mask": (args[3:4] or (kwargs.get("attn_mask"),))[0]}
             kwargs.pop("dropout_p", None)
@@ -372,6 +382,11 @@ def _seeding(function: Any, name: str, module: nn.Module, seed: Callable[[str], 
         return function(*args, **kwargs)
 
     return drawing
+
+
+def in_one_piece(value: Any) -> Any:
+    """A tensor whose elements lie in their order; anything else as it is."""
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
 def _signature(function: Any) -> inspect.Signature | None:

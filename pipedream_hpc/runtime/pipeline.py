@@ -191,6 +191,11 @@ class Pipeline:
             own = {name: value for part in parts or () for name, value in part.items()}
         return self._completed(own) if self.rank == 0 else {}
 
+    def stage_of_parameters(self) -> dict[str, int]:
+        """The stage that each of the model's parameters belongs to, by qualified name."""
+        cut, stages = self._deployment.cut, range(len(self.plan.stages))
+        return {name: stage for stage in stages for name in cut.parameters(stage)}
+
     def last_trace(self) -> Trace:
         """What ran when in the last `fit`. Collective; the same on all ranks.
 
@@ -288,7 +293,8 @@ class Pipeline:
                     ports = self._wiring.ports[index, rank]
                     stages.setdefault(rank, []).append(self._stage(training, index, replica, ports))
         agreements = {
-            rank: self._wiring.reduce(None, [(2, torch.float64)]) if training.agree else None for rank in sorted(stages)
+            rank: self._wiring.reduce(None, "norms", [(2, torch.float64)]) if training.agree else None
+            for rank in sorted(stages)
         }
         return [Worker(rank, stages[rank], agreements[rank]) for rank in sorted(stages)]
 
@@ -306,7 +312,7 @@ class Pipeline:
         averager = None
         if len(training.layout[index]) > 1:
             packing = Packing(stash.trained)
-            averager = Averager(packing, self._wiring.reduce(index, packing.buckets))
+            averager = Averager(packing, self._wiring.reduce(index, "gradients", packing.buckets))
         planned = self.plan.stages[index].recompute
         return Stage(
             index,
@@ -328,7 +334,7 @@ class Pipeline:
         for stage in sorted(self._stages, key=lambda each: (each.index, each.replica)):
             replicas, statistics = len(self._deployment.layout[stage.index]), Statistics(stage.module)
             if replicas > 1 and statistics.buckets:
-                statistics.share(self._wiring.reduce(stage.index, statistics.buckets), replicas)
+                statistics.share(self._wiring.reduce(stage.index, "statistics", statistics.buckets), replicas)
                 shared.append(statistics)
         return shared
 

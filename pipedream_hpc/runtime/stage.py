@@ -26,7 +26,7 @@ from torch import nn
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss
 from pipedream_hpc.model.capture import Value
-from pipedream_hpc.model.cut import Part, enter, seed_functions
+from pipedream_hpc.model.cut import Part, enter, in_one_piece, seed_functions
 from pipedream_hpc.runtime.averaging import Averager
 from pipedream_hpc.runtime.feed import Feed, seed_for
 from pipedream_hpc.runtime.stash import WeightStash
@@ -365,12 +365,18 @@ class Stage:
             raise RuntimeError(f"runs on version {held}, planned was {action.version}")
 
     def _seed_random_layers(self) -> None:
-        """Draw the masks of dropout from (seed, unit, layer), so that every plan draws the same."""
+        """Draw the masks of dropout from (seed, unit, layer), so that every plan draws the same.
 
-        def seeder(name: str) -> Callable[[nn.Module, Any], None]:
-            def seed(module: nn.Module, _: Any) -> None:
-                if module.training:
-                    torch.manual_seed(seed_for(self._seed, self._current, name))
+        A mask also depends on how its input lies in memory, which is another in front of a cut: here it
+        always lies in one piece.
+        """
+
+        def seeder(name: str) -> Callable[[nn.Module, Any], Any]:
+            def seed(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
+                if not module.training:
+                    return None
+                torch.manual_seed(seed_for(self._seed, self._current, name))
+                return tuple(in_one_piece(each) for each in arguments)
 
             return seed
 

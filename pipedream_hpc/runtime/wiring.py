@@ -45,15 +45,15 @@ class Wiring:
 
     Attributes:
         ports: by stage and rank.
-        reduce: makes the reduction of one replica of a stage, or with None for the stage that of a
-            rank over all ranks; collective, in the same order on all ranks concerned.
+        reduce: makes the reduction of what of one replica of a stage, or with None for the stage that
+            of a rank over all ranks; collective, in the same order on all ranks concerned.
         common_epoch_ns: a moment that is the same on all ranks, on this process's clock
             (time.perf_counter_ns); collective.
         close: gives the channels back; collective, harmless when called twice.
     """
 
     ports: dict[Place, Ports]
-    reduce: Callable[[int | None, Buckets], Reduction]
+    reduce: Callable[[int | None, str, Buckets], Reduction]
     common_epoch_ns: Callable[[], int]
     close: Callable[[], None]
 
@@ -115,8 +115,10 @@ def local_wiring(schedule: Schedule, lines: Lines) -> Wiring:
             ports[stage, rank] = Ports()
     for pipe in _pipes(schedule, lines):
         _join(pipe, ports)
-    meetings: dict[int | None, Meeting] = defaultdict(Meeting)
-    return Wiring(ports, lambda stage, buckets: meetings[stage].join(buckets), time.perf_counter_ns, lambda: None)
+    meetings: dict[tuple[int | None, str], Meeting] = defaultdict(Meeting)
+    return Wiring(
+        ports, lambda stage, what, buckets: meetings[stage, what].join(buckets), time.perf_counter_ns, lambda: None
+    )
 
 
 def _join(pipe: _Pipe, ports: dict[Place, Ports]) -> None:
@@ -155,11 +157,11 @@ def mpi_wiring(world: World, schedule: Schedule, lines: Lines, stall_limit_s: fl
         now = time.perf_counter_ns() if world.rank == 0 else None
         return int(world.comm.bcast(now, root=0)) + offset_ns
 
-    def reduce(stage: int | None, buckets: Buckets) -> Reduction:
+    def reduce(stage: int | None, what: str, buckets: Buckets) -> Reduction:
         ranks = range(world.size) if stage is None else layout[stage]
         group = world.comm.Get_group().Incl(list(ranks))
         comm = world.comm.Create_group(group, tag=0 if stage is None else stage + 1)
-        label = "numbers of all ranks" if stage is None else f"gradients of stage {stage} over its replicas"
+        label = f"{what} of all ranks" if stage is None else f"{what} of stage {stage} over its replicas"
         try:
             return MpiReduction(progress, comm, buckets, label, stall_limit_s, ordered=ordered)
         finally:
