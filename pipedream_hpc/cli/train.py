@@ -37,6 +37,11 @@ def run(
     ] = None,
     chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
     precision: Annotated[Optional[str], typer.Option(help="bf16 or fp16: forwards under autocast.")] = None,  # noqa: UP045
+    checkpoints: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder, seen by all ranks, for a checkpoint after every epoch."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
     trace: Annotated[bool, typer.Option(help="Note down what ran when, and write trace.json and timeline.png.")] = True,
 ) -> None:
     """Train: 1F1B with weight stashing, or any other schedule, one replica of a stage per rank.
@@ -50,10 +55,13 @@ def run(
     Next: pipedream trace out/trace.json
     """
     from pipedream_hpc.cluster.world import join
+    from pipedream_hpc.errors import PipedreamError
     from pipedream_hpc.job import load
     from pipedream_hpc.observe.session import Session
     from pipedream_hpc.runtime.pipeline import Pipeline
 
+    if resume and checkpoints is None:
+        raise PipedreamError("--resume needs to know from where: give --checkpoints FOLDER")
     join()  # first: from here on a rank that fails stops the others
     job = load(target, args or [])
     pipeline = Pipeline(
@@ -70,9 +78,11 @@ def run(
         seed=seed,
         stall_limit_s=stall_limit,
         trace=trace,
+        checkpoints=checkpoints,
     )
+    first = pipeline.resume() if resume else 0
     session = Session(pipeline.plan, out, pipeline.world)
-    for epoch in range(epochs or job.epochs):
+    for epoch in range(first, epochs or job.epochs):
         with session.epoch(epoch, len(job.train)) as on_minibatch:
             loss = pipeline.fit(job.train, on_minibatch)
         accuracy = pipeline.evaluate(job.test, job.metric) if job.test is not None else None

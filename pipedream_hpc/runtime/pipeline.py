@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipedream_hpc.job import Loss, OptimizerFactory, accuracy
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.runtime.averaging import Averager, Packing
+from pipedream_hpc.runtime.checkpoint import Checkpoints, Position
 from pipedream_hpc.runtime.deployment import Deployment, Manner, deploy, given, resolve
 from pipedream_hpc.runtime.emulator import carry_out, emulate
 from pipedream_hpc.runtime.feed import Feed, Taker, cut
@@ -77,6 +79,7 @@ class Pipeline:
         seed: order of the data and dropout masks depend on it and on nothing else.
         stall_limit_s: seconds a rank waits for another before it says for whom, and stops.
         trace: whether `last_trace` is to be had.
+        checkpoints: a folder that all ranks see; every epoch's end is written there. See `resume`.
 
     Raises:
         PipedreamError: the plan does not fit the model or the number of ranks.
@@ -103,6 +106,7 @@ class Pipeline:
         seed: int = 0,
         stall_limit_s: float = 300.0,
         trace: bool = False,
+        checkpoints: str | Path | None = None,
     ) -> None:
         self.world: World = join()
         manner = Manner(
@@ -121,7 +125,7 @@ class Pipeline:
         self._loss, self._optimizer, self._scheduler = loss, optimizer, scheduler
         self._clip, self._precision, self._recompute = clip, _autocast(precision), recompute
         self._first_scale = _FIRST_SCALE if precision == "fp16" else 1.0
-        self._epoch = self._units_run = 0
+        self._epoch = self._units_run = self._units_trained = 0
         self._verified: set[AnySchedule] = set()
         self._spans: list[Span] | None = None
         self._last_units = 0
@@ -137,6 +141,7 @@ class Pipeline:
         )
         self._workers = self._made(training)
         self._statistics = self._shared_statistics()
+        self._checkpoints = None if checkpoints is None else self._checkpoints_in(checkpoints)
 
     @property
     def rank(self) -> int:
@@ -209,6 +214,32 @@ class Pipeline:
             spans = [span for part in self.world.comm.allgather(spans) for span in part]
         return Trace("measured", self._deployment.layout, self._last_units, tuple(spans))
 
+    def resume(self) -> int:
+        """Go on from the newest whole checkpoint, as if training had never stopped; returns its epochs.
+
+        Collective. 0, and nothing is changed, if there is none. One that is damaged or incomplete is
+        passed over; rank 0 says which and why.
+
+        Raises:
+            PipedreamError: the pipeline was made without checkpoints, or they are of another model.
+        """
+        if self._checkpoints is None:
+            raise PipedreamError("there is nothing to resume from: make the Pipeline with checkpoints=FOLDER")
+        positions, passed_over = self._checkpoints.whole()
+        answers = agree(self.world, {"whole": positions}, limit_s=self._stall_limit_s)
+        everywhere = [position for position in positions if all(position in each["whole"] for each in answers)]
+        if self.rank == 0:
+            for reason in passed_over:
+                warnings.warn(f"checkpoint passed over: {reason}", stacklevel=2)
+        if not everywhere:
+            return 0
+        for stage in self._stages:
+            self._checkpoints.read_part(stage, everywhere[0])
+        for statistics in self._statistics:
+            statistics.begin_anew()
+        self._epoch, self._units_trained = everywhere[0].epoch, everywhere[0].units
+        return self._epoch
+
     def close(self) -> None:
         """Give back the channels. Collective; called at exit if not before."""
         self._wiring.close()
@@ -242,7 +273,14 @@ class Pipeline:
             feed = self._feed(loader, total)
             self._agree_on_data(total, feed)
             for worker in self._workers:
-                worker.begin(schedule, feed, self._units_run, score=metric, trace=training and self._tracing)
+                worker.begin(
+                    schedule,
+                    feed,
+                    self._units_run,
+                    self._units_trained,
+                    score=metric,
+                    trace=training and self._tracing,
+                )
             began_ns = self._wiring.common_epoch_ns()
             for worker, action in self._execute(schedule):
                 finished(worker, action)
@@ -261,8 +299,26 @@ class Pipeline:
             self._spans = [span for worker in self._workers for span in worker.spans(began_ns)]
             self._last_units = schedule.minibatches
         self._units_run += schedule.minibatches
-        self._epoch += training
+        if training:
+            self._units_trained += schedule.minibatches
+            self._epoch += 1
+            if self._checkpoints is not None:
+                self._write(self._checkpoints)
         return mean
+
+    def _write(self, checkpoints: Checkpoints) -> None:
+        position = Position(self._epoch, self._units_trained)
+        for stage in self._stages:
+            if stage.replica == 0:
+                checkpoints.write_part(stage, position)
+        if self.rank == 0:
+            checkpoints.write_manifest(position)
+
+    def _checkpoints_in(self, folder: str | Path) -> Checkpoints:
+        deployment = self._deployment
+        layers = [stage.layers for stage in self.plan.stages]
+        plan = str((layers, deployment.layout, self.plan.schedule, deployment.pieces, deployment.manner.accumulate))
+        return Checkpoints(folder, plan, len(layers))
 
     def _execute(self, schedule: Schedule) -> Iterator[tuple[Worker, Action]]:
         if self.world.size > 1:

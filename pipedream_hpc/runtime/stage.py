@@ -121,14 +121,14 @@ class Stage:
         self._feed: Feed | None = None
         self._schedule: Schedule | None = None
         self._training = True
-        self._unit_base = self._version_base = 0
+        self._unit_base = self._trained = self._version_base = 0
         self._current = 0
         self.tally = Tally()
         if averager is not None:
             stash.when_ready(averager.add)
         self._seed_random_layers()
 
-    def begin(self, schedule: Schedule, feed: Feed, unit_base: int, score: Loss) -> None:
+    def begin(self, schedule: Schedule, feed: Feed, unit_base: int, trained: int, score: Loss) -> None:
         """Make ready for one schedule.
 
         Args:
@@ -136,9 +136,12 @@ class Stage:
             feed: the minibatches.
             unit_base: number within the run of the schedule's unit 0; messages carry it, so that no
                 unit of one epoch can be taken for one of another.
+            trained: units trained before this schedule; random layers are seeded by the count, so that
+                neither evaluations nor a new start in between change what they draw.
             score: what the output stage computes from (output, target).
         """
-        self._schedule, self._feed, self._unit_base, self._score = schedule, feed, unit_base, score
+        self._schedule, self._feed, self._score = schedule, feed, score
+        self._unit_base, self._trained = unit_base, trained
         self._training = schedule.training
         self._version_base = self.stash.version
         self.tally = Tally()
@@ -299,7 +302,7 @@ class Stage:
 
     def _run(self, unit: int, live: _Live, *, gradients: bool) -> tuple[tuple[torch.Tensor, ...], Any]:
         """The module on a unit: its exits, and the model's output if it is the output stage."""
-        self._current = self._unit_base + unit
+        self._current = self._trained + unit
         # Whatever else is random in the stage does not depend on what this process did before.
         torch.manual_seed(seed_for(self._seed, self._current, self.index))
         entries = [entry for far in sorted(live.entries) for entry in live.entries[far]]

@@ -39,6 +39,11 @@ class Statistics:
         """From now on there are other replicas."""
         self._reduction, self._replicas = reduction, replicas
 
+    def begin_anew(self) -> None:
+        """The statistics were put back to what all replicas had at an epoch's end."""
+        for count, before in zip(self._counts, self._before, strict=True):
+            before.copy_(count)
+
     def hand_in(self) -> None:
         """Give the own statistics to the others."""
         if self._reduction is None:

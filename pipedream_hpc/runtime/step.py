@@ -47,18 +47,18 @@ class LossScale:
     """
 
     def __init__(self, initial: float = 1.0, growth_interval: int = 2000) -> None:
-        self.value, self._growth_interval, self._good = initial, growth_interval, 0
+        self.value, self._growth_interval, self.good = initial, growth_interval, 0
         self.dynamic = initial != 1.0
 
     def after(self, overflow: bool) -> None:
         """A round is over on all stages."""
         if not self.dynamic:
             return
-        self._good = 0 if overflow else self._good + 1
+        self.good = 0 if overflow else self.good + 1
         if overflow:
             self.value = max(self.value / 2, 1.0)
-        elif self._good == self._growth_interval:
-            self.value, self._good = self.value * 2, 0
+        elif self.good == self._growth_interval:
+            self.value, self.good = self.value * 2, 0
 
 
 class Step:
@@ -87,6 +87,14 @@ class Step:
         self._optimizer, self._clip, self._scale = optimizer, clip, loss_scale
         self._microbatches, self._average = microbatches, average
         self._agreed: tuple[float, bool] | None = None
+
+    def scale_state(self) -> list[float]:
+        """The loss scale and how many rounds it has held, for checkpoints."""
+        return [self._scale.value, self._scale.good]
+
+    def restore_scale(self, state: Sequence[float]) -> None:
+        """Back to what `scale_state` gave."""
+        self._scale.value, self._scale.good = float(state[0]), int(state[1])
 
     @property
     def loss_scale(self) -> float:

@@ -57,7 +57,9 @@ class Worker:
         self._schedule: Schedule | None = None
         self._spans: list[tuple[int, Kind, int, int, int, int]] | None = None
 
-    def begin(self, schedule: Schedule, feed: Feed, unit_base: int, *, score: Loss | None, trace: bool) -> None:
+    def begin(
+        self, schedule: Schedule, feed: Feed, unit_base: int, trained: int, *, score: Loss | None, trace: bool
+    ) -> None:
         """Make ready for one schedule; see Stage.begin.
 
         Args:
@@ -66,7 +68,7 @@ class Worker:
         """
         self._schedule = schedule
         for stage in self.stages.values():
-            stage.begin(schedule, feed, unit_base, score or stage.loss)
+            stage.begin(schedule, feed, unit_base, trained, score or stage.loss)
         self._spans = [] if trace else None
 
     def end(self) -> None:

@@ -147,7 +147,7 @@ def test_receive_lands_in_persistent_slots_and_allocates_nothing(progress: Any) 
     comm.Barrier()
 
 
-EXPECTED = r"expected float32 \[4, 3\] \(or fewer samples\) but got "
+EXPECTED = r"expected float32 \[4, 3\] \(or smaller\) but got "
 FAULTS = {
     "minibatch": ((5, "float32", (2, 3)), r"expected minibatch 4 but got minibatch 5: the test's bytes from rank 0"),
     "dtype": ((4, "float64", (2, 3)), EXPECTED + r"float64 \[2, 3\] for minibatch 4: the test's bytes from rank 0"),

@@ -43,6 +43,8 @@ def train(wanted: dict) -> None:
         stall_limit_s=30,
         **options,
     )
+    if "resume" in wanted:
+        assert pipeline.resume() == wanted["resume"]
     report = {"ranks": pipeline.world.size, "losses": [], "scores": [], "traces": [], "allocations": []}
     for count in wanted["epochs"]:
         batches = chains.minibatches(count, last=wanted.get("last", chains.SAMPLES))

@@ -1,0 +1,236 @@
+"""Checkpoint: what training needs to go on as if it had never stopped.
+
+Every stage writes its own part when an epoch ends and asks nobody; rank 0 adds a manifest that says which
+parts make the whole::
+
+    checkpoints/epoch-00002/  manifest.json          epoch, units trained, names of the parts
+                              stage-0.safetensors    weights, buffers, optimizer's state of stage 0
+                              stage-1.safetensors
+
+    checkpoints/epoch-00003/  manifest.json          stage-1 is missing: the job was killed here, so
+                              stage-0.safetensors    this one is passed over, by name
+
+At an epoch's end the pipe is empty, so the newest weights are all there is to keep.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialized
+
+from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.files import atomic_write, write_json
+from pipedream_hpc.runtime.stage import Stage
+
+_FORMAT, _VERSION = "pipedream-checkpoint", 1
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far training has come.
+
+    Attributes:
+        epoch: epochs trained.
+        units: minibatches, or microbatches where they are cut, trained.
+    """
+
+    epoch: int
+    units: int
+
+
+class Checkpoints:
+    """The checkpoints in one folder, which all ranks see.
+
+    Args:
+        folder: made when first written to.
+        plan: what the parts belong to, as text; a checkpoint of another plan is refused.
+        stages: how many parts make a whole.
+        keep: how many of the newest are kept.
+    """
+
+    def __init__(self, folder: str | Path, plan: str, stages: int, keep: int = 2) -> None:
+        self._folder, self._stages, self._keep = Path(folder), stages, keep
+        self._plan = f"{zlib.crc32(plan.encode()):08x}"
+
+    def write_part(self, stage: Stage, position: Position) -> None:
+        """Write one stage's part of the checkpoint of `position`."""
+        tensors, numbers = contents_of(stage)
+        tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        metadata = {
+            "format": _FORMAT,
+            "version": str(_VERSION),
+            "plan": self._plan,
+            "numbers": json.dumps(numbers),
+            "checksum": str(_checksum(tensors)),
+        }
+        path = self._of(position) / _part(stage.index)
+        with atomic_write(path) as file:
+            file.write(serialized(tensors, metadata))
+
+    def write_manifest(self, position: Position) -> None:
+        """Say what makes the checkpoint of `position` whole, and drop those that are older than kept."""
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "plan": self._plan,
+            "epoch": position.epoch,
+            "units": position.units,
+            "parts": [_part(stage) for stage in range(self._stages)],
+        }
+        folder = self._of(position)
+        write_json(folder / "manifest.json", content)
+        for old in self._found()[self._keep :]:
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def whole(self) -> tuple[list[Position], list[str]]:
+        """Positions of the whole checkpoints, newest first, and why each of the others is passed over."""
+        positions, passed_over = [], []
+        for folder in self._found():
+            try:
+                positions.append(self._checked(folder))
+            except PipedreamError as error:
+                passed_over.append(str(error))
+        return positions, passed_over
+
+    def read_part(self, stage: Stage, position: Position) -> None:
+        """Put a stage back to where it was.
+
+        Raises:
+            PipedreamError: the part does not fit the stage.
+        """
+        path = self._of(position) / _part(stage.index)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            numbers = json.loads(file.metadata()["numbers"])
+        try:
+            put_back(stage, tensors, numbers)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise PipedreamError(f"{path}: does not fit stage {stage.index}: {error}: was the model changed?") from None
+
+    # ------------------------------------------------------------------
+
+    def _of(self, position: Position) -> Path:
+        return self._folder / f"epoch-{position.epoch:05d}"
+
+    def _found(self) -> list[Path]:
+        """Folders of checkpoints, newest first."""
+        if not self._folder.is_dir():
+            return []
+        return sorted(
+            (each for each in self._folder.iterdir() if re.fullmatch(r"epoch-\d{5}", each.name)), reverse=True
+        )
+
+    def _checked(self, folder: Path) -> Position:
+        manifest = folder / "manifest.json"
+        try:
+            content = json.loads(manifest.read_bytes())
+            position, parts = Position(int(content["epoch"]), int(content["units"])), list(content["parts"])
+        except OSError as error:
+            raise PipedreamError(f"{manifest}: cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise PipedreamError(f"{manifest}: is damaged: {error}") from None
+        if content.get("plan") != self._plan:
+            raise PipedreamError(f"{manifest}: is of another plan or schedule")
+        for name in parts:
+            self._check_part(folder / name)
+        return position
+
+    def _check_part(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                checksum = _checksum({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except FileNotFoundError:
+            raise PipedreamError(f"{path}: is missing") from None
+        except (SafetensorError, OSError) as error:
+            raise PipedreamError(f"{path}: is damaged: {error}") from None
+        if metadata.get("checksum") != str(checksum) or metadata.get("plan") != self._plan:
+            raise PipedreamError(f"{path}: is damaged: its contents are not what was written")
+
+
+def _part(stage: int) -> str:
+    return f"stage-{stage}.safetensors"
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
+    total = 0
+    for name in sorted(tensors):
+        flat = tensors[name].cpu().contiguous().view(-1)
+        total = zlib.crc32(name.encode(), total)
+        if flat.numel():
+            total = zlib.crc32(flat.view(torch.uint8).numpy().data, total)
+    return total
+
+
+def contents_of(stage: Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and numbers that are a stage's state.
+
+    Raises:
+        PipedreamError: the learning-rate scheduler has a state that is no plain numbers.
+    """
+    stage.stash.use_newest()
+    tensors = {f"model.{name}": value.clone() for name, value in stage.module.state_dict().items()}
+    numbers: dict[str, Any] = {"loss_scale": stage.step.scale_state(), "optimizer": None, "scheduler": None}
+    optimizer, names = stage.stash.optimizer, stage.stash.trained_names
+    if optimizer is not None:
+        state = optimizer.state_dict()
+        kept: dict[str, dict[str, Any]] = {}
+        for index, entries in state["state"].items():
+            for key, value in entries.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{names[index]}.{key}"] = value.clone()
+                else:
+                    kept.setdefault(names[index], {})[key] = value
+        numbers["optimizer"] = {"groups": state["param_groups"], "state": kept}
+    if stage.step.scheduler is not None:
+        numbers["scheduler"] = stage.step.scheduler.state_dict()
+    try:
+        json.dumps(numbers)
+    except TypeError as error:
+        raise PipedreamError(
+            f"the state of the optimizer or learning-rate scheduler of stage {stage.index} cannot be saved: {error}"
+        ) from None
+    return tensors, numbers
+
+
+def put_back(stage: Stage, tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> None:
+    """Give a stage the state that `contents_of` took.
+
+    Raises:
+        KeyError, RuntimeError: something is missing or of another shape.
+    """
+    stage.stash.use_newest()
+    own = stage.module.state_dict()
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(tensors[f"model.{name}"])
+    optimizer, names = stage.stash.optimizer, stage.stash.trained_names
+    if optimizer is not None:
+        saved = numbers["optimizer"]
+        state: dict[int, dict[str, Any]] = {}
+        for index, name in enumerate(names):
+            prefix = f"optimizer.{name}."
+            entries = {key.removeprefix(prefix): value for key, value in tensors.items() if _is_state(key, prefix)}
+            entries.update(saved["state"].get(name, {}))
+            if entries:
+                state[index] = entries
+        groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in saved["groups"]]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if stage.step.scheduler is not None:
+        stage.step.scheduler.load_state_dict(dict(numbers["scheduler"]))
+    stage.step.restore_scale(numbers["loss_scale"])
+
+
+def _is_state(key: str, prefix: str) -> bool:
+    return key.startswith(prefix) and "." not in key.removeprefix(prefix)

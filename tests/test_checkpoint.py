@@ -1,0 +1,119 @@
+"""A run that stops and goes on is the run that never stopped, bit for bit; what is damaged is passed over."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import chains
+import pytest
+import ranks
+import torch
+from torch import nn
+
+from pipedream_hpc import Pipeline
+from pipedream_hpc.errors import PipedreamError
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def pipeline(folder: Path | None, plan: str = "2-1", optimizer: str = "adam", **more: Any) -> Pipeline:
+    return Pipeline(
+        chains.rich_model(),
+        loss=nn.CrossEntropyLoss(),
+        optimizer=chains.OPTIMIZERS[optimizer],
+        example=chains.example(),
+        plan=plan,
+        scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=7, gamma=0.5),
+        checkpoints=folder,
+        **more,
+    )
+
+
+def trained(held: Pipeline, epochs: int) -> list[float]:
+    return [held.fit(chains.minibatches(7, last=3)) for _ in range(epochs)]
+
+
+def assert_bitwise(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert [name for name in right if not torch.equal(left[name], right[name])] == []
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize(
+    ("plan", "more"), [("1-1-1", {}), ("2-1", {}), ("1-1", {"schedule": "gpipe", "microbatches": 2})]
+)
+def test_going_on_is_never_having_stopped(plan: str, more: dict[str, Any], optimizer: str, tmp_path: Path) -> None:
+    straight_on = pipeline(None, plan, optimizer, **more)
+    expected = trained(straight_on, 4)
+    first = pipeline(tmp_path, plan, optimizer, **more)
+    assert trained(first, 2) == expected[:2]
+    second = pipeline(tmp_path, plan, optimizer, **more)
+    assert second.resume() == 2
+    assert trained(second, 2) == expected[2:]
+    assert_bitwise(second.state_dict(), straight_on.state_dict())
+
+
+def test_on_ranks(tmp_path: Path) -> None:
+    """Two epochs on ranks, then two more in another launch = four epochs in one process."""
+    order = {"plan": "2-1", "model": "rich", "optimizer": "sgd", "last": 3, "decay": 0.9}
+    for launch, done in enumerate((0, 2)):
+        options = {"checkpoints": str(tmp_path / "kept")}
+        one = {**order, "epochs": [7, 7], "options": options, "resume": done, "out": str(tmp_path / f"{launch}.pt")}
+        finished = ranks.python(3, "train_chain.py", json.dumps([one]))
+        assert finished.status == 0, finished.output
+    whole = {**order, "epochs": [7] * 4, "out": str(tmp_path / "whole.pt")}
+    finished = ranks.python(0, "train_chain.py", json.dumps([whole]))
+    assert finished.status == 0, finished.output
+    resumed, expected = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "whole.pt")
+    assert resumed["ranks"] == 3
+    assert_bitwise(resumed["weights"], expected["weights"])
+    assert resumed["losses"] == expected["losses"][2:]
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 255
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "stage-1.safetensors").unlink(), r"stage-1\.safetensors: is missing"),
+        (lambda folder: damage(folder / "stage-0.safetensors"), "its contents are not what was written"),
+        (lambda folder: (folder / "stage-0.safetensors").write_bytes(b"no"), r"stage-0\.safetensors: is damaged"),
+        (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: cannot be read"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json: is damaged"),
+    ],
+)
+def test_what_is_not_whole_is_passed_over_by_name(spoil: Any, words: str, tmp_path: Path) -> None:
+    trained(pipeline(tmp_path), 2)
+    spoil(tmp_path / "epoch-00002")
+    held = pipeline(tmp_path)
+    with pytest.warns(UserWarning, match=words):
+        assert held.resume() == 1
+
+
+def test_nothing_to_go_on_from(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pipeline(tmp_path / "new").resume() == 0
+    with pytest.raises(PipedreamError, match="make the Pipeline with checkpoints=FOLDER"):
+        pipeline(None).resume()
+
+
+def test_of_another_plan(tmp_path: Path) -> None:
+    trained(pipeline(tmp_path), 1)
+    with pytest.warns(UserWarning, match="is of another plan or schedule"):
+        assert pipeline(tmp_path, "1-1").resume() == 0
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    trained(pipeline(tmp_path), 4)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["epoch-00003", "epoch-00004"]
