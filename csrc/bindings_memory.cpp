@@ -1,6 +1,12 @@
-// pipedream_hpc._memory: buffers and the weight pool. Needs no MPI.
+// pipedream_hpc._memory: buffers, the weight pool, and optimizer steps on it. Needs no MPI.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "fused.hpp"
 #include "memory.hpp"
 #include "view_binding.hpp"
 #include "weight_pool.hpp"
@@ -8,8 +14,65 @@
 namespace py = pybind11;
 using namespace pipedream;
 
+namespace {
+
+using Addresses = std::array<std::uintptr_t, 6>;  // count, weights, target, gradient, first, second
+
+template <typename Rule>
+void step(const Rule& rule, const std::vector<Addresses>& tensors, bool halves, bool half_gradients, int threads,
+          bool contracted, std::optional<bool> streaming, std::optional<std::uintptr_t> stream) {
+  std::vector<Piece> pieces;
+  pieces.reserve(tensors.size());
+  for (const Addresses& each : tensors) {
+    pieces.push_back({each[0], reinterpret_cast<float*>(each[1]), reinterpret_cast<void*>(each[2]),
+                      reinterpret_cast<const void*>(each[3]), reinterpret_cast<float*>(each[4]),
+                      reinterpret_cast<float*>(each[5])});
+  }
+  const py::gil_scoped_release released;
+  const Format format{halves, half_gradients};
+  if (stream) return cuda::fused_step(rule, pieces, format, *stream);
+  const Stores stores = !streaming ? Stores::chosen : *streaming ? Stores::streaming : Stores::cached;
+  fused_step(rule, pieces, format, {threads, contracted, stores});
+}
+
+template <typename Rule>
+void bind_step(py::module_& module) {
+  module.def("fused_step", &step<Rule>, py::arg("rule"), py::arg("tensors"), py::kw_only(), py::arg("halves") = false,
+             py::arg("half_gradients") = false, py::arg("threads") = 1, py::arg("contracted") = false,
+             py::arg("streaming") = py::none(), py::arg("stream") = py::none());
+}
+
+void bind_fused(py::module_& module) {
+  const auto single = [](double value) { return static_cast<float>(value); };
+  py::class_<Sgd>(module, "Sgd")
+      .def(py::init([=](double rate, double weight_decay, double momentum, double undampened, bool first, bool nesterov,
+                        bool maximize) {
+             const Momentum buffer = momentum == 0 ? Momentum::none : first ? Momentum::first : Momentum::kept;
+             return Sgd{
+                 single(rate), single(weight_decay), single(momentum), single(undampened), maximize ? -1.0f : 1.0f,
+                 buffer,       weight_decay != 0,    nesterov};
+           }),
+           py::kw_only(), py::arg("rate"), py::arg("weight_decay"), py::arg("momentum"), py::arg("undampened"),
+           py::arg("first"), py::arg("nesterov"), py::arg("maximize"));
+  py::class_<Adam>(module, "Adam")
+      .def(py::init([=](double rate, double weight_decay, double weight1, double beta2, double weight2,
+                        double correction2, double epsilon, bool decoupled, bool maximize) {
+             const Decay decay = decoupled ? Decay::decoupled : weight_decay != 0 ? Decay::coupled : Decay::none;
+             return Adam{single(rate),    single(weight_decay),    single(weight1),
+                         single(beta2),   single(weight2),         single(correction2),
+                         single(epsilon), maximize ? -1.0f : 1.0f, decay};
+           }),
+           py::kw_only(), py::arg("rate"), py::arg("weight_decay"), py::arg("weight1"), py::arg("beta2"),
+           py::arg("weight2"), py::arg("correction2"), py::arg("epsilon"), py::arg("decoupled"), py::arg("maximize"));
+  module.def("fused_contracts", &fused_contracts);
+  bind_step<Sgd>(module);
+  bind_step<Adam>(module);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_memory, module) {
-  module.doc() = "Buffers and the weight pool.";
+  module.doc() = "Buffers, the weight pool, and optimizer steps on it.";
 
   bind_view(module);
 
@@ -39,4 +102,6 @@ PYBIND11_MODULE(_memory, module) {
           },
           py::arg("copy"), py::arg("overwrite") = false)
       .def("commit", &WeightPool::commit);
+
+  bind_fused(module);
 }

@@ -1,5 +1,6 @@
-"""Buffers and the weight pool (C++, csrc/memory.hpp and csrc/weight_pool.hpp)."""
+"""Buffers, the weight pool and fused steps (C++: csrc/memory.hpp, weight_pool.hpp, fused.hpp)."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, final
 
 Memory = Literal["host", "pinned", "device"]
@@ -72,3 +73,81 @@ class WeightPool:
         """
     def commit(self) -> int:
         """Make the target of begin_update the newest version; returns its number."""
+
+@final
+class Sgd:
+    """SGD with its numbers, as `torch.optim.SGD` has them.
+
+    Args:
+        rate: -lr.
+        undampened: 1 - dampening.
+        first: the momentum buffer is new and begins as the gradient.
+    """
+
+    def __init__(
+        self,
+        *,
+        rate: float,
+        weight_decay: float,
+        momentum: float,
+        undampened: float,
+        first: bool,
+        nesterov: bool,
+        maximize: bool,
+    ) -> None: ...
+
+@final
+class Adam:
+    """Adam with its numbers at one step, as `torch.optim.Adam` has them.
+
+    Args:
+        rate: -lr / (1 - beta1 ** step).
+        weight_decay: the factor of the weights that is added to their gradients; or with `decoupled`
+            the factor that the weights are multiplied with, 1 - lr * weight_decay.
+        weight1: 1 - beta1.
+        weight2: 1 - beta2.
+        correction2: (1 - beta2 ** step) ** 0.5.
+    """
+
+    def __init__(
+        self,
+        *,
+        rate: float,
+        weight_decay: float,
+        weight1: float,
+        beta2: float,
+        weight2: float,
+        correction2: float,
+        epsilon: float,
+        decoupled: bool,
+        maximize: bool,
+    ) -> None: ...
+
+def fused_contracts() -> bool:
+    """Whether this CPU can multiply and add with one rounding."""
+
+def fused_step(
+    rule: Sgd | Adam,
+    tensors: Sequence[tuple[int, int, int, int, int, int]],
+    *,
+    halves: bool = False,
+    half_gradients: bool = False,
+    threads: int = 1,
+    contracted: bool = False,
+    streaming: bool | None = None,
+    stream: int | None = None,
+) -> None:
+    """Step many tensors at once, reading old weights and writing new ones. The GIL is let go of meanwhile.
+
+    Args:
+        rule: one for all of them.
+        tensors: of each how many numbers it has, and the addresses of the old weights (float32), the new
+            weights, the gradient, and the state (float32): momentum buffer or averages of gradients and
+            of their squares; 0 where there is none.
+        halves: new weights are bfloat16, rounded from the old ones, which are updated in place.
+        half_gradients: gradients are bfloat16.
+        threads: how many may work.
+        contracted: multiply and add with one rounding. ValueError if the CPU cannot.
+        streaming: write new weights around the caches; None: if the step moves more than 32 MiB.
+        stream: address of a cudaStream_t; the tensors are then in device memory, and the step is started only.
+    """

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import rounding
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -40,6 +41,7 @@ def version(kind: str, replicas: Sequence[int], per_round: Sequence[int], accumu
     return k // per_round[s]  # synchronous: every round before it
 
 
+@rounding.correct_square_roots()
 def train(
     model: nn.Module,
     stage_of: dict[str, int],

@@ -24,6 +24,7 @@ from torch import nn
 from pipedream_hpc.core import load_memory
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import OptimizerFactory
+from pipedream_hpc.runtime.fused import fused_from
 
 if TYPE_CHECKING:
     from pipedream_hpc._memory import View, WeightPool
@@ -77,8 +78,11 @@ class WeightStash:
         for index in range(slabs):
             self._leaves.append([slot.view(self._pool.slab(index)) for slot in self._slots])
         with torch.no_grad():
-            for slot, leaf in zip(self._slots, self._leaves[self._pool.newest_slab], strict=True):
-                leaf.copy_(originals[slot.name])
+            for index, leaves in enumerate(self._leaves):
+                for slot, leaf in zip(self._slots, leaves, strict=True):
+                    # An update writes trained parameters only: the others stand in every slab from the start.
+                    if index == self._pool.newest_slab or not slot.trained:
+                        leaf.copy_(originals[slot.name])
         self._bound = -1
         self._bind(self._pool.newest_slab)
         # The optimizer keeps one set of parameter objects for its whole life, so that its state
@@ -161,18 +165,23 @@ class WeightStash:
     def update(self, gradients: Sequence[torch.Tensor | None]) -> int:
         """Write the next version: newest weights, one optimizer step; returns its number.
 
-        The step is written into a free slab. With one slab (the last stage has no other minibatch
+        The step is written into a free slab, as the newest is read where the optimizer has a fused
+        step (SGD, Adam, AdamW), else after a copy. With one slab (the last stage has no other minibatch
         in flight) the newest version is nobody's any more and is updated in place.
         """
-        _, target = self._pool.begin_update(copy=True, overwrite=self._overwrite)
+        fused = fused_from(self.optimizer, self._cursors, gradients) if self.optimizer else None
+        source, target = self._pool.begin_update(copy=fused is None, overwrite=self._overwrite)
         leaves = self._leaves[target]
-        for cursor, index, gradient in zip(self._cursors, self._trained, gradients, strict=True):
+        for cursor, index in zip(self._cursors, self._trained, strict=True):
             cursor.data = leaves[index].data
-            cursor.grad = gradient
-        if self.optimizer is not None:
+        if fused is not None:
+            fused.step([self._leaves[source][index] for index in self._trained], self._cursors, gradients)
+        elif self.optimizer is not None:
+            for cursor, gradient in zip(self._cursors, gradients, strict=True):
+                cursor.grad = gradient
             self.optimizer.step()
-        for cursor in self._cursors:
-            cursor.grad = None
+            for cursor in self._cursors:
+                cursor.grad = None
         return self._pool.commit()
 
     def skip_update(self) -> int:

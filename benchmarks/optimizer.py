@@ -1,0 +1,247 @@
+"""Copy-on-write updates of the weight pool beside torch's own optimizers, and the switch of versions.
+
+    python benchmarks/optimizer.py                 1 MB to 1 GB of weights; some minutes
+    python benchmarks/optimizer.py --large         4 GB too, as far as memory allows
+    python benchmarks/optimizer.py --plot FILE.png
+
+Three ways to take one step, in turns in one run, each with 1 thread and with all, the better median kept.
+The order of the ways changes from turn to turn, and the caches are filled with something else before each,
+as the passes of other minibatches do between two updates:
+
+    copy-on-write   reads the newest slab, writes a free one
+    in place        torch with fused=True on one slab: keeps no version, the least a step can cost
+    copy, step      what torch leaves to a weight stash: copy the slab, then torch with foreach=True
+
+What memory says. A step is bound by bytes. Numbers of 4 bytes moved per weight, where nothing fits a
+cache; a store reads its line first, unless the line was read anyway or the store goes around the caches:
+
+                       in place           copy-on-write, plain stores     streaming stores
+    SGD, momentum      p g m → p m = 5    p g m (p') → p' m = 6   1.20    p g m → p' m = 5        1.00
+    Adam, AdamW        p g m v → p m v    p g m v (p') → p' m v           p g m v → p' m v
+                       = 7                = 8                     1.14    = 7                     1.00
+
+So the target slab is streamed where a step moves more than 32 MiB; below that, streaming would keep out
+of the caches what the next forward reads. The last columns take both kinds of stores in turns.
+
+Required: copy-on-write within 1.05 of in place; nothing allocated after warm-up (page faults a step);
+a switch of versions below 50 µs, whatever the size. Exits with 1 if a median is over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+from torch.nn.utils import skip_init
+
+from pipedream_hpc.core import load_memory
+from pipedream_hpc.runtime.fused import FusedStep, fused_from
+from pipedream_hpc.runtime.stash import WeightStash
+
+MB = 1 << 20
+SIZES_MB = (1, 4, 16, 64, 256, 1024)
+LARGE_MB = 4096
+TENSORS = 16
+ALLOWED_RATIO, ALLOWED_SWITCH_S = 1.05, 50e-6
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": partial(torch.optim.SGD, lr=1e-6, momentum=0.9, weight_decay=1e-4),
+    "Adam": partial(torch.optim.Adam, lr=1e-6),
+    "AdamW": partial(torch.optim.AdamW, lr=1e-6),
+}
+#: Buffers of the weights' size that each needs: two slabs, gradient, state.
+BUFFERS = {"SGD": 4, "Adam": 5, "AdamW": 5}
+OURS, PLAIN, STREAMED, IN_PLACE, COPY_STEP = "copy-on-write", "plain stores", "streamed", "in place", "copy, step"
+
+
+class Contest:
+    """All ways to take a step, on the same memory: slabs, gradients and state are shared."""
+
+    def __init__(self, kind: str, nbytes: int, with_copy: bool) -> None:
+        pool = load_memory().WeightPool(nbytes, 2)
+        share = nbytes // TENSORS // 4
+        self.slabs = [
+            [torch.frombuffer(pool.slab(slab), dtype=torch.float32, count=share, offset=4 * share * i)
+             for i in range(TENSORS)]
+            for slab in (0, 1)
+        ]  # fmt: skip
+        for slab in self.slabs:
+            for each in slab:
+                each.uniform_(-1, 1)
+        gradients = [torch.empty_like(each).uniform_(-1, 1) for each in self.slabs[0]]
+        make = OPTIMIZERS[kind]
+        owned = make([nn.Parameter(each) for each in self.slabs[0]])
+        self._own, self._turn = owned, cycle(((0, 1), (1, 0)))
+        self.gradients = gradients
+        self.cow(None)
+        in_place = make([nn.Parameter(each) for each in self.slabs[0]], fused=True)
+        copied = make([nn.Parameter(each) for each in self.slabs[1]], foreach=True)
+        for other in (in_place, copied):
+            for ours, theirs, gradient in zip(_parameters(owned), _parameters(other), gradients, strict=True):
+                theirs.grad = gradient
+                for key, value in owned.state[ours].items():
+                    other.state[theirs][key] = value.clone() if key == "step" else value
+        self.ways: dict[str, Callable[[], Any]] = {
+            OURS: partial(self.cow, None),
+            PLAIN: partial(self.cow, False),
+            STREAMED: partial(self.cow, True),
+            IN_PLACE: in_place.step,
+        }
+        if with_copy:
+            self.ways[COPY_STEP] = partial(self._copy_step, copied)
+
+    def cow(self, streaming: bool | None) -> None:
+        source, target = next(self._turn)
+        step = fused_from(self._own)
+        assert isinstance(step, FusedStep)
+        step.streaming = streaming
+        step.step(self.slabs[source], self.slabs[target], self.gradients)
+
+    def _copy_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for target, source in zip(self.slabs[1], self.slabs[0], strict=True):
+            target.copy_(source)
+        optimizer.step()
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def medians(contest: Contest, seconds: float) -> tuple[dict[str, tuple[float, int]], float]:
+    """Best median of each way with its threads, and page faults per copy-on-write step."""
+    best: dict[str, tuple[float, int]] = {}
+    faults, steps = 0, 0
+    elsewhere = torch.zeros(64 * MB // 4)
+    most = torch.get_num_threads()
+    for threads in sorted({1, most}):
+        torch.set_num_threads(threads)
+        samples: dict[str, list[float]] = {way: [] for way in contest.ways}
+        until = None
+        while until is None or len(samples[OURS]) < 5 or time.perf_counter() < until:
+            for way, step in random.sample(list(contest.ways.items()), len(contest.ways)):
+                elsewhere.add_(1)
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                began = time.perf_counter()
+                step()
+                took = time.perf_counter() - began
+                if until is not None:  # the first turn is warm-up
+                    samples[way].append(took)
+                    if way == OURS:
+                        faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+                        steps += 1
+            until = until or time.perf_counter() + seconds
+        for way, taken in samples.items():
+            median = statistics.median(taken)
+            if way not in best or median < best[way][0]:
+                best[way] = median, threads
+    torch.set_num_threads(most)
+    return best, faults / steps
+
+
+def switch_seconds(nbytes: int) -> float:
+    """Median seconds to point a module of TENSORS weights at another version."""
+    width = int((nbytes / TENSORS / 4) ** 0.5)
+    module = nn.Sequential(*(skip_init(nn.Linear, width, width, bias=False) for _ in range(TENSORS)))
+    stash = WeightStash(module, 2, partial(torch.optim.SGD, lr=0.0))
+    stash.update([None] * TENSORS)
+    taken = []
+    for unit in range(400):
+        began = time.perf_counter()
+        stash.acquire(unit, unit % 2)
+        taken.append(time.perf_counter() - began)
+        stash.release(unit)
+    return statistics.median(taken[10:])
+
+
+def free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Copy-on-write updates beside torch's optimizers.")
+    parser.add_argument("--large", action="store_true", help="4 GB of weights too")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each optimizer, size and number of threads")
+    parser.add_argument("--plot", type=Path, help="write the ratios as a picture")
+    wanted = parser.parse_args()
+    sizes = (*SIZES_MB, LARGE_MB) if wanted.large else SIZES_MB
+    console = Console(width=118, highlight=False)
+    steps = Table("", "weights", "copy-on-write", "in place", "ratio", "copy, step", "ratio", "plain stores",
+                  "streamed", "faults", title="one step, best median in ms (threads)")  # fmt: skip
+    switches = Table("weights", "switch", title=f"another version of {TENSORS} tensors")
+    ratios: dict[str, dict[int, dict[str, float]]] = {}
+    slowest = 0.0
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("steps", total=len(OPTIMIZERS) * len(sizes))
+        for kind in OPTIMIZERS:
+            for size in sizes:
+                nbytes = size * MB
+                if free_bytes() < (BUFFERS[kind] + 0.5) * nbytes:
+                    steps.add_row(kind, f"{size} MB", "not enough memory")
+                    continue
+                # foreach makes a temporary of the weights' size, or two.
+                contest = Contest(kind, nbytes, with_copy=free_bytes() > (BUFFERS[kind] + 3) * nbytes)
+                found, faults = medians(contest, wanted.seconds)
+                del contest
+                ours = found[OURS][0]
+                ratio = ours / found[IN_PLACE][0]
+                slowest = max(slowest, ratio)
+                ratios.setdefault(kind, {})[size] = {way: took / found[IN_PLACE][0] for way, (took, _) in found.items()}
+                copied = found.get(COPY_STEP)
+                steps.add_row(kind, f"{size} MB", told(found[OURS]), told(found[IN_PLACE]), f"{ratio:.2f}",
+                              told(copied) if copied else "no memory", f"{ours / copied[0]:.2f}" if copied else "",
+                              told(found[PLAIN]), told(found[STREAMED]), f"{faults:.1f}")  # fmt: skip
+                progress.advance(task)
+    slowest_switch = 0.0
+    for size in sizes:
+        took = switch_seconds(size * MB)
+        slowest_switch = max(slowest_switch, took)
+        switches.add_row(f"{size} MB", f"{took * 1e6:.1f} µs")
+    console.print(steps, switches)
+    console.print(
+        f"slowest ratio to in place {slowest:.2f}, allowed {ALLOWED_RATIO}; "
+        f"slowest switch {slowest_switch * 1e6:.1f} µs, allowed {ALLOWED_SWITCH_S * 1e6:g} µs"
+    )
+    if wanted.plot:
+        plot(ratios, wanted.plot)
+    return int(slowest > ALLOWED_RATIO or slowest_switch > ALLOWED_SWITCH_S)
+
+
+def told(median: tuple[float, int]) -> str:
+    return f"{median[0] * 1e3:.2f} ({median[1]})"
+
+
+def plot(ratios: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
+    """Time of each way over that of the step in place, by size."""
+    figure = Figure(figsize=(4 * len(ratios), 3.5), layout="constrained")
+    for axes, (kind, by_size) in zip(figure.subplots(1, len(ratios), sharey=True, squeeze=False)[0], ratios.items(),
+                                     strict=True):  # fmt: skip
+        for way in (OURS, PLAIN, STREAMED, COPY_STEP):
+            points = [(size, found[way]) for size, found in by_size.items() if way in found]
+            axes.plot(*zip(*points, strict=True), marker="o", label=way, linewidth=2.5 if way == OURS else 1)
+        axes.axhline(1, color="grey", linewidth=1)
+        axes.axhline(ALLOWED_RATIO, color="grey", linewidth=1, linestyle=":")
+        axes.set(xscale="log", yscale="log", xlabel="weights (MB)", title=kind)
+        axes.set_yticks([0.5, 1, 2, 4, 8, 16], ["½", "1", "2", "4", "8", "16"])
+        axes.minorticks_off()
+    figure.axes[0].set_ylabel("time over torch's fused step in place")
+    figure.axes[-1].legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

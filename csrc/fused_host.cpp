@@ -1,0 +1,21 @@
+// Stands in for fused_cuda.cu in a build without nvcc.
+#include <stdexcept>
+
+#include "fused.hpp"
+
+namespace pipedream::cuda {
+
+namespace {
+
+[[noreturn]] void missing() {
+  throw std::runtime_error(
+      "weights in device memory need CUDA, which this build of pipedream_hpc is without: "
+      "install it again where nvcc is on PATH");
+}
+
+}  // namespace
+
+void fused_step(const Sgd&, const std::vector<Piece>&, Format, std::uintptr_t) { missing(); }
+void fused_step(const Adam&, const std::vector<Piece>&, Format, std::uintptr_t) { missing(); }
+
+}  // namespace pipedream::cuda
