@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -30,7 +31,7 @@ def run(
 
     Runs some minibatches through each layer and keeps the median forward and backward time, the
     bytes of its output, of its parameters, and of what autograd stashes. The loss is counted with the
-    last layer. Needs no MPI; set OMP_NUM_THREADS to what one rank will have. Under mpirun or srun all
+    last layer, reading the data with the first and the last. Needs no MPI; set OMP_NUM_THREADS to what one rank will have. Under mpirun or srun all
     ranks of a node measure at the same time, sharing caches and memory as they will in training, and
     the mean is kept.
 
@@ -60,7 +61,7 @@ def run(
         from pipedream_hpc.cluster.world import join
         from pipedream_hpc.job import load
         from pipedream_hpc.model.capture import capture
-        from pipedream_hpc.model.profiler import averaged, measure
+        from pipedream_hpc.model.profiler import averaged, measure, one_minibatch, with_reading
         from pipedream_hpc.runtime.update_cost import with_updates
 
         assert target is not None
@@ -68,14 +69,13 @@ def run(
         torch.set_num_threads(threads_per_rank(world.local_size))
         job = load(target, args or [])
         graph, target_of_one = capture(job.model, job.example, job.leaves), first_target(job)
-        measured = measure(
-            graph,
-            job.example,
-            minibatches=minibatches,
-            model=Path(target).stem,
-            loss=None if target_of_one is None else lambda output: job.loss(output, target_of_one),
-        )
-        measured = with_updates(measured, job.model, job.optimizer)
+        loss = None if target_of_one is None else lambda output: job.loss(output, target_of_one)
+        if world.comm is not None:
+            world.comm.Barrier()
+        measured = measure(graph, job.example, minibatches=minibatches, model=Path(target).stem, loss=loss)
+        between = one_minibatch(graph, job.example, loss)
+        measured = with_updates(measured, graph, job.optimizer, between=between)
+        measured = with_reading(measured, reading_s(job, minibatches, between))
         if world.comm is not None and world.size > 1:
             measured = averaged(world.comm.allgather(measured))
             if not world.is_root:
@@ -96,3 +96,28 @@ def first_target(job: Job) -> Any:
         return None
     shapes = [tensor.shape[0] for tensor in (job.example, pair[1]) if isinstance(tensor, torch.Tensor) and tensor.dim()]
     return pair[1] if len(shapes) == 2 and shapes[0] == shapes[1] else None
+
+
+def reading_s(job: Job, minibatches: int, between: Callable[[], None]) -> float:
+    """Median seconds to read a minibatch of the job, with `between` done before each.
+
+    A loader with processes of its own reads beside the computation: that takes no time.
+    """
+    import statistics
+    import time
+
+    import torch
+
+    if getattr(job.train, "num_workers", 0) > 0:
+        return 0.0
+    taken = []
+    with torch.random.fork_rng(devices=[]):
+        pairs = iter(job.train)
+        for _ in range(minibatches + 1):
+            between()
+            began_s = time.perf_counter()
+            pair = next(pairs, None)
+            if pair is None:
+                break
+            taken.append(time.perf_counter() - began_s)
+    return statistics.median(taken[1:]) if len(taken) > 1 else 0.0

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,16 +12,10 @@ from torch.utils._pytree import tree_flatten
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.capture import Layer, LayerGraph, arguments_of
+from pipedream_hpc.model.clocked import Clocked
 from pipedream_hpc.model.cut import Cut, Part, enter
 from pipedream_hpc.model.untouched import untouched
 from pipedream_hpc.planning.profile import LayerProfile, Profile
-
-
-@dataclass
-class _Samples:
-    forward_s: list[float] = field(default_factory=list)
-    backward_s: list[float] = field(default_factory=list)
-    stash_bytes: int = 0
 
 
 def measure(
@@ -37,9 +29,9 @@ def measure(
 ) -> Profile:
     """Time forward and backward of every layer (the paper's section 3.1).
 
-    Each layer is run by itself on what the layer before it put out, so that its time, its output
-    and what autograd stashes for its backward are its own. The times kept are medians. Weights,
-    gradients, BatchNorm statistics and random number generators are left as they were.
+    Whole minibatches are run with a clock between the layers (model.clocked); what autograd stashes is
+    looked at afterwards, layer by layer. The times kept are medians. Weights, gradients, BatchNorm
+    statistics and random number generators are left as they were.
 
     Args:
         graph: the captured model.
@@ -55,20 +47,44 @@ def measure(
     if minibatches < 1:
         raise PipedreamError(f"minibatches to profile should be at least 1, not {minibatches}")
     arguments = _checked(graph, example)
-    cut = Cut(graph, [[index] for index in range(len(graph.layers))])
-    parts = [cut.part(index, isolated=False) for index in range(len(graph.layers))]
-    samples = [_Samples() for _ in parts]
+    forward_s: list[list[float]] = []
+    backward_s: list[list[float]] = []
     with untouched(graph.module):
+        clocked = Clocked(graph, loss)
         for turn in range(warm_up + minibatches):
-            # What autograd stashes is looked at while warming up: looking takes time.
-            _one_minibatch(parts, samples, arguments, loss, counted=turn >= warm_up)
+            clocked.run(arguments)
+            if turn >= warm_up:
+                forward_s.append(clocked.forward_s)
+                backward_s.append(clocked.backward_s)
+        stashed = _stashed_by_layer(graph, arguments)
+    times = zip(*(map(statistics.median, zip(*rows, strict=True)) for rows in (forward_s, backward_s)), strict=True)
     return Profile(
         model=model or type(graph.module).__name__,
         device="cpu",
         minibatch=_minibatch(graph),
-        layers=tuple(_summary(layer, sample) for layer, sample in zip(graph.layers, samples, strict=True)),
+        layers=tuple(
+            _profile(layer, *both, stash_bytes=stash_bytes)
+            for layer, both, stash_bytes in zip(graph.layers, times, stashed, strict=True)
+        ),
         edges=graph.edges,
     )
+
+
+def one_minibatch(
+    graph: LayerGraph, example: Any, loss: Callable[[Any], torch.Tensor] | None = None
+) -> Callable[[], None]:
+    """A function that runs one minibatch and leaves no trace but in the caches.
+
+    What a stage does between two minibatches is to be measured between two minibatches: again and again
+    by itself, with all it needs in the cache, an update of a small model takes a third of the time.
+    """
+    clocked, arguments = Clocked(graph, loss), _checked(graph, example)
+
+    def run() -> None:
+        with untouched(graph.module):
+            clocked.run(arguments)
+
+    return run
 
 
 def _checked(graph: LayerGraph, example: Any) -> tuple[Any, ...]:
@@ -99,7 +115,6 @@ def _minibatch(graph: LayerGraph) -> int:
 
 def averaged(profiles: Sequence[Profile]) -> Profile:
     """The mean of what several ranks measured of the same model at the same time."""
-    first = profiles[0]
     layers = tuple(
         dataclasses.replace(
             same[0],
@@ -109,7 +124,18 @@ def averaged(profiles: Sequence[Profile]) -> Profile:
         )
         for same in zip(*(profile.layers for profile in profiles), strict=True)
     )
-    return dataclasses.replace(first, layers=layers)
+    return dataclasses.replace(
+        profiles[0], layers=layers, read_s=statistics.fmean(profile.read_s for profile in profiles)
+    )
+
+
+def with_reading(profile: Profile, read_s: float) -> Profile:
+    """`profile` with the time to read a minibatch, which stages at both ends of the model spend in their forward."""
+    first, *others = profile.layers
+    layers = [dataclasses.replace(first, forward_s=first.forward_s + read_s), *others]
+    if others:
+        layers[-1] = dataclasses.replace(layers[-1], forward_s=layers[-1].forward_s + read_s)
+    return dataclasses.replace(profile, layers=tuple(layers), read_s=read_s)
 
 
 def count(graph: LayerGraph, model: str = "") -> Profile:
@@ -127,16 +153,13 @@ def count(graph: LayerGraph, model: str = "") -> Profile:
     return Profile(name, "counted", _minibatch(graph), tuple(layers), graph.edges)
 
 
-def _one_minibatch(
-    parts: list[Part],
-    samples: list[_Samples],
-    arguments: tuple[Any, ...],
-    loss: Callable[[Any], torch.Tensor] | None,
-    *,
-    counted: bool,
-) -> None:
+def _stashed_by_layer(graph: LayerGraph, arguments: tuple[Any, ...]) -> list[int]:
+    """Run each layer by itself on what the layers before it put out, to see what it stashes."""
+    cut = Cut(graph, [[index] for index in range(len(graph.layers))])
     values: dict[str, torch.Tensor] = {}
-    for part, sample in zip(parts, samples, strict=True):
+    stashed = []
+    for index in range(len(graph.layers)):
+        part = cut.part(index, isolated=False)
         # A layer that writes into its input gets a copy: the value is also the stash of the layer before.
         entries = [
             values[value.name].detach().clone().requires_grad_(value.needs_gradient) for _, value in part.entries
@@ -144,31 +167,14 @@ def _one_minibatch(
         given = [*(arguments[index] for index in part.inputs), *entries]
         for position in part.rewrites:
             given[position] = enter(given[position]) if given[position].requires_grad else given[position].clone()
-        if not counted:
-            sample.stash_bytes = max(sample.stash_bytes, _stashed_bytes(part, given))
-        began = time.perf_counter()
-        returned = part.run(given)
-        if part.output and loss is not None:
-            returned = (*returned[:-1], loss(returned[-1]))
-        forward_s = time.perf_counter() - began
-        outputs = [leaf for leaf in tree_flatten(returned)[0] if isinstance(leaf, torch.Tensor)]
-        trained = [output for output in outputs if output.requires_grad]
-        backward_s = 0.0
-        if trained:
-            gradients = [torch.full_like(output, 1.0 / max(output.numel(), 1)) for output in trained]
-            began = time.perf_counter()
-            torch.autograd.backward(trained, gradients)
-            backward_s = time.perf_counter() - began
-        for parameter in part.module.parameters():
-            parameter.grad = None
-        if counted:
-            sample.forward_s.append(forward_s)
-            sample.backward_s.append(backward_s)
+        stash_bytes, returned = _stashed_bytes(part, given)
+        stashed.append(stash_bytes)
         values.update((value.name, exit.detach()) for value, exit in zip(part.exits, returned, strict=False))
+    return stashed
 
 
-def _stashed_bytes(part: Part, given: list[Any]) -> int:
-    """What autograd keeps from this layer's forward to its backward, without the weights."""
+def _stashed_bytes(part: Part, given: list[Any]) -> tuple[int, tuple[Any, ...]]:
+    """What autograd keeps from this layer's forward to its backward, without the weights; what it returns."""
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in part.module.parameters()}
 
@@ -178,21 +184,9 @@ def _stashed_bytes(part: Part, given: list[Any]) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def copied(value: Any) -> Any:
-        return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
-
-    copies = [copied(each) for each in given]
-    for position in part.rewrites:
-        copies[position] = enter(copies[position]) if copies[position].requires_grad else copies[position]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        alive = part.run(copies)
-    del alive
-    return sum(kept.values())
-
-
-def _summary(layer: Layer, sample: _Samples) -> LayerProfile:
-    forward_s = statistics.median(sample.forward_s)
-    return _profile(layer, forward_s, statistics.median(sample.backward_s), sample.stash_bytes)
+        returned = part.run(given)
+    return sum(kept.values()), returned
 
 
 def _profile(layer: Layer, forward_s: float, backward_s: float, stash_bytes: int) -> LayerProfile:

@@ -11,8 +11,9 @@ from torch import nn
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run the block in training mode, then put back what it moved: mode, gradients, buffers, RNG."""
+    """Run the block in training mode, then put back what it moved: mode, weights lent out, gradients, buffers, RNG."""
     modes = {module: module.training for module in model.modules()}
+    held = {module: dict(module._parameters) for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     with torch.random.fork_rng(devices=[]):
@@ -24,6 +25,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            for module, parameters in held.items():
+                module._parameters.update(parameters)
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
             with torch.no_grad():

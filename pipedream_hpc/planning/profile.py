@@ -18,7 +18,8 @@ Count = Annotated[int, Gt(0)]
 class LayerProfile:
     """One layer, for one whole minibatch (the T_l, a_l and w_l of the paper, section 3.1).
 
-    The last layer's times include the loss where it was known.
+    The last layer's times include the loss where it was known. What it takes to read a minibatch is in
+    the forward of the first layer, and again in that of the last, which needs the targets.
 
     Attributes:
         name: fully qualified name in the model, such as `features.3`.
@@ -62,6 +63,7 @@ class Profile:
         minibatch: samples in the measured minibatch.
         layers: in topological order of the layer graph.
         edges: (producer, consumer) pairs of layer indices; a chain is (0, 1), (1, 2), ...
+        read_s: time to read one minibatch, counted at either end of the model; 0 when not measured.
     """
 
     __pydantic_config__ = STRICT
@@ -73,6 +75,7 @@ class Profile:
     minibatch: Count
     layers: tuple[LayerProfile, ...]
     edges: tuple[tuple[int, int], ...]
+    read_s: Seconds = 0.0
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -91,5 +94,5 @@ class Profile:
 
     @property
     def total_s(self) -> float:
-        """Forward, backward and update of the whole model for one minibatch, in seconds."""
-        return sum(layer.work_s for layer in self.layers)
+        """Forward, backward and update of the whole model for one minibatch, in seconds; read once."""
+        return sum(layer.work_s for layer in self.layers) - (self.read_s if len(self.layers) > 1 else 0.0)

@@ -37,7 +37,12 @@ def scaled(profile: Profile, *, minibatch: int | None = None, compute: float = 1
             output_shape=(samples, *shape[1:]) if shape and shape[0] == profile.minibatch else shape,
         )
 
-    return dataclasses.replace(profile, minibatch=samples, layers=tuple(layer(each) for each in profile.layers))
+    return dataclasses.replace(
+        profile,
+        minibatch=samples,
+        layers=tuple(layer(each) for each in profile.layers),
+        read_s=profile.read_s * part * compute,
+    )
 
 
 def describe(profile: Profile, *, minibatch: int | None, compute: float) -> str:

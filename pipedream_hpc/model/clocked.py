@@ -1,0 +1,115 @@
+"""A whole minibatch with a clock between the layers, the way a stage will run them.
+
+::
+
+    forward    layer 0 │ layer 1 │ layer 2 + loss │
+                       ◦         ◦                ◦     time noted down
+    backward   layer 0 │ layer 1 │ layer 2 + loss │
+                       ◦         ◦                      when the gradient of a layer's output is whole
+
+A layer that is timed by itself finds its input in the cache, gets the memory that the layer before has
+just given back, and pays autograd's way in and out. Within a minibatch the activations of all layers
+are alive between forward and backward: memory comes fresh from the system, and backward fetches
+from afar what forward left. On a small model both errors are as large as the layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten
+
+from pipedream_hpc.model.capture import LayerGraph
+from pipedream_hpc.model.cut import Cut
+
+
+class Clocked:
+    """All layers of a captured model as one stage, each of them timed.
+
+    Args:
+        graph: the captured model.
+        loss: of the model's output; without it backward begins at all that the model puts out.
+        clock: seconds.
+
+    Attributes:
+        forward_s: of every layer in the last minibatch; the last layer's with the loss.
+        backward_s: likewise.
+    """
+
+    def __init__(
+        self,
+        graph: LayerGraph,
+        loss: Callable[[Any], torch.Tensor] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._loss, self._clock, self._count = loss, clock, len(graph.layers)
+        self._part = Cut(graph, [range(self._count)]).part(0, isolated=False)
+        self._number = {layer.name: index for index, layer in enumerate(graph.layers)}
+        self._insert()
+        self._marks: list[tuple[int, float]] = []
+        self._hooked: set[tuple[Any, int]] = set()
+        self._began_s = 0.0
+        self.forward_s = [0.0] * self._count
+        self.backward_s = [0.0] * self._count
+
+    def run(self, arguments: Sequence[Any]) -> None:
+        """Forward and backward of one minibatch; gradients of the weights are dropped.
+
+        Args:
+            arguments: the model's, in the captured order.
+        """
+        self._marks, self._hooked = [], set()
+        self.forward_s, self.backward_s = [0.0] * self._count, [0.0] * self._count
+        self._began_s = self._clock()
+        given = [arguments[index] for index in self._part.inputs]
+        for position in self._part.rewrites:
+            given[position] = given[position].clone()
+        output = self._part.run(given)[-1]
+        if self._loss is not None:
+            output = self._loss(output)
+        self.forward_s[-1] += self._clock() - self._began_s
+        trained = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        del output
+        if not trained:
+            return
+        gradients = [torch.full_like(each, 1.0 / max(each.numel(), 1)) for each in trained]
+        began_s = self._clock()
+        torch.autograd.backward(trained, gradients)
+        ended_s = self._clock()
+        # Autograd goes back in the order of forward: between two marks one layer is at work.
+        marks = [(self._count - 1, began_s), *self._marks, (0, ended_s)]
+        for (layer, since_s), (_, until_s) in zip(marks, marks[1:], strict=False):
+            self.backward_s[layer] += until_s - since_s
+        for parameter in self._part.module.parameters():
+            parameter.grad = None
+
+    def _insert(self) -> None:
+        """Put a mark behind the last operation of every layer; it is shown what the layer puts out."""
+        operations = self._part.module.graph
+        last = {node.meta["layer"]: node for node in operations.nodes if "layer" in node.meta}
+        for name, node in last.items():
+            leaving = [
+                each
+                for each in operations.nodes
+                if each.meta.get("layer") == name
+                and any(user.meta.get("layer") != name for user in each.users if user.target != self._mark)
+            ]
+            with operations.inserting_after(node):
+                operations.call_function(self._mark, (self._number[name], *leaving))
+        self._part.module.recompile()
+
+    def _mark(self, layer: int, *values: Any) -> None:
+        """A layer's forward has ended."""
+        self.forward_s[layer] += self._clock() - self._began_s
+        for value in tree_flatten(values)[0]:
+            if not isinstance(value, torch.Tensor) or value.grad_fn is None:
+                continue
+            # A layer that hands on what it got has no backward of its own.
+            place = value.grad_fn, value.output_nr
+            if place not in self._hooked:
+                self._hooked.add(place)
+                value.register_hook(lambda _: self._marks.append((layer, self._clock())))
+        self._began_s = self._clock()
