@@ -7,14 +7,22 @@ from itertools import groupby
 from pipedream_hpc.planning.plan import Plan, StagePlan
 from pipedream_hpc.schedule.trace import Kind, Span, Trace
 
-KINDS: dict[str, Kind] = {"F": "forward", "B": "backward", "R": "receive", "S": "send", "A": "reduce", "U": "update"}
+KINDS: dict[str, Kind] = {
+    "F": "forward",
+    "B": "backward",
+    "R": "receive",
+    "S": "send",
+    "A": "reduce",
+    "G": "agree",
+    "U": "update",
+}
 
 
 def trace(picture: str, layout: tuple[tuple[int, ...], ...] | None = None) -> Trace:
     """A Trace from lines such as `rank 1  .  F0 B0 B0 U`.
 
     A cell is what the rank does in that millisecond: F, B, R(eceive), S(end) with the minibatch, A
-    (all-reduce) and U(pdate) without, `.` for nothing; equal neighbours are one action. Without a
+    (all-reduce), G (agreeing) and U(pdate) without, `.` for nothing; equal neighbours are one action. Without a
     layout there is one rank per stage.
     """
     spans: list[Span] = []

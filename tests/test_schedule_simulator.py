@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 from typing import Any
 
@@ -32,6 +33,15 @@ def simulated(
 
 def end_s(trace: Trace) -> float:
     return max(span.end_s for span in trace.spans)
+
+
+def test_reading_the_data_takes_time_where_data_is_read() -> None:
+    plan = planned(layout(1, 1, 1), forward_s=1.0, backward_s=2.0)
+    ends = (dataclasses.replace(plan.stages[0], read_s=0.25), dataclasses.replace(plan.stages[2], read_s=0.5))
+    plan = dataclasses.replace(plan, stages=(ends[0], plan.stages[1], ends[1]))
+    trace = simulate(OneFOneB(layout(1, 1, 1), 1), plan, INSTANT).trace
+    forwards = {span.rank: span.end_s - span.start_s for span in trace.spans if span.kind == "forward"}
+    assert forwards == pytest.approx({0: 1.25, 1: 1.0, 2: 1.5})
 
 
 # --- closed forms ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -31,9 +32,9 @@ def run(
 
     Runs some minibatches through each layer and keeps the median forward and backward time, the
     bytes of its output, of its parameters, and of what autograd stashes. The loss is counted with the
-    last layer, reading the data with the first and the last. Needs no MPI; set OMP_NUM_THREADS to what one rank will have. Under mpirun or srun all
-    ranks of a node measure at the same time, sharing caches and memory as they will in training, and
-    the mean is kept.
+    last layer; what it takes to read the data is noted beside. Needs no MPI; set OMP_NUM_THREADS to what
+    one rank will have. Under mpirun or srun all ranks of a node measure at the same time, sharing caches
+    and memory as they will in training, and the mean is kept.
 
         pipedream profile examples/classifier.py -o profile.json
 
@@ -61,7 +62,7 @@ def run(
         from pipedream_hpc.cluster.world import join
         from pipedream_hpc.job import load
         from pipedream_hpc.model.capture import capture
-        from pipedream_hpc.model.profiler import averaged, measure, one_minibatch, with_reading
+        from pipedream_hpc.model.profiler import averaged, measure, one_minibatch
         from pipedream_hpc.runtime.update_cost import with_updates
 
         assert target is not None
@@ -75,7 +76,7 @@ def run(
         measured = measure(graph, job.example, minibatches=minibatches, model=Path(target).stem, loss=loss)
         between = one_minibatch(graph, job.example, loss)
         measured = with_updates(measured, graph, job.optimizer, between=between)
-        measured = with_reading(measured, reading_s(job, minibatches, between))
+        measured = dataclasses.replace(measured, read_s=reading_s(job, minibatches, between))
         if world.comm is not None and world.size > 1:
             measured = averaged(world.comm.allgather(measured))
             if not world.is_root:

@@ -15,6 +15,7 @@ from afar what forward left. On a small model both errors are as large as the la
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -81,7 +82,7 @@ class Clocked:
         ended_s = self._clock()
         # Autograd goes back in the order of forward: between two marks one layer is at work.
         marks = [(self._count - 1, began_s), *self._marks, (0, ended_s)]
-        for (layer, since_s), (_, until_s) in zip(marks, marks[1:], strict=False):
+        for (layer, since_s), (_, until_s) in itertools.pairwise(marks):
             self.backward_s[layer] += until_s - since_s
         for parameter in self._part.module.parameters():
             parameter.grad = None
@@ -111,5 +112,5 @@ class Clocked:
             place = value.grad_fn, value.output_nr
             if place not in self._hooked:
                 self._hooked.add(place)
-                value.register_hook(lambda _: self._marks.append((layer, self._clock())))
+                value.register_hook(lambda _: self._marks.append((layer, self._clock())))  # type: ignore[no-untyped-call]
         self._began_s = self._clock()

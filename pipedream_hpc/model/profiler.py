@@ -57,14 +57,15 @@ def measure(
                 forward_s.append(clocked.forward_s)
                 backward_s.append(clocked.backward_s)
         stashed = _stashed_by_layer(graph, arguments)
-    times = zip(*(map(statistics.median, zip(*rows, strict=True)) for rows in (forward_s, backward_s)), strict=True)
+    forward, backward = (
+        [statistics.median(of_layer) for of_layer in zip(*rows, strict=True)] for rows in (forward_s, backward_s)
+    )
     return Profile(
         model=model or type(graph.module).__name__,
         device="cpu",
         minibatch=_minibatch(graph),
         layers=tuple(
-            _profile(layer, *both, stash_bytes=stash_bytes)
-            for layer, both, stash_bytes in zip(graph.layers, times, stashed, strict=True)
+            _profile(layer, *figures) for layer, *figures in zip(graph.layers, forward, backward, stashed, strict=True)
         ),
         edges=graph.edges,
     )
@@ -127,15 +128,6 @@ def averaged(profiles: Sequence[Profile]) -> Profile:
     return dataclasses.replace(
         profiles[0], layers=layers, read_s=statistics.fmean(profile.read_s for profile in profiles)
     )
-
-
-def with_reading(profile: Profile, read_s: float) -> Profile:
-    """`profile` with the time to read a minibatch, which stages at both ends of the model spend in their forward."""
-    first, *others = profile.layers
-    layers = [dataclasses.replace(first, forward_s=first.forward_s + read_s), *others]
-    if others:
-        layers[-1] = dataclasses.replace(layers[-1], forward_s=layers[-1].forward_s + read_s)
-    return dataclasses.replace(profile, layers=tuple(layers), read_s=read_s)
 
 
 def count(graph: LayerGraph, model: str = "") -> Profile:

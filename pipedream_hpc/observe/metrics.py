@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pipedream_hpc.schedule.trace import Kind, Span, Trace
 
-KINDS: tuple[Kind, ...] = ("forward", "backward", "receive", "send", "reduce", "update")
+KINDS: tuple[Kind, ...] = ("forward", "backward", "receive", "send", "reduce", "agree", "update")
 #: What has to be done whatever the schedule; the rest of a rank's time is bubble or messages.
 _WORK: tuple[Kind, ...] = ("forward", "backward", "reduce", "update")
 
@@ -23,8 +23,8 @@ class RankSplit:
         stages: the stages it worked on; more than one if the schedule is interleaved.
         forward_s: median forward of one minibatch.
         backward_s: median backward of one minibatch.
-        seconds: total by kind of action; `receive` is waiting for messages, `idle` the time with no
-            action at all, such as before the first minibatch arrives.
+        seconds: total by kind of action; `receive` is waiting for messages, `agree` for all ranks, `idle`
+            the time with no action at all, such as before the first minibatch arrives.
         span_s: from the first action of any rank to the last: the same for all ranks of a trace.
     """
 

@@ -122,9 +122,10 @@ def split_table(splits: list[RankSplit]) -> Table:
     table = _table("where the time went", "rank", "stage", "forward", "backward", "update", "reduce", "wait",
                    "send", "idle", "busy")  # fmt: skip
     for each in splits:
+        kinds = (("forward",), ("backward",), ("update",), ("reduce",), ("receive", "agree"), ("send",), ("idle",))
         shares = [
-            f"{each.seconds[kind] / each.span_s:.1%}" if each.span_s else "-"
-            for kind in ("forward", "backward", "update", "reduce", "receive", "send", "idle")
+            f"{sum(each.seconds[kind] for kind in together) / each.span_s:.1%}" if each.span_s else "-"
+            for together in kinds
         ]
         table.add_row(str(each.rank), ", ".join(map(str, each.stages)), *shares, f"{each.busy:.1%}")
     return table

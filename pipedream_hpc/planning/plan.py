@@ -48,6 +48,8 @@ class StagePlan:
         memory: bytes on one device, by part; None when not known.
         recompute: whether the forward is run again before the backward, instead of keeping activations.
         update_s: measured time of one update on one replica; 0 when not known.
+        read_s: measured time to read a minibatch of data, where the stage reads any. Simulations count
+            it with the forward; the cost formulas do not: a loader with workers takes it off the rank.
     """
 
     __pydantic_config__ = STRICT
@@ -68,6 +70,7 @@ class StagePlan:
     memory: MemoryParts | None = None
     recompute: bool = False
     update_s: Seconds = 0.0
+    read_s: Seconds = 0.0
 
     def __post_init__(self) -> None:
         if not self.layers:

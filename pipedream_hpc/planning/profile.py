@@ -18,8 +18,7 @@ Count = Annotated[int, Gt(0)]
 class LayerProfile:
     """One layer, for one whole minibatch (the T_l, a_l and w_l of the paper, section 3.1).
 
-    The last layer's times include the loss where it was known. What it takes to read a minibatch is in
-    the forward of the first layer, and again in that of the last, which needs the targets.
+    The last layer's times include the loss where it was known.
 
     Attributes:
         name: fully qualified name in the model, such as `features.3`.
@@ -63,7 +62,7 @@ class Profile:
         minibatch: samples in the measured minibatch.
         layers: in topological order of the layer graph.
         edges: (producer, consumer) pairs of layer indices; a chain is (0, 1), (1, 2), ...
-        read_s: time to read one minibatch, counted at either end of the model; 0 when not measured.
+        read_s: time to read one minibatch of data on the measuring process; 0 when not measured, or others read.
     """
 
     __pydantic_config__ = STRICT
@@ -94,5 +93,5 @@ class Profile:
 
     @property
     def total_s(self) -> float:
-        """Forward, backward and update of the whole model for one minibatch, in seconds; read once."""
-        return sum(layer.work_s for layer in self.layers) - (self.read_s if len(self.layers) > 1 else 0.0)
+        """Forward, backward and update of the whole model for one minibatch, in seconds."""
+        return sum(layer.work_s for layer in self.layers)

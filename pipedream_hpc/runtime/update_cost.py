@@ -68,9 +68,7 @@ def with_updates(
     per_tensor_s = min(smallest_s, whole_s) / len(measured)
     per_byte_s = max(whole_s - smallest_s, 0.0) / sum(each.nbytes for each in measured)
     layers = tuple(
-        dataclasses.replace(
-            layer, update_s=len(own) * per_tensor_s + sum(each.nbytes for each in own) * per_byte_s
-        )
+        dataclasses.replace(layer, update_s=len(own) * per_tensor_s + sum(each.nbytes for each in own) * per_byte_s)
         for layer, own in zip(profile.layers, owned, strict=True)
     )
     return dataclasses.replace(profile, layers=layers)
