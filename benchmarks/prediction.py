@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=JOBS, action="append", help="one of the models, instead of all")
     parser.add_argument("--out", type=Path, default=Path("prediction-out"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -49,10 +50,11 @@ def main() -> None:
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
 
-    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in JOBS}
+    jobs = {name: job for name, job in JOBS.items() if name in (options.only or JOBS)}
+    rows: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
     stages: dict[str, list[str]] = {}
     for turn in range(options.rounds):
-        for name, job in JOBS.items():
+        for name, job in jobs.items():
             folder = options.out / f"{name}-{turn}".lower()
             rows[name].append(once(job, folder, options.ranks))
             stages[name] = by_stage(folder)

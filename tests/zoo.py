@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipedream_hpc import models
-from pipedream_hpc.runtime.feed import seed_for
+from pipedream_hpc.model.randomness import seed_for
 
 SAMPLES = 4
 

@@ -10,7 +10,6 @@ whatever the plan. Where minibatches are cut, units are microbatches::
 
 from __future__ import annotations
 
-import hashlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.capture import arguments_of
-
-
-def seed_for(*what: object) -> int:
-    """A 63-bit seed that depends on `what` alone: the same on every rank and under every plan."""
-    digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+from pipedream_hpc.model.randomness import seed_for, set_seed
 
 
 def cut(value: Any, pieces: int) -> list[Any]:
@@ -105,7 +99,7 @@ class Feed:
         length: int = 0,
     ) -> None:
         self._seed = (seed, epoch)
-        torch.manual_seed(seed_for("epoch", *self._seed))
+        set_seed(seed_for("epoch", *self._seed))
         set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)
@@ -165,7 +159,7 @@ class Feed:
 
     def _advance(self) -> bool:
         # Random augmentation must not depend on what else drew numbers in this process.
-        torch.manual_seed(seed_for("data", *self._seed, self._read))
+        set_seed(seed_for("data", *self._seed, self._read))
         pair = next(self._minibatches, None)
         if pair is None:
             return False

@@ -27,8 +27,9 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss
 from pipedream_hpc.model.capture import Value
 from pipedream_hpc.model.cut import Part, enter, in_one_piece, seed_functions
+from pipedream_hpc.model.randomness import seed_for, set_seed
 from pipedream_hpc.runtime.averaging import Averager
-from pipedream_hpc.runtime.feed import Feed, seed_for
+from pipedream_hpc.runtime.feed import Feed
 from pipedream_hpc.runtime.stash import WeightStash
 from pipedream_hpc.runtime.step import Step
 from pipedream_hpc.runtime.transport import Inbox, Outbox
@@ -304,7 +305,7 @@ class Stage:
         """The module on a unit: its exits, and the model's output if it is the output stage."""
         self._current = self._trained + unit
         # Whatever else is random in the stage does not depend on what this process did before.
-        torch.manual_seed(seed_for(self._seed, self._current, self.index))
+        set_seed(seed_for(self._seed, self._current, self.index))
         entries = [entry for far in sorted(live.entries) for entry in live.entries[far]]
         arguments = [*live.inputs, *entries]
         for position in self.part.rewrites:
@@ -378,13 +379,13 @@ class Stage:
             def seed(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
                 if not module.training:
                     return None
-                torch.manual_seed(seed_for(self._seed, self._current, name))
+                set_seed(seed_for(self._seed, self._current, name))
                 return tuple(in_one_piece(each) for each in arguments)
 
             return seed
 
         def seed_function(name: str) -> None:
-            torch.manual_seed(seed_for(self._seed, self._current, name))
+            set_seed(seed_for(self._seed, self._current, name))
 
         seed_functions(self.module, seed_function)
         for name, module in self.module.named_modules():
