@@ -9,12 +9,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from pipedream_hpc.errors import PipedreamError
+
+if TYPE_CHECKING:
+    from pipedream_hpc.runtime.step import Clip, SchedulerFactory
 
 Loss = Callable[[torch.Tensor, Any], torch.Tensor]
 #: Makes the optimizer of one stage from the stage's parameters.
@@ -42,6 +45,9 @@ class Job:
         metric: mean score of a test minibatch from (output, target); the accuracy by default.
         epochs: how many to train at most.
         leaves: module classes that torch.fx cannot look into and is to keep whole.
+        scheduler: called with each stage's optimizer, makes its learning-rate scheduler, which is
+            stepped once per minibatch.
+        clip: how gradients are clipped.
     """
 
     model: nn.Module
@@ -53,6 +59,8 @@ class Job:
     metric: Loss = accuracy
     epochs: int = 1
     leaves: Sequence[type[nn.Module]] = ()
+    scheduler: SchedulerFactory | None = None
+    clip: Clip | None = None
 
 
 def load(target: str, args: Sequence[str] = ()) -> Job:

@@ -49,6 +49,12 @@ def python(ranks: int, program: str, *args: object, timeout: float = 120) -> Fin
     return mpirun(ranks, *command, timeout=timeout) if ranks else alone(*command, timeout=timeout)
 
 
+def pipedream(ranks: int, *words: object, timeout: float = 120) -> Finished:
+    """Run the command line on `ranks` ranks, or without a launcher for 0."""
+    command = (sys.executable, "-m", "pipedream_hpc.cli", *words)
+    return mpirun(ranks, *command, timeout=timeout) if ranks else alone(*command, timeout=timeout)
+
+
 def _run(command: list[str], timeout: float) -> Finished:
     process = subprocess.Popen(
         command,

@@ -22,7 +22,7 @@ from pipedream_hpc.planning.profile import Profile
 
 JOB = str(ranks.PROGRAMS / "small_job.py")
 PIPEDREAM = (sys.executable, "-m", "pipedream_hpc.cli")
-COMMANDS = ("profile", "probe", "partition", "simulate", "train", "trace")
+COMMANDS = ("profile", "probe", "partition", "simulate", "train", "trace", "verify")
 
 Command = Callable[..., str]
 

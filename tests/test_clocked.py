@@ -50,7 +50,7 @@ class Takes(nn.Module):
 
 def clocked(model: nn.Module, clock: Clock, loss: Any = None) -> tuple[list[float], list[float]]:
     example = torch.ones(2, 3)
-    found = Clocked(capture(model, example, leaves=[Takes]), loss, clock)
+    found = Clocked(capture(model, example, leaves=[Takes]), loss, clock=clock)
     for _ in range(2):
         found.run((example,))
     return found.forward_s, found.backward_s

@@ -10,12 +10,12 @@ from typing import Any
 import chains
 import pytest
 import ranks
-import reference
-import rounding
 import torch
 from torch import nn
 
 from pipedream_hpc.runtime.pipeline import Pipeline
+from pipedream_hpc.verification import reference
+from pipedream_hpc.verification.rounding import correct_square_roots
 
 EPOCHS_OF_40 = [40, 40, 40]
 
@@ -37,7 +37,7 @@ def run(folder: Path, on_ranks: int, **wanted: Any) -> dict[str, Any]:
 
 
 def by_reference(stages: int, optimizer: str, epochs: list[int]) -> dict[str, torch.Tensor]:
-    """Weights by tests/reference.py."""
+    """Weights by pipedream_hpc.verification.reference."""
     pipeline = Pipeline(
         chains.plain_model(),
         loss=nn.CrossEntropyLoss(),
@@ -125,7 +125,7 @@ def test_one_stage_is_plain_training_with_batchnorm() -> None:
     for _ in range(2):
         pipeline.fit(batches)
     optimizer = chains.OPTIMIZERS["adam"](plain.parameters())
-    with rounding.correct_square_roots():
+    with correct_square_roots():
         for inputs, target in [*batches, *batches]:
             optimizer.zero_grad()
             nn.CrossEntropyLoss()(plain(inputs), target).backward()

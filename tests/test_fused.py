@@ -1,6 +1,6 @@
 """Fused steps from one weight version to the next: the bits of torch's own optimizers, and nothing written beside.
 
-Where Adam is compared, torch takes correctly rounded square roots (rounding.py): as they come, they may be
+Where Adam is compared, torch takes correctly rounded square roots (verification.rounding): as they come, they may be
 off by one unit in the last place. `test_adam_with_the_square_roots_of_torch` bounds what that amounts to.
 """
 
@@ -18,7 +18,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rounding import correct_square_roots
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -27,6 +26,7 @@ from pipedream_hpc.core import load_memory
 from pipedream_hpc.runtime import stash as stash_module
 from pipedream_hpc.runtime.fused import FusedStep, fused_from
 from pipedream_hpc.runtime.stash import WeightStash
+from pipedream_hpc.verification.rounding import correct_square_roots
 
 Make = Callable[[Any], torch.optim.Optimizer]
 

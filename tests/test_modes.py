@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import chains
 import pytest
 import ranks
-import reference
 import torch
 from torch import nn
 
 from pipedream_hpc import Clip, Pipeline
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.precision import autocast
+from pipedream_hpc.verification import reference
+from pipedream_hpc.verification.reference import Way
 
 PLANS = ["1", "2", "4", "1-1", "2-1", "1-2", "2-1-1", "1-2-1", "3-1", "1-1-1-1"]
 #: Two epochs, whose ends fill no round of 2, 3 or 4, the last minibatch being short.
@@ -39,11 +42,17 @@ def cases() -> list[dict[str, Any]]:
     found += [case("1-1", "gpipe", microbatches=2, accumulate=2), case("2", "data-parallel", accumulate=2)]
     found += [case("2-1", "1f1b", clip=(0.1, "stage")), case("1-1", "gpipe", microbatches=2, clip=(0.1, "model"))]
     found += [case("2-2", "1f1b-flush", microbatches=4, clip=(0.1, "model"))]
+    found += [case(plan, "1f1b", precision="bf16") for plan in ("1-1", "2-1")]
+    found += [case("1-1-1", "gpipe", microbatches=2, precision="bf16"), case("1-1-1", "1f1b", recompute=True)]
     return found
 
 
 def named(wanted: dict[str, Any]) -> str:
-    extra = [f"{key}={wanted[key]}" for key in ("microbatches", "accumulate", "clip") if key in wanted]
+    extra = [
+        f"{key}={wanted[key]}"
+        for key in ("microbatches", "accumulate", "clip", "precision", "recompute")
+        if key in wanted
+    ]
     return " ".join([wanted["plan"], wanted["kind"], wanted["optimizer"], *extra])
 
 
@@ -55,7 +64,7 @@ def replicas(wanted: dict[str, Any]) -> list[int]:
 
 
 def options(wanted: dict[str, Any]) -> dict[str, Any]:
-    found = {key: wanted[key] for key in ("microbatches", "accumulate") if key in wanted}
+    found = {key: wanted[key] for key in ("microbatches", "accumulate", "precision", "recompute") if key in wanted}
     return {**found, "schedule": wanted["kind"]}
 
 
@@ -82,12 +91,15 @@ def by_reference(wanted: dict[str, Any], stage_of: dict[str, int]) -> dict[str, 
         [chains.minibatches(count, last=wanted["last"]) for count in wanted["epochs"]],
         nn.CrossEntropyLoss(),
         chains.OPTIMIZERS[wanted["optimizer"]],
-        kind=wanted["kind"],
-        replicas=replicas(wanted),
-        microbatches=wanted.get("microbatches", 1),
-        accumulate=wanted.get("accumulate", 1),
+        Way(
+            wanted["kind"],
+            replicas(wanted),
+            wanted.get("microbatches", 1),
+            wanted.get("accumulate", 1),
+            wanted.get("clip"),
+        ),
         scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=wanted["decay"]),
-        clip=wanted.get("clip"),
+        precision=autocast(wanted.get("precision")) or nullcontext,
     )
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import chains
 import pytest
 import ranks
-import reference
 import torch
 from zoo import ZOO, seed_masks
+
+from pipedream_hpc.verification import reference
+from pipedream_hpc.verification.reference import Way
 
 sys.path.insert(0, str(Path(__file__).parent / "programs"))
 import train_zoo
@@ -51,9 +53,11 @@ def plainly(wanted: dict[str, Any], stage_of: dict[str, int]) -> dict[str, torch
         [specimen.minibatches(count, wanted["last"]) for count in wanted["epochs"]],
         specimen.loss,
         chains.OPTIMIZERS[wanted["optimizer"]],
-        kind=options.get("schedule", "1f1b"),
-        replicas=[int(count) for count in wanted["plan"].split("-")],
-        microbatches=options.get("microbatches", 1),
+        Way(
+            options.get("schedule", "1f1b"),
+            [int(count) for count in wanted["plan"].split("-")],
+            options.get("microbatches", 1),
+        ),
         seeded=seed_masks,
     )
 

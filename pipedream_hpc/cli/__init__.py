@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipedream_hpc import __version__
-from pipedream_hpc.cli import partition, probe, profile, simulate, trace, train
+from pipedream_hpc.cli import partition, probe, profile, simulate, trace, train, verify
 from pipedream_hpc.cluster import abort
 from pipedream_hpc.errors import PipedreamError
 
@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (profile, probe, partition, simulate, train, trace):
+for command in (profile, probe, partition, simulate, train, trace, verify):
     app.command(name=command.__name__.rpartition(".")[2])(command.run)
 
 

@@ -26,6 +26,10 @@ def run(
         Optional[Path],  # noqa: UP045
         typer.Option("--import", help="Instead of measuring, read a profile in PipeDream's published text format."),
     ] = None,
+    precision: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="bf16 or fp16: forwards under autocast, as in training."),
+    ] = None,
     minibatch: Annotated[int, typer.Option(help="With --import: samples per minibatch it was made with.")] = 1,
 ) -> None:
     """Measure every layer of a model on this device.
@@ -62,6 +66,7 @@ def run(
         from pipedream_hpc.cluster.world import join
         from pipedream_hpc.job import load
         from pipedream_hpc.model.capture import capture
+        from pipedream_hpc.model.precision import autocast
         from pipedream_hpc.model.profiler import averaged, measure, one_minibatch
         from pipedream_hpc.runtime.update_cost import with_updates
 
@@ -69,12 +74,15 @@ def run(
         world = join()
         torch.set_num_threads(threads_per_rank(world.local_size))
         job = load(target, args or [])
-        graph, target_of_one = capture(job.model, job.example, job.leaves), first_target(job)
+        forwards = autocast(precision)
+        graph, target_of_one = capture(job.model, job.example, job.leaves, forwards), first_target(job)
         loss = None if target_of_one is None else lambda output: job.loss(output, target_of_one)
         if world.comm is not None:
             world.comm.Barrier()
-        measured = measure(graph, job.example, minibatches=minibatches, model=Path(target).stem, loss=loss)
-        between = one_minibatch(graph, job.example, loss)
+        measured = measure(
+            graph, job.example, minibatches=minibatches, model=Path(target).stem, loss=loss, precision=forwards
+        )
+        between = one_minibatch(graph, job.example, loss, forwards)
         measured = with_updates(measured, graph, job.optimizer, between=between)
         measured = dataclasses.replace(measured, read_s=reading_s(job, minibatches, between))
         if world.comm is not None and world.size > 1:

@@ -68,6 +68,8 @@ def run(
         job.model,
         loss=job.loss,
         optimizer=job.optimizer,
+        scheduler=job.scheduler,
+        clip=job.clip,
         example=job.example,
         plan=stages(plan),
         schedule=schedule,

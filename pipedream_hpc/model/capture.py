@@ -19,17 +19,19 @@ import copy
 import inspect
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.untouched import untouched
 
 Kind = Literal["tensor", "int", "float", "bool", "size"]
@@ -118,7 +120,9 @@ def arguments_of(example: Any) -> tuple[Any, ...]:
     return (example,)
 
 
-def capture(model: nn.Module, example: Any, leaves: Sequence[type[nn.Module]] = ()) -> LayerGraph:
+def capture(
+    model: nn.Module, example: Any, leaves: Sequence[type[nn.Module]] = (), precision: Precision | None = None
+) -> LayerGraph:
     """Capture `model` as a graph of layers.
 
     Weights, BatchNorm statistics and random number generators stay as they are: shapes are
@@ -129,6 +133,7 @@ def capture(model: nn.Module, example: Any, leaves: Sequence[type[nn.Module]] = 
         example: one minibatch of inputs, as large as they will get: a tensor, a sequence of
             arguments, or a mapping from the names of forward's arguments.
         leaves: module classes to keep whole instead of looking inside.
+        precision: what forwards will run in, if that changes the dtypes of what layers put out.
 
     Raises:
         PipedreamError: the model cannot be traced, or does not take the example.
@@ -140,7 +145,7 @@ def capture(model: nn.Module, example: Any, leaves: Sequence[type[nn.Module]] = 
         graph.eliminate_dead_code()
         inputs = tuple(node for node in graph.nodes if node.op == "placeholder")
         values = tuple(arguments[str(node.target)] for node in inputs)
-        operations = _propagate(model, graph, values)
+        operations = _propagate(model, graph, values, precision)
     groups = _Groups(graph).found()
     (output,) = (node for node in graph.nodes if node.op == "output")
     layers = _named([_layer(model, nodes, sum(operations[n] for n in nodes), _leaving(nodes)) for nodes in groups])
@@ -268,19 +273,28 @@ def _line_of(error: Exception) -> str:
     return ""
 
 
-def _propagate(model: nn.Module, graph: fx.Graph, arguments: tuple[Any, ...]) -> dict[fx.Node, int]:
+def _propagate(
+    model: nn.Module, graph: fx.Graph, arguments: tuple[Any, ...], precision: Precision | None
+) -> dict[fx.Node, int]:
     """Give every node its value's shape (in node.meta) and return its floating-point operations.
 
-    Shapes are propagated on the meta device. A module kept whole may look at values, which meta
-    tensors have none of: then the example itself is run, and the model put back as it was.
+    Shapes are propagated without memory. A module kept whole may look at values, which such tensors
+    have none of: then the example itself is run, and the model put back as it was.
     """
-    on_meta = tree_map(lambda x: torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x, arguments)
+    # Autocast goes by the device, so under it tensors have to say that they are on the CPU.
+    device, pretending = ("meta", nullcontext()) if precision is None else ("cpu", FakeTensorMode())
+    autocast = precision or nullcontext
     try:
-        return _interpret(_skeleton(model), graph, on_meta)
+        with pretending:
+            ghosts = tree_map(
+                lambda x: torch.empty_like(x, device=device) if isinstance(x, torch.Tensor) else x, arguments
+            )
+            with autocast():
+                return _interpret(_skeleton(model, device), graph, ghosts)
     except Exception:  # whatever a user's module raises without values
         pass
     try:
-        with untouched(model):
+        with untouched(model), autocast():
             return _interpret(model, graph, arguments)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -292,12 +306,20 @@ def _propagate(model: nn.Module, graph: fx.Graph, arguments: tuple[Any, ...]) ->
         raise PipedreamError(f"the model does not take the example input of shape {shapes}: {reason}") from error
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
-    """A copy of the modules with their tensors on the meta device."""
+def _on_meta(value: Any) -> Any:
+    def ghost(each: Any) -> Any:
+        return torch.empty(each.shape, dtype=each.dtype, device="meta") if isinstance(each, torch.Tensor) else each
+
+    with unset_fake_temporarily():
+        return tree_map(ghost, value, is_leaf=lambda each: isinstance(each, torch.Size))
+
+
+def _skeleton(model: nn.Module, device: str) -> nn.Module:
+    """A copy of the modules with tensors without memory: on the meta device, or on one that is pretended."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         # The memo makes deepcopy take these in place of the real ones: no weight is ever copied.
-        ghost = torch.empty_like(tensor, device="meta")
+        ghost = torch.empty_like(tensor, device=device)
         memo[id(tensor)] = nn.Parameter(ghost, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else ghost
     return copy.deepcopy(model, memo)
 
@@ -332,11 +354,7 @@ def _interpret(model: nn.Module, graph: fx.Graph, arguments: tuple[Any, ...]) ->
             original.meta["needs_gradient"] = [
                 isinstance(leaf, torch.Tensor) and leaf.requires_grad and node.op != "get_attr" for leaf in leaves
             ]
-            original.meta["value"] = tree_map(
-                lambda each: each.detach().to("meta") if isinstance(each, torch.Tensor) else each,
-                value,
-                is_leaf=lambda each: isinstance(each, torch.Size),
-            )
+            original.meta["value"] = _on_meta(value)
             return value
 
     with torch.enable_grad():

@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_flatten
 
 from pipedream_hpc.model.capture import LayerGraph
 from pipedream_hpc.model.cut import Cut
+from pipedream_hpc.model.precision import Precision
 
 
 class Clocked:
@@ -33,6 +35,7 @@ class Clocked:
     Args:
         graph: the captured model.
         loss: of the model's output; without it backward begins at all that the model puts out.
+        precision: what forwards run in.
         clock: seconds.
 
     Attributes:
@@ -44,9 +47,11 @@ class Clocked:
         self,
         graph: LayerGraph,
         loss: Callable[[Any], torch.Tensor] | None = None,
+        precision: Precision | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._loss, self._clock, self._count = loss, clock, len(graph.layers)
+        self._precision = precision or nullcontext
         self._part = Cut(graph, [range(self._count)]).part(0, isolated=False)
         self._number = {layer.name: index for index, layer in enumerate(graph.layers)}
         self._insert()
@@ -68,9 +73,10 @@ class Clocked:
         given = [arguments[index] for index in self._part.inputs]
         for position in self._part.rewrites:
             given[position] = given[position].clone()
-        output = self._part.run(given)[-1]
-        if self._loss is not None:
-            output = self._loss(output)
+        with self._precision():
+            output = self._part.run(given)[-1]
+            if self._loss is not None:
+                output = self._loss(output)
         self.forward_s[-1] += self._clock() - self._began_s
         trained = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         del output

@@ -17,7 +17,6 @@ every minibatch one version, whatever the schedule.
 from __future__ import annotations
 
 import copy
-import inspect
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from pipedream_hpc.model.capture import (
     leaves_of,
     parameters_of,
 )
+from pipedream_hpc.model.randomness import RANDOM
 
 Links = dict[tuple[int, int], tuple[Value, ...]]
 
@@ -328,72 +328,8 @@ class _Builder:
     def _seed_functions(self, nodes: Sequence[fx.Node]) -> None:
         """Mark functions that draw random numbers by their name in the whole model."""
         for node in nodes:
-            if node.op == "call_function" and getattr(node.target, "__name__", "") in _RANDOM:
+            if node.op == "call_function" and getattr(node.target, "__name__", "") in RANDOM:
                 self._copies[node].meta["random"] = node.name
-
-
-#: Functions that draw random numbers.
-_RANDOM = frozenset(
-    {
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "scaled_dot_product_attention",
-        "rrelu",
-        "rand_like",
-        "randn_like",
-        "bernoulli",
-    }
-)
-
-
-def seed_functions(module: fx.GraphModule, seed: Callable[[str], None]) -> None:
-    """Call `seed`, in training, before every function that draws random numbers, with its name in the model.
-
-    torch.fx has recorded `training=self.training` as it was when the model was captured: from now on
-    it is what the module's mode says.
-    """
-    found = [node for node in module.graph.nodes if "random" in node.meta]
-    for node in found:
-        node.target = _seeding(node.target, node.meta["random"], module, seed)
-    if found:
-        module.recompile()
-
-
-def _seeding(function: Any, name: str, module: nn.Module, seed: Callable[[str], None]) -> Callable[..., Any]:
-    attention = function is nn.functional.scaled_dot_product_attention
-    parameters = None if attention else _signature(function)
-
-    def drawing(*args: Any, **kwargs: Any) -> Any:
-        if module.training:
-            seed(name)
-            args = tuple(in_one_piece(each) for each in args)
-        elif attention:
-            args, kwargs = args[:4], {**kwargs, "attn_mask": (args[3:4] or (kwargs.get("attn_mask"),))[0]}
-            kwargs.pop("dropout_p", None)
-            return function(*args[:3], **kwargs)
-        if parameters is not None and "training" in parameters.parameters:
-            bound = parameters.bind(*args, **kwargs)
-            bound.arguments["training"] = module.training
-            return function(*bound.args, **bound.kwargs)
-        return function(*args, **kwargs)
-
-    return drawing
-
-
-def in_one_piece(value: Any) -> Any:
-    """A tensor whose elements lie in their order; anything else as it is."""
-    return value.contiguous() if isinstance(value, torch.Tensor) else value
-
-
-def _signature(function: Any) -> inspect.Signature | None:
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):
-        return None  # a builtin
 
 
 def returned_nodes(returned: Any) -> list[fx.Node]:

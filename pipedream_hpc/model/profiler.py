@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.capture import Layer, LayerGraph, arguments_of
 from pipedream_hpc.model.clocked import Clocked
 from pipedream_hpc.model.cut import Cut, Part, enter
+from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.untouched import untouched
 from pipedream_hpc.planning.profile import LayerProfile, Profile
 
@@ -26,6 +28,7 @@ def measure(
     warm_up: int = 3,
     model: str = "",
     loss: Callable[[Any], torch.Tensor] | None = None,
+    precision: Precision | None = None,
 ) -> Profile:
     """Time forward and backward of every layer (the paper's section 3.1).
 
@@ -40,6 +43,7 @@ def measure(
         warm_up: minibatches run before, not counted.
         model: the name to note down; the model's class by default.
         loss: of the model's output for this example; it is counted with the last layer.
+        precision: what forwards run in; the graph was captured for the same.
 
     Raises:
         PipedreamError: `minibatches` is less than 1, or the example has not the captured shape.
@@ -50,13 +54,13 @@ def measure(
     forward_s: list[list[float]] = []
     backward_s: list[list[float]] = []
     with untouched(graph.module):
-        clocked = Clocked(graph, loss)
+        clocked = Clocked(graph, loss, precision)
         for turn in range(warm_up + minibatches):
             clocked.run(arguments)
             if turn >= warm_up:
                 forward_s.append(clocked.forward_s)
                 backward_s.append(clocked.backward_s)
-        stashed = _stashed_by_layer(graph, arguments)
+        stashed = _stashed_by_layer(graph, arguments, precision)
     forward, backward = (
         [statistics.median(of_layer) for of_layer in zip(*rows, strict=True)] for rows in (forward_s, backward_s)
     )
@@ -72,14 +76,17 @@ def measure(
 
 
 def one_minibatch(
-    graph: LayerGraph, example: Any, loss: Callable[[Any], torch.Tensor] | None = None
+    graph: LayerGraph,
+    example: Any,
+    loss: Callable[[Any], torch.Tensor] | None = None,
+    precision: Precision | None = None,
 ) -> Callable[[], None]:
     """A function that runs one minibatch and leaves no trace but in the caches.
 
     What a stage does between two minibatches is to be measured between two minibatches: again and again
     by itself, with all it needs in the cache, an update of a small model takes a third of the time.
     """
-    clocked, arguments = Clocked(graph, loss), _checked(graph, example)
+    clocked, arguments = Clocked(graph, loss, precision), _checked(graph, example)
 
     def run() -> None:
         with untouched(graph.module):
@@ -145,7 +152,7 @@ def count(graph: LayerGraph, model: str = "") -> Profile:
     return Profile(name, "counted", _minibatch(graph), tuple(layers), graph.edges)
 
 
-def _stashed_by_layer(graph: LayerGraph, arguments: tuple[Any, ...]) -> list[int]:
+def _stashed_by_layer(graph: LayerGraph, arguments: tuple[Any, ...], precision: Precision | None) -> list[int]:
     """Run each layer by itself on what the layers before it put out, to see what it stashes."""
     cut = Cut(graph, [[index] for index in range(len(graph.layers))])
     values: dict[str, torch.Tensor] = {}
@@ -159,7 +166,8 @@ def _stashed_by_layer(graph: LayerGraph, arguments: tuple[Any, ...]) -> list[int
         given = [*(arguments[index] for index in part.inputs), *entries]
         for position in part.rewrites:
             given[position] = enter(given[position]) if given[position].requires_grad else given[position].clone()
-        stash_bytes, returned = _stashed_bytes(part, given)
+        with (precision or nullcontext)():
+            stash_bytes, returned = _stashed_bytes(part, given)
         stashed.append(stash_bytes)
         values.update((value.name, exit.detach()) for value, exit in zip(part.exits, returned, strict=False))
     return stashed

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import fx, nn
 
 
 def seed_for(*what: object) -> int:
@@ -22,3 +26,88 @@ def set_seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(seed)
+
+
+#: Functions that draw random numbers.
+RANDOM = frozenset(
+    {
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "alpha_dropout",
+        "feature_alpha_dropout",
+        "scaled_dot_product_attention",
+        "rrelu",
+        "rand_like",
+        "randn_like",
+        "bernoulli",
+    }
+)
+
+
+def seed_layers(module: fx.GraphModule, seed_of: Callable[[str], int]) -> None:
+    """Let everything in a stage that draws random numbers draw them from a seed of its own.
+
+    A mask of dropout also depends on how its input lies in memory, which is another in front of a cut:
+    here it always lies in one piece.
+
+    Args:
+        module: a stage's, as model.cut makes it.
+        seed_of: the seed of a layer, or of a function, by its name in the whole model; asked every time.
+    """
+
+    def seeder(name: str) -> Callable[[nn.Module, Any], Any]:
+        def seed(layer: nn.Module, arguments: tuple[Any, ...]) -> Any:
+            if not layer.training:
+                return None
+            set_seed(seed_of(name))
+            return tuple(_in_one_piece(each) for each in arguments)
+
+        return seed
+
+    for name, layer in module.named_modules():
+        # Recurrent and attention layers keep their dropout as a number.
+        number = getattr(layer, "dropout", None)
+        if isinstance(layer, nn.modules.dropout._DropoutNd) or (isinstance(number, float) and number > 0):
+            layer.register_forward_pre_hook(seeder(name))
+    # torch.fx has recorded `training=self.training` as it was when the model was captured: from now on it
+    # is what the module's mode says.
+    found = [node for node in module.graph.nodes if "random" in node.meta]
+    for node in found:
+        node.target = _seeding(node.target, node.meta["random"], module, seed_of)
+    if found:
+        module.recompile()
+
+
+def _seeding(function: Any, name: str, module: nn.Module, seed_of: Callable[[str], int]) -> Callable[..., Any]:
+    attention = function is nn.functional.scaled_dot_product_attention
+    parameters = None if attention else _signature(function)
+
+    def drawing(*args: Any, **kwargs: Any) -> Any:
+        if module.training:
+            set_seed(seed_of(name))
+            args = tuple(_in_one_piece(each) for each in args)
+        elif attention:
+            args, kwargs = args[:4], {**kwargs, "attn_mask": (args[3:4] or (kwargs.get("attn_mask"),))[0]}
+            kwargs.pop("dropout_p", None)
+            return function(*args[:3], **kwargs)
+        if parameters is not None and "training" in parameters.parameters:
+            bound = parameters.bind(*args, **kwargs)
+            bound.arguments["training"] = module.training
+            return function(*bound.args, **bound.kwargs)
+        return function(*args, **kwargs)
+
+    return drawing
+
+
+def _in_one_piece(value: Any) -> Any:
+    """A tensor whose elements lie in their order; anything else as it is."""
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
+
+
+def _signature(function: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None  # a builtin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -10,6 +11,9 @@ from pipedream_hpc.observe.metrics import RankSplit
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.planning.topology import Topology
+
+if TYPE_CHECKING:
+    from pipedream_hpc.verification.comparison import Verdict
 
 
 def human_bytes(count: float) -> str:
@@ -128,4 +132,14 @@ def split_table(splits: list[RankSplit]) -> Table:
             for together in kinds
         ]
         table.add_row(str(each.rank), ", ".join(map(str, each.stages)), *shares, f"{each.busy:.1%}")
+    return table
+
+
+def verdict_table(verdict: Verdict) -> Table:
+    """One row per kind of tensor that was compared."""
+    table = _table("pipelined training beside the reference", "compared", "tensors", "differ", "largest difference")
+    for kind, count in verdict.compared.items():
+        apart = [each for each in verdict.differences if each.event[0] == kind]
+        largest = f"{max(each.relative for each in apart):.2g} of the largest number" if apart else "-"
+        table.add_row({"loss": "losses"}.get(kind, f"{kind}s"), str(count), str(len(apart)), largest)
     return table

@@ -214,7 +214,7 @@ def _check_stage(
     if (stage.output_shape[1:], stage.output_dtype) != (shape[1:], dtype):
         raise PipedreamError(
             f"{wrong}: layer '{stage.layers[-1]}' (stage {index}) puts out {stage.output_dtype} {stage.output_shape} "
-            f"in the plan and {dtype} {shape} in the model: {remedy}"
+            f"in the plan and {dtype} {shape} in the model: {remedy}, with the --precision of the training"
         )
 
 

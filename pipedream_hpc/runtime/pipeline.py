@@ -24,6 +24,7 @@ from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss, OptimizerFactory, accuracy
 from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.precision import autocast
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.runtime.averaging import Averager, Packing
 from pipedream_hpc.runtime.checkpoint import Checkpoints, Position
@@ -117,13 +118,14 @@ class Pipeline:
             agree=(clip is not None and clip.over == "model") or precision == "fp16",
         )
         wanted = given(plan)
-        graph = capture(model, cut(example, manner.pieces(wanted))[0], leaves)
+        self.precision = autocast(precision)
+        graph = capture(model, cut(example, manner.pieces(wanted))[0], leaves, self.precision)
         name = str(plan) if isinstance(plan, str | Path) else "the plan"
         self._deployment = deploy(resolve(wanted, graph, manner), name, graph, manner, self.world)
         self.plan = self._deployment.plan
-        self._model, self._seed, self._stall_limit_s, self._tracing = model, seed, stall_limit_s, trace
+        self._model, self.seed, self._stall_limit_s, self._tracing = model, seed, stall_limit_s, trace
         self._loss, self._optimizer, self._scheduler = loss, optimizer, scheduler
-        self._clip, self._precision, self._recompute = clip, _autocast(precision), recompute
+        self._clip, self._recompute = clip, recompute
         self._first_scale = _FIRST_SCALE if precision == "fp16" else 1.0
         self._epoch = self._units_run = self._units_trained = 0
         self._verified: set[AnySchedule] = set()
@@ -151,6 +153,21 @@ class Pipeline:
     @property
     def last_stage(self) -> int:
         return len(self.plan.stages) - 1
+
+    @property
+    def pieces(self) -> int:
+        """Units that a minibatch is cut into: 1, or the number of microbatches."""
+        return self._deployment.pieces
+
+    @property
+    def accumulate(self) -> int:
+        """Minibatches per replica that one update learns from."""
+        return self._deployment.manner.accumulate
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether losses are scaled, as fp16 needs it."""
+        return self._first_scale != 1.0
 
     def fit(self, loader: Any, on_minibatch: Callable[[int, int], None] | None = None) -> float:
         """Train one epoch; returns the mean loss per sample, the same on all ranks.
@@ -187,7 +204,7 @@ class Pipeline:
         Collective. The whole on rank 0, empty elsewhere.
         """
         own: dict[str, torch.Tensor] = {}
-        for stage in self._stages:
+        for stage in self.stages:
             if stage.replica == 0:
                 stage.stash.use_newest()
                 own.update((name, value.detach().clone()) for name, value in stage.module.state_dict().items())
@@ -233,7 +250,7 @@ class Pipeline:
                 warnings.warn(f"checkpoint passed over: {reason}", stacklevel=2)
         if not everywhere:
             return 0
-        for stage in self._stages:
+        for stage in self.stages:
             self._checkpoints.read_part(stage, everywhere[0])
         for statistics in self._statistics:
             statistics.begin_anew()
@@ -254,7 +271,8 @@ class Pipeline:
     # ------------------------------------------------------------------
 
     @property
-    def _stages(self) -> list[Stage]:
+    def stages(self) -> list[Stage]:
+        """Replicas of stages that this process holds, by rank."""
         return [stage for worker in self._workers for stage in worker.stages.values()]
 
     def _pass(
@@ -308,7 +326,7 @@ class Pipeline:
 
     def _write(self, checkpoints: Checkpoints) -> None:
         position = Position(self._epoch, self._units_trained)
-        for stage in self._stages:
+        for stage in self.stages:
             if stage.replica == 0:
                 checkpoints.write_part(stage, position)
         if self.rank == 0:
@@ -327,11 +345,11 @@ class Pipeline:
 
     def _feed(self, loader: Any, total: int) -> Feed:
         layout = self._deployment.layout
-        takers = [Taker(stage.replica, len(layout[stage.index])) for stage in self._stages if stage.reads]
+        takers = [Taker(stage.replica, len(layout[stage.index])) for stage in self.stages if stage.reads]
         return Feed(
             loader,
             epoch=self._epoch,
-            seed=self._seed,
+            seed=self.seed,
             takers=takers,
             names=[str(node.target) for node in self._deployment.graph.inputs],
             pieces=self._deployment.pieces,
@@ -380,14 +398,14 @@ class Pipeline:
             averager,
             ports,
             self._loss,
-            self._seed,
+            self.seed,
             recompute=planned if self._recompute is None else self._recompute,
-            precision=self._precision,
+            precision=self.precision or contextlib.nullcontext,
         )
 
     def _shared_statistics(self) -> list[Statistics]:
         shared = []
-        for stage in sorted(self._stages, key=lambda each: (each.index, each.replica)):
+        for stage in sorted(self.stages, key=lambda each: (each.index, each.replica)):
             replicas, statistics = len(self._deployment.layout[stage.index]), Statistics(stage.module)
             if replicas > 1 and statistics.buckets:
                 statistics.share(self._wiring.reduce(stage.index, "statistics", statistics.buckets), replicas)
@@ -424,7 +442,7 @@ class Pipeline:
             ],
             "plan": str([(stage.layers, stage.ranks) for stage in self.plan.stages]),
             "schedule": (self.plan.schedule, deployment.pieces, deployment.manner.chunks, deployment.manner.accumulate),
-            "seed": self._seed,
+            "seed": self.seed,
             "version of pipedream_hpc": __version__,
             "version of torch": torch.__version__,
             "byte order": platform.machine(),
@@ -447,7 +465,7 @@ class Pipeline:
     def _agree_on_end(self, training: bool) -> float:
         """Compare replicas; returns the mean score over all samples, the same on every rank."""
         facts: dict[str, Any] = {
-            "scores": [score for stage in self._stages if stage.output for score in stage.tally.read()],
+            "scores": [score for stage in self.stages if stage.output for score in stage.tally.read()],
             "weights": [
                 (stage.index, worker.rank, _checksum(stage))
                 for worker in self._workers
@@ -477,17 +495,6 @@ def _checksum(stage: Stage) -> int:
         if flat.numel():
             total = zlib.crc32(flat.view(torch.uint8).numpy().data, total)
     return total
-
-
-def _autocast(precision: str | None) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    if precision is None:
-        return contextlib.nullcontext
-    if precision not in ("bf16", "fp16"):
-        raise PipedreamError(
-            f"precision should be 'bf16' or 'fp16', or left away for that of the model, not '{precision}'"
-        )
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return lambda: torch.autocast("cpu", dtype=dtype)
 
 
 def _length(loader: Any) -> int:

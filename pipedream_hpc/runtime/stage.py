@@ -15,8 +15,7 @@ transport's business::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +25,9 @@ from torch import nn
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss
 from pipedream_hpc.model.capture import Value
-from pipedream_hpc.model.cut import Part, enter, in_one_piece, seed_functions
-from pipedream_hpc.model.randomness import seed_for, set_seed
+from pipedream_hpc.model.cut import Part, enter
+from pipedream_hpc.model.precision import Precision
+from pipedream_hpc.model.randomness import seed_for, seed_layers, set_seed
 from pipedream_hpc.runtime.averaging import Averager
 from pipedream_hpc.runtime.feed import Feed
 from pipedream_hpc.runtime.stash import WeightStash
@@ -104,7 +104,7 @@ class Stage:
         seed: int,
         *,
         recompute: bool,
-        precision: Callable[[], AbstractContextManager[Any]],
+        precision: Precision,
     ) -> None:
         self.index, self.replica, self.part, self.module = index, replica, part, part.module
         self.stash, self.step, self.averager, self.ports = stash, step, averager, ports
@@ -125,9 +125,12 @@ class Stage:
         self._unit_base = self._trained = self._version_base = 0
         self._current = 0
         self.tally = Tally()
+        #: Shown ("gradient", round, names and tensors) before every update, and ("weight", ...) after it.
+        self.watch: Callable[[str, int, Iterable[tuple[str, torch.Tensor | None]]], None] | None = None
         if averager is not None:
             stash.when_ready(averager.add)
-        self._seed_random_layers()
+        # The same masks under any plan: drawn from (seed, unit, layer).
+        seed_layers(part.module, lambda name: seed_for(seed, self._current, name))
 
     def begin(self, schedule: Schedule, feed: Feed, unit_base: int, trained: int, score: Loss) -> None:
         """Make ready for one schedule.
@@ -260,9 +263,14 @@ class Stage:
         round = action.version - 1
         count = self.step.count(self._schedule, self.index, round)
         gradients, self._whole = self.gradients(count), None
+        number = self.stash.version
+        if self.watch is not None:
+            self.watch("gradient", number, zip(self.stash.trained_names, gradients, strict=True))
         made = self.step.apply(self.stash, gradients, self._schedule, self.index, round)
         if made - self._version_base != action.version:
             raise RuntimeError(f"made version {made - self._version_base}, planned was {action.version}")
+        if self.watch is not None:
+            self.watch("weight", number, zip(self.stash.trained_names, self.stash.trained, strict=True))
 
     def gradients(self, count: int) -> list[torch.Tensor | None]:
         """The round's gradients, averaged over its `count` units; the same when asked for again before the update."""
@@ -367,32 +375,6 @@ class Stage:
         held = self.stash.version_of(self._unit_base + unit) - self._version_base
         if held != action.version:
             raise RuntimeError(f"runs on version {held}, planned was {action.version}")
-
-    def _seed_random_layers(self) -> None:
-        """Draw the masks of dropout from (seed, unit, layer), so that every plan draws the same.
-
-        A mask also depends on how its input lies in memory, which is another in front of a cut: here it
-        always lies in one piece.
-        """
-
-        def seeder(name: str) -> Callable[[nn.Module, Any], Any]:
-            def seed(module: nn.Module, arguments: tuple[Any, ...]) -> Any:
-                if not module.training:
-                    return None
-                set_seed(seed_for(self._seed, self._current, name))
-                return tuple(in_one_piece(each) for each in arguments)
-
-            return seed
-
-        def seed_function(name: str) -> None:
-            set_seed(seed_for(self._seed, self._current, name))
-
-        seed_functions(self.module, seed_function)
-        for name, module in self.module.named_modules():
-            # Recurrent and attention layers keep their dropout as a number.
-            number = getattr(module, "dropout", None)
-            if isinstance(module, nn.modules.dropout._DropoutNd) or (isinstance(number, float) and number > 0):
-                module.register_forward_pre_hook(seeder(name))
 
 
 class _statistics_kept:  # noqa: N801

@@ -1,7 +1,7 @@
 """Square roots as IEEE 754 has them.
 
 torch takes those of whole tensors from a vector library that may be off by one unit in the last place
-(MKL's on x86, one in six roots). With these in their place torch's Adam is compared bit for bit.
+(MKL's on x86, one in six roots). With these in their place torch's Adam can be compared bit for bit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
-import pytest
 import torch
 
 
@@ -25,7 +24,9 @@ def _roots(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 @contextmanager
 def correct_square_roots() -> Iterator[None]:
     """Let torch's optimizers, looped and foreach, take correctly rounded square roots of float tensors."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "sqrt", _root)
-        patch.setattr(torch, "_foreach_sqrt", _roots)
+    single, several = torch.Tensor.sqrt, torch._foreach_sqrt
+    torch.Tensor.sqrt, torch._foreach_sqrt = _root, _roots  # type: ignore[method-assign, assignment]
+    try:
         yield
+    finally:
+        torch.Tensor.sqrt, torch._foreach_sqrt = single, several  # type: ignore[method-assign]

@@ -1,0 +1,101 @@
+"""`pipedream verify`: exact where training is right, and the first tensor by name where it is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+
+from pipedream_hpc.verification.comparison import Difference, compare
+from pipedream_hpc.verification.reference import Event
+
+JOB = """
+from functools import partial
+import torch
+from torch import nn
+from pipedream_hpc import Clip, Job
+
+def job(args):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.2), nn.ReLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+    data = [(torch.randn(4, 6), torch.randint(0, 3, (4,))) for _ in range(6)]
+    if "wrong" in args:
+        from pipedream_hpc.runtime import stash
+        stash.WeightStash.update = spoilt(stash.WeightStash.update)
+    return Job(model, nn.CrossEntropyLoss(), partial(torch.optim.Adam, lr=0.01), data, data[0][0],
+               scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9), clip=Clip(0.5))
+
+def spoilt(update):
+    def wrong(self, gradients):
+        if len(self.trained_names) and "3.weight" in self.trained_names and self.version == 2:
+            gradients[self.trained_names.index("3.weight")][0, 0] += 0.25
+        return update(self, gradients)
+    return wrong
+"""
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(JOB)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("launched", "words"),
+    [
+        (0, ["--plan", "2-1"]),
+        (3, ["--plan", "2-1"]),
+        (3, ["--plan", "3", "--schedule", "vertical-sync"]),
+        (2, ["--plan", "2", "--schedule", "gpipe", "--microbatches", "2"]),
+        (2, ["--plan", "2", "--schedule", "2bw", "--microbatches", "3"]),
+        (2, ["--plan", "2", "--precision", "bf16"]),
+    ],
+)
+def test_exact(job: Path, launched: int, words: list[str]) -> None:
+    finished = ranks.pipedream(launched, "verify", job, *words, "--minibatches", "5", "--tolerance", "0")
+    assert finished.status == 0, finished.output
+    assert "exact: every bit of the pipelined training is that of the reference" in finished.output
+
+
+def test_a_wrong_update_is_found_by_name(job: Path) -> None:
+    finished = ranks.pipedream(0, "verify", job, "--plan", "2", "--", "wrong")
+    assert finished.status == 2, finished.output
+    text = " ".join(finished.output.split())
+    assert "pipelined training is not the reference's: the weight '3.weight' (stage" in text
+    assert "after round 2: 1 of 256 numbers differ" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--schedule", "naive"], "the naive schedule has no reference"),
+        (["--precision", "fp16", "--schedule", "gpipe", "--microbatches", "2"], "fp16 scales losses"),
+    ],
+)
+def test_what_cannot_be_verified(job: Path, words: list[str], said: str) -> None:
+    finished = ranks.pipedream(0, "verify", job, "--plan", "2", *words)
+    assert finished.status == 2, finished.output
+    assert said in " ".join(finished.output.split())
+
+
+def test_differences_come_in_the_order_of_training() -> None:
+    def events(first: float, second: float) -> list[Event]:
+        return [
+            Event("loss", 1, 0, {"loss": torch.tensor(1.0)}),
+            Event("gradient", 0, 0, {"a": torch.tensor([first, 2.0]), "b": torch.tensor([4.0])}),
+            Event("weight", 0, 0, {"a": torch.tensor([second, 2.0])}),
+        ]
+
+    same, other = compare(events(1, 1), events(1, 1)), compare(events(1, 1), events(1.5, 1.25))
+    assert (same.exact, same.compared) == (True, {"loss": 1, "gradient": 2, "weight": 1})
+    assert other.differences == (
+        Difference(("gradient", 0, 0), "a", 0.5, 0.25, 1, 2),
+        Difference(("weight", 0, 0), "a", 0.25, 0.125, 1, 2),
+    )
+    assert other.within(0.25)
+    assert not other.within(0.2)
+    missing = compare([], events(1, 1))
+    assert [each.name for each in missing.differences] == ["loss", "a", "b", "a"]
