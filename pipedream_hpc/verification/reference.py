@@ -143,7 +143,7 @@ def train(
                 scored = loss(forward(model, leaves, inputs), target)
             note(Event("loss", n - 1, run + k, {"loss": scored.detach()}))
             if scored.requires_grad:
-                (scored if weight == 1 else scored * weight).backward()
+                torch.autograd.backward(scored if weight == 1 else scored * weight)
             for name, leaf in leaves.items():
                 total = sums[stage_of[name]][k % way.replicas[stage_of[name]]]
                 if leaf.grad is not None:
@@ -165,9 +165,10 @@ def train(
                         stepping.step()  # acts on the newest version
                 versions[s].append(_copy(own[s]))
                 note(Event("weight", s, len(versions[s]) - 2, versions[s][-1]))
+                rates = schedulers[s]
                 for _ in range(-(-((k % way.per_round(s)) + 1) // way.pieces)):
-                    if schedulers[s] is not None:
-                        schedulers[s].step()
+                    if rates is not None:
+                        rates.step()
         run += len(units)
     return {name: value for of_stage in versions for name, value in of_stage[-1].items()}
 
