@@ -238,8 +238,8 @@ void Progress::run() {
   prctl(PR_SET_TIMERSLACK, 1000UL);
   // 200 µs between polls hides a transfer completely behind compute and costs well under 1 % of a
   // core; with nothing of ours to push, every 500 µs is enough.
-  Patience pushing(0, microseconds(20), microseconds(200));
-  Patience idling(0, microseconds(50), microseconds(500));
+  Patience pushing(0, microseconds(200), microseconds(200));
+  Patience idling(0, microseconds(500), microseconds(500));
   Lock held = lock();
   while (!closing_) {
     if (!main_waits_ && !failure_) {
