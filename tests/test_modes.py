@@ -143,6 +143,15 @@ def test_interleaved_is_gpipe_to_the_last_bit(tmp_path: Path) -> None:
     assert_bitwise(report["weights"], expected)
 
 
+@pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
+def test_recomputing_changes_nothing(kind: str) -> None:
+    """With BatchNorm, whose statistics see a minibatch once, dropout and writes in place."""
+    wanted = case("1-1-1", kind, **{**UNEVEN, "model": "rich"}, **({"microbatches": 2} if kind == "gpipe" else {}))
+    kept, again = emulated(wanted), emulated({**wanted, "recompute": True})
+    assert_bitwise(kept[0], again[0])
+    assert kept[1] == again[1]
+
+
 def test_naive_pipelining_is_none_of_the_others() -> None:
     """What weight stashing is for: without it gradients are of no function at all."""
     naive, _, stage_of = emulated(case("1-1-1-1", "naive"))

@@ -15,7 +15,8 @@ transport's business::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -377,19 +378,21 @@ class Stage:
             raise RuntimeError(f"runs on version {held}, planned was {action.version}")
 
 
-class _statistics_kept:  # noqa: N801
-    """Leave the running statistics of normalisation layers as they are: they have seen this unit."""
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of normalisation layers as they are: they have seen this unit.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._layers = [each for each in module.modules() if getattr(each, "track_running_stats", False)]
-
-    def __enter__(self) -> None:
-        self._before = [[buffer.clone() for buffer in layer.buffers(recurse=False)] for layer in self._layers]
-
-    def __exit__(self, *_: object) -> None:
-        for layer, buffers in zip(self._layers, self._before, strict=True):
-            for buffer, before in zip(layer.buffers(recurse=False), buffers, strict=True):
-                buffer.copy_(before)
+    The layers get copies meanwhile. To put values back instead would spoil what autograd has stashed.
+    """
+    layers = [each for each in module.modules() if getattr(each, "track_running_stats", False)]
+    held = [dict(layer._buffers) for layer in layers]
+    for layer, buffers in zip(layers, held, strict=True):
+        layer._buffers.update({name: None if each is None else each.clone() for name, each in buffers.items()})
+    try:
+        yield
+    finally:
+        for layer, buffers in zip(layers, held, strict=True):
+            layer._buffers.update(buffers)
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -1,0 +1,119 @@
+"""Random plans, modes, sizes and numbers of minibatches, none included, on real ranks: nothing hangs, no bit differs.
+
+Every launch runs several drawn trainings one after the other, each compared with the same in one
+process. PIPEDREAM_DRAWS=50 draws so many launches instead, other ones every time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from test_modes import assert_bitwise
+
+from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.schedule import kinds
+
+DRAWS = int(os.environ.get("PIPEDREAM_DRAWS", "0"))
+MODES = ["1f1b", "1f1b", "vertical-sync", "2bw", "1f1b-flush", "gpipe", "interleaved", "model-parallel", "naive"]
+
+
+@st.composite
+def shares(draw: st.DrawFn, devices: int) -> str:
+    """Replicas of stages that add up to `devices`, as in 2-1."""
+    parts: list[int] = []
+    while sum(parts) < devices:
+        parts.append(draw(st.integers(1, devices - sum(parts))))
+    return "-".join(map(str, parts))
+
+
+@st.composite
+def trainings(draw: st.DrawFn, devices: int) -> dict[str, Any]:
+    """What train_chain.py trains, on `devices` ranks."""
+    kind = draw(st.sampled_from(MODES))
+    options: dict[str, Any] = {"schedule": kind}
+    plan = draw(shares(devices))
+    if kind == "interleaved":
+        options["chunks"] = draw(st.integers(1, 5 // devices))
+        plan = "-".join(["1"] * (devices * options["chunks"]))
+    elif "-" not in plan and kind not in ("1f1b", "naive"):
+        kind = options["schedule"] = "data-parallel"
+    last = draw(st.integers(1, 8))
+    if kinds.takes_microbatches(kind):
+        # A short last minibatch must have a sample for every microbatch.
+        options["microbatches"] = draw(st.integers(1, 5))
+        last = max(last, options["microbatches"])
+    if draw(st.booleans()):
+        options["accumulate"] = draw(st.integers(1, 3))
+    if draw(st.integers(0, 3)) == 0:
+        options["recompute"] = True
+    if draw(st.integers(0, 3)) == 0:
+        options["precision"] = "bf16"
+    return {
+        "plan": plan,
+        "model": draw(st.sampled_from(["plain", "rich"])),
+        "optimizer": draw(st.sampled_from(["sgd", "adam"])),
+        "epochs": draw(st.lists(st.sampled_from([0, 1, 2, 3, 5, 9]), min_size=1, max_size=3)),
+        "last": last,
+        "decay": 0.9,
+        "options": options,
+    }
+
+
+def can_run(wanted: dict[str, Any]) -> bool:
+    """Whether there is such a schedule; that the others are refused is tested elsewhere."""
+    layout, rank = [], 0
+    for count in map(int, wanted["plan"].split("-")):
+        layout.append(tuple(range(rank, rank + count)))
+        rank += count
+    options = wanted["options"]
+    if options["schedule"] == "interleaved":
+        devices = len(layout) // options["chunks"]
+        layout = [(stage % devices,) for stage in range(len(layout))]
+    try:
+        kinds.make(
+            options["schedule"],
+            tuple(layout),
+            0,
+            microbatches=options.get("microbatches", 1),
+            accumulate=options.get("accumulate", 1),
+        )
+    except PipedreamError:
+        return False
+    return True
+
+
+def run(on_ranks: int, chosen: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    orders = [{**wanted, "out": str(folder / f"{on_ranks}-{index}.pt")} for index, wanted in enumerate(chosen)]
+    finished = ranks.python(on_ranks, "train_chain.py", json.dumps(orders), timeout=180)
+    assert finished.status == 0, f"{finished.output}\n{json.dumps(chosen, indent=1)}"
+    return [torch.load(order["out"]) for order in orders]
+
+
+@pytest.mark.parametrize("devices", [2, 3, 4])
+def test_nothing_hangs_and_no_bit_differs(devices: int, tmp_path: Path) -> None:
+    @settings(
+        max_examples=DRAWS or 2,
+        derandomize=not DRAWS,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.lists(trainings(devices).filter(can_run), min_size=8, max_size=12))
+    def drawn(chosen: list[dict[str, Any]]) -> None:
+        together, alone = run(devices, chosen, tmp_path), run(0, chosen, tmp_path)
+        for wanted, report, expected in zip(chosen, together, alone, strict=True):
+            assert report["ranks"] == devices, "the ranks really ran"
+            assert str(report["losses"] + report["scores"]) == str(expected["losses"] + expected["scores"]), wanted
+            assert_bitwise(report["weights"], expected["weights"])
+
+    drawn()
