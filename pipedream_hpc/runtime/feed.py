@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.capture import arguments_of
 from pipedream_hpc.model.randomness import seed_for, set_seed
+from pipedream_hpc.runtime.reading import UNREAD, minibatches
 
 
 def cut(value: Any, pieces: int) -> list[Any]:
@@ -103,9 +104,9 @@ class Feed:
         set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)
-        self._minibatches: Iterator[Any] = iter(loader)
         self._takers, self._names = takers, names
         self._pieces, self._accumulate, self._length = pieces, accumulate, length
+        self._minibatches: Iterator[Any] = minibatches(loader, self._wanted)
         self._waiting: dict[int, _Unit] = {}
         self._read = 0
         self._fingerprint: int | None = None
@@ -163,6 +164,9 @@ class Feed:
         pair = next(self._minibatches, None)
         if pair is None:
             return False
+        if pair is UNREAD:
+            self._read += 1
+            return True
         try:
             inputs, target = pair
         except (TypeError, ValueError):
@@ -171,12 +175,20 @@ class Feed:
             ) from None
         if self._read == 0:
             self._fingerprint = _checksum(inputs)
-        first = self._read * self._pieces
-        own = [sum(taker.has(first + piece) for taker in self._takers) for piece in range(self._pieces)]
+        own = self._readers(self._read)
         if any(own):
-            self._keep(first, own, inputs, target)
+            self._keep(self._read * self._pieces, own, inputs, target)
         self._read += 1
         return True
+
+    def _readers(self, minibatch: int) -> list[int]:
+        """How many here read each unit of a minibatch."""
+        first = minibatch * self._pieces
+        return [sum(taker.has(first + piece) for taker in self._takers) for piece in range(self._pieces)]
+
+    def _wanted(self, minibatch: int) -> bool:
+        # The first one is looked at by all who read.
+        return minibatch == 0 or any(self._readers(minibatch))
 
     def _arguments(self, inputs: Any) -> tuple[Any, ...]:
         if not isinstance(inputs, Mapping):

@@ -32,6 +32,7 @@ from pipedream_hpc.runtime.deployment import Deployment, Manner, deploy, given, 
 from pipedream_hpc.runtime.emulator import carry_out, emulate
 from pipedream_hpc.runtime.feed import Feed, Taker, cut
 from pipedream_hpc.runtime.handshake import agree, same
+from pipedream_hpc.runtime.reading import start_workers_apart
 from pipedream_hpc.runtime.stage import Ports, Stage
 from pipedream_hpc.runtime.stall import is_stall, report
 from pipedream_hpc.runtime.stash import WeightStash
@@ -345,6 +346,8 @@ class Pipeline:
 
     def _feed(self, loader: Any, total: int) -> Feed:
         layout = self._deployment.layout
+        if self.world.size > 1:
+            start_workers_apart(loader)
         takers = [Taker(stage.replica, len(layout[stage.index])) for stage in self.stages if stage.reads]
         return Feed(
             loader,
