@@ -98,6 +98,7 @@ def run(on_ranks: int, chosen: Sequence[dict[str, Any]], folder: Path) -> list[d
     return [torch.load(order["out"]) for order in orders]
 
 
+@pytest.mark.timeout(300 + 120 * DRAWS)
 @pytest.mark.parametrize("devices", [2, 3, 4])
 def test_nothing_hangs_and_no_bit_differs(devices: int, tmp_path: Path) -> None:
     @settings(

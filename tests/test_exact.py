@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from pathlib import Path
@@ -204,3 +205,20 @@ def test_evaluation_is_that_of_the_whole_model() -> None:
     whole.eval()
     hits = sum(int((whole(x).argmax(1) == y).sum()) for x, y in batches)
     assert pipeline.evaluate(batches) == pytest.approx(hits / sum(len(y) for _, y in batches), abs=1e-7)
+
+
+def test_nothing_of_a_minibatch_is_left_behind() -> None:
+    """As many tensors live after ten epochs as after two: no graph, activation or gradient stays."""
+    pipeline = Pipeline(
+        chains.rich_model(),
+        loss=nn.CrossEntropyLoss(),
+        optimizer=chains.OPTIMIZERS["sgd"],
+        example=chains.example(),
+        plan=4,
+    )
+    batches, living = chains.minibatches(5), []
+    for _ in range(10):
+        pipeline.fit(batches)
+        gc.collect()
+        living.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
+    assert living[9] == living[1]

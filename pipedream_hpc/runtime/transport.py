@@ -164,7 +164,8 @@ class LocalChannel:
     def put(self, unit: int, tensor: torch.Tensor) -> None:
         self._boundary.check(tensor, self._what)
         slot = self._free.popleft()
-        self._flat[slot][: tensor.numel()].view(tensor.shape).copy_(tensor)
+        # Detached: autograd would note every copy down in the slot's history, which never ends.
+        self._flat[slot][: tensor.numel()].view(tensor.shape).copy_(tensor.detach())
         self._arrived.append((unit, slot, tensor.shape))
 
     def ready(self, unit: int) -> bool:
