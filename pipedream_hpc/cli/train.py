@@ -37,6 +37,10 @@ def run(
     ] = None,
     chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
     precision: Annotated[Optional[str], typer.Option(help="bf16 or fp16: forwards under autocast.")] = None,  # noqa: UP045
+    compiler: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="A backend of torch.compile, such as inductor, to compile every stage with."),
+    ] = None,
     checkpoints: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder, seen by all ranks, for a checkpoint after every epoch."),
@@ -76,6 +80,7 @@ def run(
         microbatches=microbatches,
         chunks=chunks,
         precision=precision,
+        compiler=compiler,
         leaves=job.leaves,
         seed=seed,
         stall_limit_s=stall_limit,

@@ -65,13 +65,18 @@ class Part:
     rewrites: frozenset[int]
     borrowed: dict[int, tuple[tuple[dict[str, Any], str], ...]] = field(default_factory=dict)
 
-    def run(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        """Call the module with inputs and entries; its modules use the borrowed weights meanwhile."""
+    def run(self, arguments: Sequence[Any], call: Callable[..., Any] | None = None) -> tuple[Any, ...]:
+        """Call the module with inputs and entries; its modules use the borrowed weights meanwhile.
+
+        Args:
+            arguments: inputs, then entries.
+            call: instead of the module, such as a compiled form of it.
+        """
         for position, holders in self.borrowed.items():
             for entries, key in holders:
                 entries[key] = arguments[position]
         try:
-            returned: tuple[Any, ...] = self.module(*arguments)
+            returned: tuple[Any, ...] = (self.module if call is None else call)(*arguments)
         finally:
             for holders in self.borrowed.values():
                 for entries, key in holders:

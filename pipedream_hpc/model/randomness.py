@@ -46,7 +46,7 @@ RANDOM = frozenset(
 )
 
 
-def seed_layers(module: fx.GraphModule, seed_of: Callable[[str], int]) -> None:
+def seed_layers(module: fx.GraphModule, reseed: Callable[[str], None]) -> None:
     """Let everything in a stage that draws random numbers draw them from a seed of its own.
 
     A mask of dropout also depends on how its input lies in memory, which is another in front of a cut:
@@ -54,14 +54,14 @@ def seed_layers(module: fx.GraphModule, seed_of: Callable[[str], int]) -> None:
 
     Args:
         module: a stage's, as model.cut makes it.
-        seed_of: the seed of a layer, or of a function, by its name in the whole model; asked every time.
+        reseed: is called before every draw with the name of the layer or function in the whole model.
     """
 
     def seeder(name: str) -> Callable[[nn.Module, Any], Any]:
         def seed(layer: nn.Module, arguments: tuple[Any, ...]) -> Any:
             if not layer.training:
                 return None
-            set_seed(seed_of(name))
+            reseed(name)
             return tuple(_in_one_piece(each) for each in arguments)
 
         return seed
@@ -75,18 +75,18 @@ def seed_layers(module: fx.GraphModule, seed_of: Callable[[str], int]) -> None:
     # is what the module's mode says.
     found = [node for node in module.graph.nodes if "random" in node.meta]
     for node in found:
-        node.target = _seeding(node.target, node.meta["random"], module, seed_of)
+        node.target = _seeding(node.target, node.meta["random"], module, reseed)
     if found:
         module.recompile()
 
 
-def _seeding(function: Any, name: str, module: nn.Module, seed_of: Callable[[str], int]) -> Callable[..., Any]:
+def _seeding(function: Any, name: str, module: nn.Module, reseed: Callable[[str], None]) -> Callable[..., Any]:
     attention = function is nn.functional.scaled_dot_product_attention
     parameters = None if attention else _signature(function)
 
     def drawing(*args: Any, **kwargs: Any) -> Any:
         if module.training:
-            set_seed(seed_of(name))
+            reseed(name)
             args = tuple(_in_one_piece(each) for each in args)
         elif attention:
             args, kwargs = args[:4], {**kwargs, "attn_mask": (args[3:4] or (kwargs.get("attn_mask"),))[0]}

@@ -75,6 +75,7 @@ class Pipeline:
         precision: "bf16" or "fp16" to run forwards under autocast; fp16 scales losses.
         recompute: run forwards again before backwards instead of keeping activations; by default what
             the plan says, stage by stage.
+        compiler: a backend of torch.compile, such as "inductor", to compile every stage with.
         deterministic: average gradients of replicas in a fixed order, so that every run makes the
             same bits; otherwise MPI chooses the order.
         leaves: module classes that torch.fx cannot look into and is to keep whole.
@@ -103,6 +104,7 @@ class Pipeline:
         clip: Clip | None = None,
         precision: str | None = None,
         recompute: bool | None = None,
+        compiler: str | None = None,
         deterministic: bool = True,
         leaves: Sequence[type[nn.Module]] = (),
         seed: int = 0,
@@ -126,7 +128,7 @@ class Pipeline:
         self.plan = self._deployment.plan
         self._model, self.seed, self._stall_limit_s, self._tracing = model, seed, stall_limit_s, trace
         self._loss, self._optimizer, self._scheduler = loss, optimizer, scheduler
-        self._clip, self._recompute = clip, recompute
+        self._clip, self._recompute, self._compiler = clip, recompute, _known(compiler)
         self._first_scale = _FIRST_SCALE if precision == "fp16" else 1.0
         self._epoch = self._units_run = self._units_trained = 0
         self._verified: set[AnySchedule] = set()
@@ -404,6 +406,7 @@ class Pipeline:
             self.seed,
             recompute=planned if self._recompute is None else self._recompute,
             precision=self.precision or contextlib.nullcontext,
+            compiler=self._compiler,
         )
 
     def _shared_statistics(self) -> list[Statistics]:
@@ -498,6 +501,12 @@ def _checksum(stage: Stage) -> int:
         if flat.numel():
             total = zlib.crc32(flat.view(torch.uint8).numpy().data, total)
     return total
+
+
+def _known(compiler: str | None) -> str | None:
+    if compiler is not None and compiler not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise PipedreamError(f"there is no compiler '{compiler}': choose from {', '.join(sorted(known))}")
+    return compiler
 
 
 def _length(loader: Any) -> int:

@@ -89,6 +89,7 @@ class Stage:
         seed: of the run; random layers draw from (seed, unit, layer).
         recompute: whether the forward is run again before the backward, instead of keeping activations.
         precision: a context that forwards run in, such as autocast.
+        compiler: backend of torch.compile to compile the module with; None for none.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Stage:
         *,
         recompute: bool,
         precision: Precision,
+        compiler: str | None = None,
     ) -> None:
         self.index, self.replica, self.part, self.module = index, replica, part, part.module
         self.stash, self.step, self.averager, self.ports = stash, step, averager, ports
@@ -130,8 +132,14 @@ class Stage:
         self.watch: Callable[[str, int, Iterable[tuple[str, torch.Tensor | None]]], None] | None = None
         if averager is not None:
             stash.when_ready(averager.add)
-        # The same masks under any plan: drawn from (seed, unit, layer).
-        seed_layers(part.module, lambda name: seed_for(seed, self._current, name))
+
+        def reseed(name: str) -> None:
+            """The same masks under any plan: drawn from (seed, unit, layer)."""
+            set_seed(seed_for(seed, self._current, name))
+
+        seed_layers(part.module, torch.compiler.disable(reseed) if compiler else reseed)  # type: ignore[no-untyped-call]
+        # Weight versions are arguments to compiled code: to switch them compiles nothing anew.
+        self._call = torch.compile(part.module, backend=compiler) if compiler else part.module
 
     def begin(self, schedule: Schedule, feed: Feed, unit_base: int, trained: int, score: Loss) -> None:
         """Make ready for one schedule.
@@ -324,7 +332,7 @@ class Stage:
             elif argument.requires_grad:
                 arguments[position] = enter(argument)
         with torch.set_grad_enabled(gradients), self._precision():
-            returned = self.part.run(arguments)
+            returned = self.part.run(arguments, self._call)
         count = len(self.part.exits)
         return returned[:count], returned[count] if self.output else None
 

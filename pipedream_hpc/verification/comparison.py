@@ -139,7 +139,7 @@ def by_reference(pipeline: Pipeline, job: Job, model: nn.Module, way: Way, epoch
             given[position] = given[position].clone()
         return functional_call(module, weights, tuple(given))[-1]
 
-    seed_layers(part.module, lambda name: seed_for(pipeline.seed, current, name))
+    seed_layers(part.module, lambda name: set_seed(seed_for(pipeline.seed, current, name)))
     part.module.train()
     reference.train(
         part.module,
