@@ -15,5 +15,5 @@ conflict pipedream-hpc
 # The MPI it was built with; leave this out if the environment has one of its own.
 # prereq openmpi
 
-setenv PIPEDREAM_HPC_ROOT @PREFIX@
-prepend-path PATH @PREFIX@/bin
+setenv PIPEDREAM_HPC_ROOT {@PREFIX@}
+prepend-path PATH {@PREFIX@/bin}
