@@ -18,11 +18,15 @@ import ranks
 import torch
 import typer.main
 
+from pipedream_hpc import job
 from pipedream_hpc.cli import app
 from pipedream_hpc.cluster import probe
-from pipedream_hpc.files import load
+from pipedream_hpc.files import load, save
+from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.profiler import count
 from pipedream_hpc.planning.plan import Plan
-from pipedream_hpc.planning.topology import Topology
+from pipedream_hpc.planning.solver import Request, solve
+from pipedream_hpc.planning.topology import Level, Topology
 
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "slurm"
@@ -99,7 +103,7 @@ def test_the_scripts_differ_in_what_is_asked_of_slurm_alone() -> None:
 @pytest.mark.parametrize("text", [*SCRIPTS, SLURM / "README.md"], ids=lambda path: path.name)
 def test_only_options_that_exist_are_named(text: Path) -> None:
     group = typer.main.get_command(app)
-    shown = re.findall(r"(?:^ *|on_ranks |\|\| |`)pipedream ([a-z]+)([^`\n]*)", text.read_text(), re.MULTILINE)
+    shown = re.findall(r"(?:^ *|on_ranks |`)pipedream ([a-z]+)([^`\n]*)", text.read_text(), re.MULTILINE)
     assert shown
     for name, words in shown:
         parameters = group.commands[name].params  # type: ignore[attr-defined]
@@ -109,13 +113,14 @@ def test_only_options_that_exist_are_named(text: Path) -> None:
 
 @each_script
 def test_a_job_from_profile_to_trained(script: Path, tmp_path: Path) -> None:
-    finished = sbatch(script, tmp_path, SMALL, "--", "--width", "12", tasks_per_node=4 if "one" in script.stem else 2)
+    tasks_per_node = 2 // int(directives(script)["nodes"])
+    finished = sbatch(script, tmp_path, SMALL, "--", "--width", "12", tasks_per_node=tasks_per_node)
     assert finished.status == 0, finished.output
-    how = "mpi=pmix kill=1 cores=1 tasks=4: pipedream"
+    how = "mpi=pmix kill=1 cores=1 tasks=2: pipedream"
     assert steps(finished.output) == [f"{how} profile", f"{how} probe", f"{how} train"]
     assert [line.split()[1] for line in epochs(finished.output)] == ["0", "1"]
     run = tmp_path / directives(script)["job-name"]
-    assert load(Topology, run / "topology.json").devices == load(Plan, run / "plan.json").ranks == 4
+    assert load(Topology, run / "topology.json").devices == load(Plan, run / "plan.json").ranks == 2
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints",
         "out",
@@ -127,9 +132,12 @@ def test_a_job_from_profile_to_trained(script: Path, tmp_path: Path) -> None:
 
 def test_a_requeued_job_goes_on(tmp_path: Path) -> None:
     """Rank 0 is killed in epoch 1: the job fails. Started again, it makes the numbers of a run that never stopped."""
-    script, run = SLURM / "one-node.sbatch", tmp_path / "kept"
+    script, run, small = SLURM / "one-node.sbatch", tmp_path / "kept", job.load(str(SMALL))
+    two = Topology((Level("node", 2, 0.0, 1e9),), device="cpu")
+    save(solve(count(capture(small.model, small.example)), two, Request(straight=True)), run / "plan.json")
     first = sbatch(script, tmp_path, MORTAL, more={"RUN": str(run), "MORTAL": "0"})
     assert first.status != 0, first.output
+    assert steps(first.output) == ["mpi=pmix kill=1 cores=1 tasks=2: pipedream train"]  # the plan is taken as it is
     assert [line.split()[1] for line in epochs(first.output)] == ["0"], first.output
 
     second = sbatch(script, tmp_path, MORTAL, more={"RUN": str(run), "SLURM_RESTART_COUNT": "1"})
