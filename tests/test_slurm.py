@@ -46,10 +46,10 @@ def directives(script: Path) -> dict[str, str]:
 
 
 def sbatch(
-    script: Path, folder: Path, *args: object, tasks_per_node: int = 2, more: dict[str, str] | None = None
+    script: Path, folder: Path, *args: object, tasks_per_node: int = 2, cores: int = 1, **more: str
 ) -> ranks.Finished:
     """Run a batch script as `sbatch --ntasks-per-node=2 --cpus-per-task=1 script args` would, submitted in `folder`."""
-    given = {**directives(script), "ntasks-per-node": str(tasks_per_node), "cpus-per-task": "1"}
+    given = {**directives(script), "ntasks-per-node": str(tasks_per_node), "cpus-per-task": str(cores)}
     tasks = int(given["nodes"]) * tasks_per_node
     environment = {
         "PATH": f"{SHIMS}:{ranks.ENVIRONMENT['PATH']}",
@@ -62,7 +62,7 @@ def sbatch(
         "SLURM_CPUS_PER_TASK": given["cpus-per-task"],
         "SLURM_PROCID": "0",
         "SLURM_LOCALID": "0",
-        **(more or {}),
+        **more,
     }
     spooled = folder / "spool" / "slurm_script"
     spooled.parent.mkdir(exist_ok=True)
@@ -135,20 +135,20 @@ def test_a_requeued_job_goes_on(tmp_path: Path) -> None:
     script, run, small = SLURM / "one-node.sbatch", tmp_path / "kept", job.load(str(SMALL))
     two = Topology((Level("node", 2, 0.0, 1e9),), device="cpu")
     save(solve(count(capture(small.model, small.example)), two, Request(straight=True)), run / "plan.json")
-    first = sbatch(script, tmp_path, MORTAL, more={"RUN": str(run), "MORTAL": "0"})
+    first = sbatch(script, tmp_path, MORTAL, RUN=str(run), MORTAL="0")
     assert first.status != 0, first.output
     assert steps(first.output) == ["mpi=pmix kill=1 cores=1 tasks=2: pipedream train"]  # the plan is taken as it is
     assert [line.split()[1] for line in epochs(first.output)] == ["0"], first.output
 
-    second = sbatch(script, tmp_path, MORTAL, more={"RUN": str(run), "SLURM_RESTART_COUNT": "1"})
+    second = sbatch(script, tmp_path, MORTAL, RUN=str(run), SLURM_RESTART_COUNT="1")
     assert second.status == 0, second.output
     assert steps(second.output) == ["mpi=pmix kill=1 cores=1 tasks=2: pipedream train"]
     assert "1 of 2 epochs are in the checkpoint: goes on with epoch 1" in second.output
 
-    straight_on = ranks.alone("pipedream", "train", SMALL, "--plan", run / "plan.json", "--out", tmp_path / "alone")
+    straight_on = ranks.alone("pipedream", "train", MORTAL, "--plan", run / "plan.json", "--out", tmp_path / "alone")
     assert epochs(first.output) + epochs(second.output) == epochs(straight_on.output)
 
-    third = sbatch(script, tmp_path, MORTAL, more={"RUN": str(run)})
+    third = sbatch(script, tmp_path, MORTAL, RUN=str(run))
     assert third.status == 0, third.output
     assert "2 of 2 epochs are in the checkpoint: nothing is left to do" in third.output
 
@@ -156,8 +156,9 @@ def test_a_requeued_job_goes_on(tmp_path: Path) -> None:
 def test_an_srun_that_does_not_know_the_mpi(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.sbatch"
     wrong.write_text((SLURM / "one-node.sbatch").read_text().replace("--mpi=pmix", "--mpi=none"))
-    finished = sbatch(wrong, tmp_path, SMALL)
+    finished = sbatch(wrong, tmp_path, SMALL, cores=3)
     assert finished.status == 2, finished.output
+    assert steps(finished.output) == ["mpi=none kill=1 cores=3 tasks=2: pipedream profile"]
     assert finished.output.count("pipedream: ") == 1, finished.output
     assert re.search(r"pipedream: srun started 2 tasks, but MPI \(.+\) sees only this one", finished.output)
     assert "use `srun --mpi=pmix`" in finished.output

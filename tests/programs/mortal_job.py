@@ -1,4 +1,4 @@
-"""small_job.py, but in the first attempt of a batch job rank 0 is killed when it begins its second epoch."""
+"""small_job.py, but rank MORTAL is killed when it begins its second epoch, if the environment names one."""
 
 import os
 import signal
@@ -15,9 +15,11 @@ from pipedream_hpc import Job
 
 class Mortal(DataLoader):
     def __iter__(self) -> Iterator[Any]:
-        first_epoch_is_kept = Path(os.environ["RUN"], "checkpoints", "epoch-00001", "manifest.json").exists()
-        if first_epoch_is_kept and os.environ.get("OMPI_COMM_WORLD_RANK") == os.environ.get("MORTAL"):
-            os.kill(os.getpid(), signal.SIGKILL)
+        mortal = os.environ.get("MORTAL")
+        if mortal is not None and mortal == os.environ.get("OMPI_COMM_WORLD_RANK"):
+            first_epoch = Path(os.environ["RUN"], "checkpoints", "epoch-00001", "manifest.json")
+            if first_epoch.exists():
+                os.kill(os.getpid(), signal.SIGKILL)
         return super().__iter__()
 
 
