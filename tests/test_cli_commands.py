@@ -134,6 +134,20 @@ def test_train_stops_at_the_accuracy_asked_for(planned: Command) -> None:
     assert not Path("out/trace.json").exists()
 
 
+def test_train_goes_on_from_a_checkpoint_until_nothing_is_left(planned: Command) -> None:
+    words = ("train", JOB, "--plan", "plan.json", "--checkpoints", "kept", "--resume", "--epochs")
+
+    def told(output: str) -> list[str]:
+        return re.findall(r"^(?:epoch \d|\d of \d epochs are in the checkpoint: .*)", output, re.MULTILINE)
+
+    assert told(planned(*words, 2)) == ["epoch 0", "epoch 1"]
+    gone_on = ["2 of 3 epochs are in the checkpoint: goes on with epoch 2", "epoch 2"]
+    assert told(planned(*words, 3)) == gone_on
+    summary = Path("out/summary.json").read_text()
+    assert told(planned(*words, 3)) == ["3 of 3 epochs are in the checkpoint: nothing is left to do"]
+    assert Path("out/summary.json").read_text() == summary
+
+
 def test_train_on_ranks_gives_the_losses_of_one_process(planned: Command) -> None:
     alone = planned("train", JOB, "--plan", "plan.json", "--out", "alone")
     finished = ranks.mpirun(2, *PIPEDREAM, "train", JOB, "--plan", "plan.json", "--out", "ranks")

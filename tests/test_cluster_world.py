@@ -13,6 +13,8 @@ from pipedream_hpc.cluster.world import World, check_size, check_threads, launch
 from pipedream_hpc.errors import PipedreamError
 
 CORES = len(os.sched_getaffinity(0))
+#: In what srun starts, and only there.
+STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,15 @@ def test_whether_a_launcher_started_this_process(environment: dict[str, str], ex
 @pytest.mark.parametrize(
     ("environment", "remedy"),
     [
-        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "use `srun --mpi=pmix`"),
+        ({**STEP, "SLURM_NTASKS": "4"}, "use `srun --mpi=pmix`"),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "8"}, "use `srun --mpi=pmix`"),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "4", "PMI_SIZE": "4", "PMI_RANK": "0"}, "(`srun --mpi=list` shows"),
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "4", "PMIX_RANK": "0"}, "it does not understand the PMIx of this Slurm"),
+        # Hydra in a batch job: it starts a helper on each of two nodes with srun.
+        (
+            {**STEP, "SLURM_STEP_NUM_TASKS": "2", "PMI_SIZE": "4", "PMI_RANK": "0", "MPI_LOCALNRANKS": "2"},
+            "use the mpirun that belongs to Open MPI v5",
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "use the mpirun that belongs to Open MPI v5"),
         ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "use the mpirun that belongs to Open MPI v5"),
     ],
@@ -51,7 +61,10 @@ def test_several_tasks_that_are_alone_each(environment: dict[str, str], remedy: 
 def test_sizes_that_are_right() -> None:
     check_size({}, 1, "Open MPI v5")
     check_size({"OMPI_COMM_WORLD_SIZE": "1"}, 1, "Open MPI v5")
-    check_size({"SLURM_NTASKS": "4"}, 4, "Open MPI v5")
+    check_size({**STEP, "SLURM_NTASKS": "4"}, 4, "Open MPI v5")
+    # `mpirun -n 1` in a batch job of four tasks.
+    check_size({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_NTASKS": "4"}, 1, "Open MPI v5")
+    check_size({"PMIX_RANK": "0", "SLURM_NTASKS": "4"}, 1, "Open MPI v5")
 
 
 def test_an_mpi_without_threads() -> None:
@@ -67,6 +80,18 @@ def test_a_process_by_itself_leaves_mpi_alone() -> None:
 def test_ranks_of_one_node() -> None:
     finished = ranks.python(3, "place.py", timeout=60)
     assert finished.output.strip() == str([(rank, 3, rank, 3, CORES) for rank in range(3)])
+
+
+def test_a_local_rank_that_all_ranks_of_a_node_inherit_does_not_count() -> None:
+    """MPICH's mpiexec in a Slurm job: SLURM_LOCALID is that of its helper, 0 for every rank."""
+    script = (
+        "import os, runpy\n"
+        "own = os.environ.pop('OMPI_COMM_WORLD_LOCAL_RANK')\n"
+        "os.environ.update(SLURM_LOCALID='0', MPI_LOCALRANKID=own)\n"
+        f"runpy.run_path({str(ranks.PROGRAMS / 'place.py')!r}, run_name='__main__')\n"
+    )
+    finished = ranks.mpirun(2, sys.executable, "-c", script, timeout=60)
+    assert finished.output.strip() == str([(rank, 2, rank, 2, CORES) for rank in range(2)])
 
 
 def test_ranks_bound_to_a_core_each_share_out_them_all() -> None:

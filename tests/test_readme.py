@@ -37,5 +37,5 @@ def test_every_command_shown_exists_with_its_options() -> None:
 def test_files_named_in_the_documents_exist() -> None:
     for document in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / document).read_text()
-        for path in re.findall(r"`((?:tests|examples|benchmarks|pipedream_hpc|docs|csrc)/[\w./]+)`", text):
+        for path in re.findall(r"[`(]((?:tests|examples|benchmarks|pipedream_hpc|docs|csrc|slurm)/[\w./]+)[`)]", text):
             assert (ROOT / path.rstrip("/")).exists(), f"{document} names {path}"

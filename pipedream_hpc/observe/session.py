@@ -43,6 +43,11 @@ class Session:
         self._epoch_s = 0.0
         self._console.print(plan_table(plan))
 
+    def resumed(self, trained: int, wanted: int) -> None:
+        """One line about what a checkpoint spares."""
+        left = "nothing is left to do" if trained >= wanted else f"goes on with epoch {trained}"
+        self._console.print(f"{trained} of {wanted} epochs are in the checkpoint: {left}")
+
     @contextmanager
     def epoch(self, number: int, minibatches: int) -> Iterator[Callable[[int, int], None]]:
         """Around one epoch of training; yields the callback for `Pipeline.fit`."""
