@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -133,6 +134,7 @@ def draw(curves: dict[str, list[list[float]]], path: Path, data: str) -> None:
     axis.set(xlabel="epoch", ylabel="test accuracy (%)", title=f"{data}: the demo's classifier in 4 stages")
     best = max(value for runs in curves.values() for curve in runs for value in curve)
     axis.set_ylim(max(0.0, 100 * best - 25), 100.5)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     axis.legend(loc="lower right")
     figure.savefig(path)

@@ -10,8 +10,12 @@ from pathlib import Path
 import pictures
 import pytest
 import ranks
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from pipedream_hpc.cli import main
+from pipedream_hpc.cli import app, main
+from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import save
 from pipedream_hpc.planning.profile import LayerProfile, Profile
 
@@ -142,3 +146,53 @@ def test_a_job_that_exits_on_one_rank_ends_the_others(folder: Path) -> None:
     )
     finished = ranks.mpirun(2, *PIPEDREAM, "train", "leaves.py", "--plan", "2", timeout=60)
     assert finished.status == 3, finished.output
+
+
+NUMBERS = st.one_of(
+    st.sampled_from(
+        ["", "0", "1", "2", "4", "-1", "1e9", "1e-3", "nan", "inf", "-inf", "1e400", "2x2", "1,2", "0x", "²"]
+    ),
+    st.integers(-2, 1 << 20).map(str),
+    st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=6),
+)
+WORDS = st.one_of(st.sampled_from(["1f1b", "gpipe", "ring", "adam", "auto", "l0", "l1,l2", "cluster-a"]), NUMBERS)
+OPTIONS = {
+    "--devices": st.one_of(st.integers(-1, 40).map(str), st.sampled_from(["2x2", "3x1x2", "x", "2x", "0x4"])),
+    "--bandwidth": NUMBERS,
+    "--latency": NUMBERS,
+    "--memory": NUMBERS,
+    "--batch": NUMBERS,
+    "--compute-scale": NUMBERS,
+    "--microbatches": NUMBERS,
+    "--cost": WORDS,
+    "--schedule": WORDS,
+    "--optimizer": WORDS,
+    "--recompute": WORDS,
+    "--cut-behind": WORDS,
+    "--together": WORDS,
+    "--preset": WORDS,
+}
+FLAGS = ["--straight", "--fewer", "--json", "--what-if"]
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    given_options=st.fixed_dictionaries({"--devices": OPTIONS["--devices"], "--bandwidth": OPTIONS["--bandwidth"]})
+    .flatmap(lambda first: st.fixed_dictionaries({}, optional=OPTIONS).map(lambda more: {**first, **more}))
+    .map(lambda drawn: [f"{name}={value}" for name, value in drawn.items()]),
+    flags=st.lists(st.sampled_from(FLAGS), unique=True),
+)
+def test_any_options_end_in_a_plan_or_a_sentence(
+    given_options: list[str], flags: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / "fuzzed"
+    folder.mkdir(exist_ok=True)
+    save(profile(), folder / "profile.json")
+    words = ["partition", str(folder / "profile.json"), "-o", str(folder / "plan.json"), *given_options, *flags]
+    result = CliRunner().invoke(app, words)
+    if isinstance(result.exception, PipedreamError):
+        assert str(result.exception).strip()
+        assert "\n" not in str(result.exception)
+        return
+    assert result.exit_code in (0, 2), (words, result.output, result.exception)
+    assert result.exit_code == 0 or "Usage: " in result.output, result.output

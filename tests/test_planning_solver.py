@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -473,6 +474,14 @@ def test_a_thousand_layers_on_a_thousand_devices() -> None:
     assert plan.ranks == 1024
     assert plan.bottleneck_s == pytest.approx(3000 / 1024)
     assert plan.bound_s <= plan.bottleneck_s
+
+
+@pytest.mark.parametrize("kind", ["blocks", "lanes", "random", "skips"])
+def test_1300_layers_that_branch_heavily(kind: str) -> None:
+    """A plan in the end, every layer in it once, data flowing forwards, in less than 2 GiB."""
+    finished = ranks.python(0, "plan_branches.py", kind, timeout=120)
+    assert finished.status == 0, finished.output
+    assert "above the bound" in finished.output
 
 
 def test_unknown_names() -> None:
