@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import assume, given, settings
@@ -37,7 +37,7 @@ def test_every_combination_of_up_to_four_stages_and_five_replicas_finishes() -> 
 
 
 @st.composite
-def schedules(draw: st.DrawFn) -> kinds.AnySchedule:
+def schedules(draw: st.DrawFn, most_accumulated: int = 3) -> kinds.AnySchedule:
     """Any kind on up to five stages of up to five replicas, for up to 60 units."""
     kind = draw(st.sampled_from(kinds.NAMES))
     replicas = draw(st.lists(st.integers(1, 5), min_size=1, max_size=1 if kind == "data-parallel" else 5))
@@ -47,12 +47,25 @@ def schedules(draw: st.DrawFn) -> kinds.AnySchedule:
         each, chunks = replicas[0], draw(st.integers(1, 4))
         members = layout(*[each] * len(replicas)) * chunks
         microbatches = draw(st.integers(1, 3)) * each * len(replicas)
+    stages, links = len(members), None
+    if kind != "interleaved" and draw(st.booleans()):
+        # Skip connections: each stage with the next, and any others with any behind them.
+        skips = [(a, b) for a in range(stages) for b in range(a + 2, stages)]
+        chosen = draw(st.lists(st.sampled_from(skips), unique=True)) if skips else []
+        links = tuple(sorted({*pairwise(range(stages)), *chosen}))
+    accumulate = 1 if kind == "interleaved" else draw(st.integers(1, most_accumulated))
+    units = draw(st.integers(0, 60 // microbatches)) * microbatches
     try:
-        return kinds.make(kind, members, draw(st.integers(0, 60)), microbatches=microbatches)
+        return kinds.make(kind, members, units, microbatches=microbatches, links=links, accumulate=accumulate)
     except ScheduleError:
         assert kind == "2bw", "no other is refused here"
         assume(False)
         raise
+
+
+def test_interleaved_takes_no_skip_connections() -> None:
+    with pytest.raises(ScheduleError, match="skip connections go over stages: cut where one tensor is alive"):
+        kinds.make("interleaved", layout(1, 1) * 2, 8, microbatches=4, links=((0, 1), (0, 2), (1, 2), (2, 3)))
 
 
 @settings(max_examples=200, deadline=None)
@@ -66,7 +79,7 @@ def test_any_schedule_of_any_length_is_proved(schedule: kinds.AnySchedule) -> No
 
 
 @settings(max_examples=100, deadline=None)
-@given(schedule=schedules())
+@given(schedule=schedules(most_accumulated=1))
 def test_the_bounds_are_reached_once_there_is_enough_to_do(schedule: kinds.AnySchedule) -> None:
     enough = 4 * (sum(map(len, schedule.layout)) + getattr(schedule, "microbatches", 1)) + 20
     schedule = replace(schedule, minibatches=enough)
