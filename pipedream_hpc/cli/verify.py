@@ -35,11 +35,13 @@ def run(
 
     One way is the workers', as in training; the other is plain autograd on one process, on the weight
     versions that the schedule's equation names. Losses, gradients and weights are compared bit for bit.
-    They are the same but for the order in which gradients of a tensor with several users are added up.
+    They are the same, but for the order in which gradients of a tensor with several users are added up.
 
         mpirun -n 4 pipedream verify examples/classifier.py --plan plan.json
 
         pipedream verify train.py --plan 2-1-1 --schedule vertical-sync --tolerance 0
+
+    Next: pipedream train with the same plan.
     """
     import copy
 
