@@ -17,6 +17,7 @@ from torch import nn
 from pipedream_hpc.errors import PipedreamError
 
 if TYPE_CHECKING:
+    from pipedream_hpc.model.materialize import Factory
     from pipedream_hpc.runtime.step import Clip, SchedulerFactory
 
 Loss = Callable[[torch.Tensor, Any], torch.Tensor]
@@ -34,7 +35,16 @@ class Job:
     """What `pipedream profile` and `pipedream train` run.
 
     Attributes:
-        model: any module that torch.fx can trace.
+        model: any module that torch.fx can trace; or, for one that is too large for every rank to hold, a
+            function without arguments that builds it: each rank then keeps the weights of its own stages::
+
+                def job(args):
+                    def model():
+                        torch.manual_seed(0)
+                        return Transformer(layers=48)
+
+                    return Job(model=model, ...)
+
         loss: mean loss of a minibatch from (output, target).
         optimizer: called once per stage with the stage's parameters, such as
             `functools.partial(torch.optim.SGD, lr=0.1)`.
@@ -50,7 +60,7 @@ class Job:
         clip: how gradients are clipped.
     """
 
-    model: nn.Module
+    model: nn.Module | Factory
     loss: Loss
     optimizer: OptimizerFactory
     train: Any

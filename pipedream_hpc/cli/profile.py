@@ -66,6 +66,7 @@ def run(
         from pipedream_hpc.cluster.world import join
         from pipedream_hpc.job import load
         from pipedream_hpc.model.capture import capture
+        from pipedream_hpc.model.materialize import whole
         from pipedream_hpc.model.precision import autocast
         from pipedream_hpc.model.profiler import averaged, measure, one_minibatch
         from pipedream_hpc.runtime.update_cost import with_updates
@@ -75,7 +76,7 @@ def run(
         torch.set_num_threads(threads_per_rank(world.local_size))
         job = load(target, args or [])
         forwards = autocast(precision)
-        graph, target_of_one = capture(job.model, job.example, job.leaves, forwards), first_target(job)
+        graph, target_of_one = capture(whole(job.model), job.example, job.leaves, forwards), first_target(job)
         loss = None if target_of_one is None else lambda output: job.loss(output, target_of_one)
         if world.comm is not None:
             world.comm.Barrier()

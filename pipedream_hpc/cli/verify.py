@@ -43,12 +43,11 @@ def run(
 
     Next: pipedream train with the same plan.
     """
-    import copy
-
     from pipedream_hpc.cli.train import stages
     from pipedream_hpc.cluster.world import join
     from pipedream_hpc.errors import PipedreamError
     from pipedream_hpc.job import load
+    from pipedream_hpc.model.materialize import another
     from pipedream_hpc.observe import terminal
     from pipedream_hpc.observe.tables import verdict_table
     from pipedream_hpc.runtime.pipeline import Pipeline
@@ -56,7 +55,7 @@ def run(
 
     world = join()
     job = load(target, args or [])
-    model = copy.deepcopy(job.model) if world.is_root else None
+    model = another(job.model) if world.is_root else None
     pipeline = Pipeline(
         job.model,
         loss=job.loss,

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.materialize import Factory, Recipe, whole
 from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.untouched import untouched
 
@@ -101,6 +102,7 @@ class LayerGraph:
         inputs: the model's arguments, as placeholders of the graph.
         returned: what the model returns, in terms of operations.
         example: shapes and dtypes of the arguments, as tensors on the meta device.
+        recipe: how to make the weights of a model that was given as a function; see materialize.
     """
 
     module: nn.Module
@@ -109,6 +111,7 @@ class LayerGraph:
     inputs: tuple[fx.Node, ...]
     returned: Any
     example: tuple[Any, ...]
+    recipe: Recipe | None = None
 
 
 def arguments_of(example: Any) -> tuple[Any, ...]:
@@ -121,7 +124,10 @@ def arguments_of(example: Any) -> tuple[Any, ...]:
 
 
 def capture(
-    model: nn.Module, example: Any, leaves: Sequence[type[nn.Module]] = (), precision: Precision | None = None
+    model: nn.Module | Factory,
+    example: Any,
+    leaves: Sequence[type[nn.Module]] = (),
+    precision: Precision | None = None,
 ) -> LayerGraph:
     """Capture `model` as a graph of layers.
 
@@ -129,7 +135,8 @@ def capture(
     propagated on the meta device where the model allows it.
 
     Args:
-        model: any module that torch.fx can trace.
+        model: any module that torch.fx can trace; or a function without arguments that builds it: then
+            its parameters are on the meta device until `materialize` makes those of some stages.
         example: one minibatch of inputs, as large as they will get: a tensor, a sequence of
             arguments, or a mapping from the names of forward's arguments.
         leaves: module classes to keep whole instead of looking inside.
@@ -138,6 +145,11 @@ def capture(
     Raises:
         PipedreamError: the model cannot be traced, or does not take the example.
     """
+    recipe = None
+    if not isinstance(model, nn.Module) and callable(model):
+        recipe = Recipe(model)
+        model = recipe.model
+    model = whole(model)
     arguments = _arguments(model, example)
     with _in_training(model):
         graph = fx.GraphModule(model, _trace(model, tuple(leaves), arguments)).graph
@@ -150,7 +162,7 @@ def capture(
     (output,) = (node for node in graph.nodes if node.op == "output")
     layers = _named([_layer(model, nodes, sum(operations[n] for n in nodes), _leaving(nodes)) for nodes in groups])
     meta = tree_map(lambda x: torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x, values)
-    return LayerGraph(model, layers, _edges(groups), inputs, output.args[0], meta)
+    return LayerGraph(model, layers, _edges(groups), inputs, output.args[0], meta, recipe)
 
 
 def leaves_of(node: fx.Node) -> list[Value | None]:
@@ -291,9 +303,13 @@ def _propagate(
             )
             with autocast():
                 return _interpret(_skeleton(model, device), graph, ghosts)
-    except Exception:  # whatever a user's module raises without values
-        pass
+    except Exception as error:  # whatever a user's module raises without values
+        without_values = error
+    remedy = ""
     try:
+        if any(parameter.is_meta for parameter in model.parameters()):
+            remedy = "; given as a function it is captured without values: if it needs them, give the built model"
+            raise without_values
         with untouched(model), autocast():
             return _interpret(model, graph, arguments)
     except Exception as error:
@@ -303,7 +319,7 @@ def _propagate(
             for leaf in tree_flatten(arguments)[0]
             if isinstance(leaf, torch.Tensor)
         )
-        raise PipedreamError(f"the model does not take the example input of shape {shapes}: {reason}") from error
+        raise PipedreamError(f"the model does not take the example input of shape {shapes}: {reason}{remedy}") from error
 
 
 def _on_meta(value: Any) -> Any:

@@ -24,6 +24,8 @@ from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss, OptimizerFactory, accuracy
 from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.cut import Part
+from pipedream_hpc.model.materialize import Factory, materialize
 from pipedream_hpc.model.precision import autocast
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.runtime.averaging import Averager, Packing
@@ -56,7 +58,9 @@ class Pipeline:
     or srun on as many ranks as the plan has, each runs its own. The numbers are the same.
 
     Args:
-        model: any module that torch.fx can trace. Build it with the same seed on every rank.
+        model: any module that torch.fx can trace, built with the same seed on every rank; or a function
+            without arguments that builds it: then each rank keeps the weights of its own stages only. It
+            is called twice and has to build the same.
         loss: mean loss of a minibatch from (output, target).
         optimizer: called once per stage with the stage's parameters, such as
             `functools.partial(torch.optim.SGD, lr=0.1)`.
@@ -90,7 +94,7 @@ class Pipeline:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Factory,
         *,
         loss: Loss,
         optimizer: OptimizerFactory,
@@ -126,7 +130,7 @@ class Pipeline:
         name = str(plan) if isinstance(plan, str | Path) else "the plan"
         self._deployment = deploy(resolve(wanted, graph, manner), name, graph, manner, self.world)
         self.plan = self._deployment.plan
-        self._model, self.seed, self._stall_limit_s, self._tracing = model, seed, stall_limit_s, trace
+        self.seed, self._stall_limit_s, self._tracing = seed, stall_limit_s, trace
         self._loss, self._optimizer, self._scheduler = loss, optimizer, scheduler
         self._clip, self._recompute, self._compiler = clip, recompute, _known(compiler)
         self._first_scale = _FIRST_SCALE if precision == "fp16" else 1.0
@@ -364,21 +368,26 @@ class Pipeline:
 
     def _made(self, training: AnySchedule) -> list[Worker]:
         """The workers of this process, in the order of their ranks."""
-        stages: dict[int, list[Stage]] = {}
         # In the order of the replicas, in which their gradients are added up.
-        for index, ranks in enumerate(training.layout):
-            for replica, rank in enumerate(ranks):
-                if (index, rank) in self._wiring.ports:
-                    ports = self._wiring.ports[index, rank]
-                    stages.setdefault(rank, []).append(self._stage(training, index, replica, ports))
+        places = [
+            (rank, index, replica)
+            for index, ranks in enumerate(training.layout)
+            for replica, rank in enumerate(ranks)
+            if (index, rank) in self._wiring.ports
+        ]
+        parts = [self._deployment.cut.part(index) for _, index, _ in places]
+        materialize(self._deployment.graph, [part.module for part in parts])
+        stages: dict[int, list[Stage]] = {}
+        for part, (rank, index, replica) in zip(parts, places, strict=True):
+            stage = self._stage(training, part, index, replica, self._wiring.ports[index, rank])
+            stages.setdefault(rank, []).append(stage)
         agreements = {
             rank: self._wiring.reduce(None, "norms", [(2, torch.float64)]) if training.agree else None
             for rank in sorted(stages)
         }
         return [Worker(rank, stages[rank], agreements[rank]) for rank in sorted(stages)]
 
-    def _stage(self, training: AnySchedule, index: int, replica: int, ports: Ports) -> Stage:
-        part = self._deployment.cut.part(index)
+    def _stage(self, training: AnySchedule, part: Part, index: int, replica: int, ports: Ports) -> Stage:
         stash = WeightStash(part.module, training.versions(index), self._optimizer, overwrite=not training.stashes)
         step = Step(
             stash.optimizer,
@@ -426,14 +435,18 @@ class Pipeline:
 
     def _completed(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Also what no stage uses, and further names of weights that have several."""
+        model, recipe = self._deployment.graph.module, self._deployment.graph.recipe
         names: dict[int, str] = {}
-        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             if name in own:
                 names.setdefault(id(parameter), name)
-        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+        for name, parameter in model.named_parameters(remove_duplicate=False):
             if name not in own and id(parameter) in names:
                 own[name] = own[names[id(parameter)]]
-        return {name: own.get(name, value) for name, value in self._model.state_dict().items()}
+        whole = {name: own.get(name, value) for name, value in model.state_dict().items()}
+        missing = [name for name, value in whole.items() if value.is_meta]
+        made = recipe.make(missing) if recipe and missing else {}
+        return {**whole, **{name: value.detach() for name, value in made.items()}}
 
     def _verify(self, schedule: AnySchedule) -> None:
         if schedule not in self._verified:
@@ -442,6 +455,7 @@ class Pipeline:
 
     def _agree_on_start(self) -> None:
         deployment: Deployment = self._deployment
+        model = "random numbers that the model is made of"
         facts = {
             "boundaries that the example leads to": [
                 (each.layer, each.shape, each.dtype_name) for line in deployment.lines.values() for each in line
@@ -452,9 +466,11 @@ class Pipeline:
             "version of pipedream_hpc": __version__,
             "version of torch": torch.__version__,
             "byte order": platform.machine(),
+            model: getattr(deployment.graph.recipe, "fingerprint", None),
         }
         answers = agree(self.world, facts, limit_s=self._stall_limit_s)
-        same(answers, dict.fromkeys(facts, "start every rank with the same"))
+        remedies = dict.fromkeys(facts, "start every rank with the same")
+        same(answers, {**remedies, model: "call torch.manual_seed in the function that builds the model"})
 
     def _agree_on_data(self, minibatches: int, feed: Feed) -> None:
         facts = {"minibatches": minibatches, "data": feed.fingerprint()}

@@ -27,7 +27,7 @@ def main() -> None:
 def train(wanted: dict) -> dict:
     specimen = ZOO[wanted["name"]]
     with Pipeline(
-        specimen.model(),
+        specimen.model if wanted.get("function") else specimen.model(),
         loss=specimen.loss,
         optimizer=chains.OPTIMIZERS[wanted["optimizer"]],
         example=specimen.example(),

@@ -1,0 +1,59 @@
+"""How much memory training takes on each rank, and what becomes of the weights.
+
+python hold_own.py function|module FOLDER
+"""
+
+import functools
+import json
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipedream_hpc import Pipeline
+
+LAYERS, WIDTH = 16, 2048  # 16 MiB of weights each
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+
+
+def train(model: object, width: int) -> Pipeline:
+    torch.manual_seed(1)
+    data = [(torch.randn(2, width), torch.randn(2, width)) for _ in range(6)]
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    pipeline = Pipeline(model, loss=nn.MSELoss(), optimizer=sgd, example=data[0][0], plan=4, stall_limit_s=60)
+    pipeline.fit(data)
+    return pipeline
+
+
+def status(field: str) -> int:
+    """Bytes."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    # What is imported and allocated once is not what is measured.
+    torch.manual_seed(0)
+    train(lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), 8).close()
+    before = status("VmRSS")
+    with train(network if sys.argv[1] == "function" else network(), WIDTH) as pipeline:
+        (stage,) = pipeline.stages
+        weights = dict(zip(stage.stash.trained_names, stage.stash.trained, strict=True))
+        report = {
+            "ranks": pipeline.world.size,
+            "grown": status("VmHWM") - before,
+            "own": sum(weight.nbytes for weight in weights.values()),
+            "versions": stage.stash.slabs,
+            "weights": {name: zlib.crc32(weight.detach().numpy().data) for name, weight in weights.items()},
+        }
+        (Path(sys.argv[2]) / f"{pipeline.rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
