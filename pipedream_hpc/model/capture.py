@@ -319,7 +319,9 @@ def _propagate(
             for leaf in tree_flatten(arguments)[0]
             if isinstance(leaf, torch.Tensor)
         )
-        raise PipedreamError(f"the model does not take the example input of shape {shapes}: {reason}{remedy}") from error
+        raise PipedreamError(
+            f"the model does not take the example input of shape {shapes}: {reason}{remedy}"
+        ) from error
 
 
 def _on_meta(value: Any) -> Any:

@@ -208,7 +208,7 @@ def _named(model: nn.Module) -> dict[str, torch.Tensor]:
 def _empty(model: nn.Module, construction: _Construction) -> None:
     """Put parameters, and whatever else was dropped, on the meta device."""
     ghosts: dict[int, torch.Tensor] = {}
-    places = [place for place in _tensors_of(model)]
+    places = list(_tensors_of(model))
     for _, owner, key, tensor in places:
         parameter = isinstance(tensor, nn.Parameter)
         if parameter or not construction.intact(tensor):
@@ -245,7 +245,7 @@ class _Memory:
     intact: bool = True
 
 
-class _Construction(TorchDispatchMode):
+class _Construction(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Numbers the tensors that are made while it is on, and drops those that were not touched for longest.
 
     Args:
@@ -256,7 +256,7 @@ class _Construction(TorchDispatchMode):
     """
 
     def __init__(self, kept: Collection[int] | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.generators: list[tuple[torch.Generator, torch.Tensor]] = []
         self._kept, self._count, self._bytes, self._largest = kept, 0, 0, 0
         self._made: dict[int, _Memory] = {}  # by storage; held, so that no other gets its identity
