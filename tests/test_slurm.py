@@ -1,7 +1,8 @@
 """What slurm/ holds does what it says, on machines without Slurm too.
 
 The batch scripts run on real ranks. What Slurm does around them is done here: `sbatch` below copies the
-script elsewhere and sets the job's environment, tests/shims/srun starts the steps with mpirun.
+script elsewhere and sets the job's environment, tests/shims/srun starts the steps with mpirun, and
+tests/shims/scontrol knows the job.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def test_a_script_parses(script: Path) -> None:
 
 
 def test_the_scripts_differ_in_what_is_asked_of_slurm_alone() -> None:
-    one, several = (script.read_text().split("set -euo pipefail") for script in SCRIPTS)
+    one, several = (script.read_text().split("set -Eeuo pipefail") for script in SCRIPTS)
     assert [script.stem for script in SCRIPTS] == ["one-node", "several-nodes"]
     assert one[1].replace("All files of this run.", "") == several[1].replace(
         "All files of this run: a folder that every node sees.", ""
@@ -137,6 +138,7 @@ def test_a_requeued_job_goes_on(tmp_path: Path) -> None:
     save(solve(count(capture(small.model, small.example)), two, Request(straight=True)), run / "plan.json")
     first = sbatch(script, tmp_path, MORTAL, RUN=str(run), MORTAL="0")
     assert first.status != 0, first.output
+    assert "requeued" not in first.output
     assert steps(first.output) == ["mpi=pmix kill=1 cores=1 tasks=2: pipedream train"]  # the plan is taken as it is
     assert [line.split()[1] for line in epochs(first.output)] == ["0"], first.output
 
@@ -151,6 +153,14 @@ def test_a_requeued_job_goes_on(tmp_path: Path) -> None:
     third = sbatch(script, tmp_path, MORTAL, RUN=str(run))
     assert third.status == 0, third.output
     assert "2 of 2 epochs are in the checkpoint: nothing is left to do" in third.output
+
+
+def test_a_preempted_job_asks_to_be_requeued(tmp_path: Path) -> None:
+    """Its ranks have got SIGTERM, the script ends before Slurm would have requeued it."""
+    finished = sbatch(SLURM / "several-nodes.sbatch", tmp_path, "no such job.py", PREEMPT_TIME="2030-01-01T00:01:00")
+    assert finished.status != 0
+    assert "no such file" in finished.output
+    assert "requeued: 17" in finished.output
 
 
 def test_an_srun_that_does_not_know_the_mpi(tmp_path: Path) -> None:
