@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _HEAD_START_S = 0.3
 _MOST_HEAD_STARTS = 8
+#: Seconds for the launcher to pass the message on before its own words about the abort get in between.
+_DELIVERY_S = 0.2
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -64,6 +66,7 @@ def stop_everybody(world: World, error: BaseException) -> None:
         # In one write, so that lines of other ranks do not get in between.
         sys.stderr.write("".join(prefix + line for line in message(error).splitlines(keepends=True)))
         sys.stderr.flush()
+        time.sleep(_DELIVERY_S)
     finally:
         world.comm.Abort(status(error))
 
