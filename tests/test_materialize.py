@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import chains
+import numpy
 import pytest
 import ranks
 import torch
@@ -54,11 +57,44 @@ def own_generator() -> nn.Module:
     return model
 
 
+def truncated() -> nn.Module:
+    """How many numbers are drawn depends on those drawn."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
+    for layer in model:
+        nn.init.trunc_normal_(layer.weight, std=2.0)
+    return model
+
+
+def clones() -> nn.Module:
+    layer = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    model = nn.Sequential(*(copy.deepcopy(layer) for _ in range(4)))
+    model[2][0].weight = model[0][0].weight
+    return model
+
+
+def normalized() -> nn.Module:
+    return nn.Sequential(*(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)) for _ in range(4)))
+
+
+def arrays() -> nn.Module:
+    """Weights from other generators, and from outside of torch."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.from_numpy(numpy.random.rand(8, 8)))
+        model[2].weight.fill_(random.random())
+        model[3].weight.detach().numpy()[:] = 3 * model[3].weight.detach().numpy()
+    return model
+
+
 BUILDERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     **{name: (specimen.build, specimen.example()) for name, specimen in ZOO.items()},
     "positions": (Positions, torch.zeros(2, 6, 4)),
     "orthogonal": (orthogonal, torch.zeros(2, 8)),
     "a generator of its own": (own_generator, torch.zeros(2, 8)),
+    "truncated": (truncated, torch.zeros(2, 8)),
+    "clones": (clones, torch.zeros(2, 8)),
+    "normalized": (normalized, torch.zeros(2, 8)),
+    "arrays": (arrays, torch.zeros(2, 8)),
     "rich": (chains.rich_model, chains.example()),
 }
 
@@ -69,14 +105,26 @@ def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module_under_test, "_SPARE", 0)
 
 
+def seed() -> None:
+    torch.manual_seed(11)
+    random.seed(11)
+    numpy.random.seed(11)
+
+
+def states() -> list[Any]:
+    """Where the random number generators are."""
+    return [bytes(torch.get_rng_state().numpy()), random.getstate(), numpy.random.get_state()[1].tobytes()]
+
+
+@pytest.mark.filterwarnings("ignore:every rank holds the whole model")
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_layer_by_itself_has_the_weights_of_the_whole(name: str, no_room: None) -> None:
     build, example = BUILDERS[name]
-    torch.manual_seed(11)
-    expected, after = dict(build().state_dict()), torch.get_rng_state()
-    torch.manual_seed(11)
+    seed()
+    expected, after = dict(build().state_dict()), states()
+    seed()
     graph = capture(build, example)
-    assert torch.equal(torch.get_rng_state(), after), "as if the whole model had been built"
+    assert states() == after, "as if the whole model had been built"
     assert all(parameter.is_meta for parameter in graph.module.parameters())
     cut = Cut(graph, [[index] for index in range(len(graph.layers))])
     seen = set()
@@ -87,7 +135,7 @@ def test_every_layer_by_itself_has_the_weights_of_the_whole(name: str, no_room: 
             assert torch.equal(value, expected[key]), key
             seen.add(key)
     assert {name for name, _ in graph.module.named_parameters()} <= seen
-    assert torch.equal(torch.get_rng_state(), after)
+    assert states() == after
 
 
 @pytest.mark.parametrize("plan", ["1-1-1", "2-1"])

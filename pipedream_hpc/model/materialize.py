@@ -5,7 +5,7 @@ when more than a few stand in memory, those that were not touched for longest ar
 
                                                   ▓ in memory   ░ dropped
     to capture the model     a ▓▓▓▓▓▓░░░░░░░░
-                             b    ▓▓▓▓▓▓░░░░░     afterwards all are on the meta device: shapes, no memory
+                             b    ▓▓▓▓▓▓░░░░░     afterwards weights are on the meta device: shapes, no memory
                              c       ▓▓▓▓▓▓░░
                              d          ▓▓▓▓▓
 
@@ -15,12 +15,14 @@ when more than a few stand in memory, those that were not touched for longest ar
                              d          ▓▓▓▓▓
 
 So every random number is drawn in its turn, and what is kept is what it is in the whole model, bit for bit.
-A function that looks back at what has been dropped is called once more with everything kept.
+A function that looks back at what has been dropped is called once more with everything kept, and a warning.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import random
 import warnings
 import zlib
@@ -192,6 +194,12 @@ def materialize(graph: LayerGraph, modules: Iterable[nn.Module]) -> None:
             setattr(owner, key, copy.deepcopy(made[name], memo))
 
 
+def give_back() -> None:
+    """Hand freed memory back to the system: glibc keeps that of tensors below 32 MiB, and often cannot use it again."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
     """(qualified name, module, attribute, tensor): parameters, buffers, and what is a mere attribute."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -258,7 +266,7 @@ class _Construction(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, kept: Collection[int] | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.generators: list[tuple[torch.Generator, torch.Tensor]] = []
-        self._kept, self._count, self._bytes, self._largest = kept, 0, 0, 0
+        self._kept, self._count, self._bytes, self._largest, self._freed = kept, 0, 0, 0, 0
         self._made: dict[int, _Memory] = {}  # by storage; held, so that no other gets its identity
         self._outside: dict[int, torch.UntypedStorage] = {}  # was there before
         self._recent: dict[int, _Memory] = {}  # that may be dropped, those touched last at the end
@@ -346,11 +354,15 @@ class _Construction(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         for key in [key for key in self._recent if key not in in_use]:
             if self._bytes <= allowed:
-                return
+                break
             memory = self._recent.pop(key)
             memory.storage.resize_(0)
             memory.intact = False
             self._bytes -= memory.nbytes
+            self._freed += memory.nbytes
+        if self._freed > _SPARE:
+            give_back()
+            self._freed = 0
 
 
 class _Watched(TorchFunctionMode):

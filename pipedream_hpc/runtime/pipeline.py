@@ -25,7 +25,7 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss, OptimizerFactory, accuracy
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.cut import Part
-from pipedream_hpc.model.materialize import Factory, materialize
+from pipedream_hpc.model.materialize import Factory, give_back, materialize
 from pipedream_hpc.model.precision import autocast
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.runtime.averaging import Averager, Packing
@@ -381,6 +381,7 @@ class Pipeline:
         for part, (rank, index, replica) in zip(parts, places, strict=True):
             stage = self._stage(training, part, index, replica, self._wiring.ports[index, rank])
             stages.setdefault(rank, []).append(stage)
+        give_back()  # the weights stand in the stashes now
         agreements = {
             rank: self._wiring.reduce(None, "norms", [(2, torch.float64)]) if training.agree else None
             for rank in sorted(stages)
