@@ -82,6 +82,20 @@ def test_as_torch_itself_draws_the_order() -> None:
     assert [target for _, target in found.values()] == expected
 
 
+class Derived(DataLoader[Any]):
+    """Not torch's own class, so it is asked for every minibatch."""
+
+
+@pytest.mark.parametrize("generator", [None, 5])
+def test_a_class_of_the_user_reads_in_the_same_order(generator: int | None) -> None:
+    def read(kind: type[DataLoader[Any]]) -> list[Any]:
+        own = None if generator is None else torch.Generator().manual_seed(generator)
+        loader = kind(Numbers(), 4, shuffle=True, generator=own)
+        return [units(loader, [Taker(0, 1)], epoch) for epoch in (0, 1)]
+
+    assert read(Derived) == read(DataLoader)
+
+
 def test_a_loader_that_ends_early_is_named() -> None:
     feed = Feed(DataLoader(Numbers(8), 4), epoch=0, seed=0, takers=[Taker(0, 1)], names=["x"], length=6)
     feed.input(0, 0)

@@ -12,6 +12,7 @@ import pytest
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.observe.session import Session
 from pipedream_hpc.observe.trace_file import load_trace
+from pipedream_hpc.planning.plan import COUNTED
 
 ROOT = World(rank=0, size=2, local_rank=0, local_size=2, host="here", node_cores=2)
 
@@ -26,6 +27,14 @@ def run(session: Session, *, loss: float = 0.25) -> None:
         on_minibatch(1, 2)
         on_minibatch(2, 2)
     session.say(0, loss, 0.9)
+
+
+def test_counted_operations_are_no_prediction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = Session(dataclasses.replace(pictures.plan(1, 1), notes=(COUNTED,)), tmp_path, ROOT)
+    run(session)
+    session.finish(pictures.trace(RUN))
+    assert json.loads((tmp_path / "summary.json").read_text())["predicted_minibatch_ms"] is None
+    assert "(nothing was predicted)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_files_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

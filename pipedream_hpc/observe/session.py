@@ -84,7 +84,7 @@ class Session:
             "stages": len(plan.stages),
             "replicas": plan.config,
             "seconds": round(time.perf_counter() - self._began, 3),
-            "predicted_minibatch_ms": round(plan.bottleneck_s * 1e3, 4),
+            "predicted_minibatch_ms": round(plan.bottleneck_s * 1e3, 4) if plan.timed else None,
             "weight_versions": [stage.in_flight for stage in plan.stages],
             "sent_bytes_per_minibatch": sent,
         }
@@ -95,12 +95,13 @@ class Session:
             summary["bubble"] = round(bubble(splits), 4)
             self._console.print(plan_table(plan, splits))
             self._console.print(split_table(splits))
+            predicted = f"{human_seconds(plan.bottleneck_s)} predicted" if plan.timed else "nothing was predicted"
             self._console.print(
                 f"{human_seconds(per_minibatch)} per minibatch measured in the steady state "
-                f"({human_seconds(plan.bottleneck_s)} predicted), {human_bytes(sent)} sent per minibatch, "
+                f"({predicted}), {human_bytes(sent)} sent per minibatch, "
                 f"bubble {bubble(splits):.1%}"
             )
-            if self._shared_cores:
+            if self._shared_cores and plan.timed:
                 self._console.print(
                     f"{self._shared_cores}: predictions take every rank to have a core of its own, so expect more"
                 )

@@ -92,7 +92,7 @@ def plan_table(plan: Plan, measured: list[RankSplit] | None = None) -> Table:
     table = _table(title, "stage", "layers", "ranks", *compute, "weight versions", "parameters", "sent", "limit")
     for index, stage in enumerate(plan.stages):
         first, last = stage.layers[0], stage.layers[-1]
-        times = [human_seconds(stage.forward_s + stage.backward_s)]
+        times = [human_seconds(stage.forward_s + stage.backward_s) if plan.timed else "-"]
         if measured is not None:
             own = [each for each in measured if index in each.stages]
             times.append(human_seconds(sum(each.forward_s + each.backward_s for each in own) / len(own)))

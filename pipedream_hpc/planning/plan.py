@@ -24,6 +24,10 @@ def warm_up(replicas: Sequence[int], stage: int) -> int:
     return -(-sum(replicas[stage + 1 :]) // replicas[stage])
 
 
+#: Note of plans made without measurements.
+COUNTED = "made from counted operations: times are proportions, not seconds"
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """One stage: a set of layers and the ranks that hold a replica of it.
@@ -153,6 +157,11 @@ class Plan:
         ranks = sorted(rank for stage in self.stages for rank in stage.ranks)
         if ranks != list(range(len(ranks))):
             raise ValueError(f"stages: the ranks should be 0 to {len(ranks) - 1}, each once, but are {ranks}")
+
+    @property
+    def timed(self) -> bool:
+        """Whether its times are seconds, rather than operations counted."""
+        return COUNTED not in self.notes
 
     @property
     def ranks(self) -> int:

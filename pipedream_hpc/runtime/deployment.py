@@ -14,7 +14,7 @@ from pipedream_hpc.model.capture import LayerGraph
 from pipedream_hpc.model.cut import Cut
 from pipedream_hpc.model.profiler import count
 from pipedream_hpc.planning.even import even, replicas_of
-from pipedream_hpc.planning.plan import Plan, StagePlan
+from pipedream_hpc.planning.plan import COUNTED, Plan, StagePlan
 from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.topology import Level, Topology
 from pipedream_hpc.runtime.transport import Boundary
@@ -68,6 +68,8 @@ def resolve(wanted: Plan | tuple[int, ...] | int, graph: LayerGraph, manner: Man
         plan = solve(count(graph), flat, Request(straight=True))
     else:
         plan = wanted if isinstance(wanted, Plan) else even(count(graph), wanted)
+    if not isinstance(wanted, Plan):
+        plan = dataclasses.replace(plan, notes=(*plan.notes, COUNTED))
     return dataclasses.replace(plan, schedule=manner.schedule or plan.schedule, microbatches=manner.pieces(wanted))
 
 

@@ -30,6 +30,8 @@ def minibatches(loader: Iterable[Any], wanted: Wanted) -> Iterator[Any]:
         wanted: whether the minibatch with this number is.
     """
     if _is_plain(loader):
+        # As DataLoader does at the start of a pass: a generator of the user's own draws the same from here on.
+        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # type: ignore[attr-defined]
         return _by_indices(loader, wanted)  # type: ignore[arg-type]
     return iter(loader)
 
@@ -55,8 +57,6 @@ def _is_plain(loader: Any) -> bool:
 
 
 def _by_indices(loader: DataLoader[Any], wanted: Wanted) -> Iterator[Any]:
-    # As DataLoader does at the start of a pass: a generator of the user's own draws the same from here on.
-    torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
     several = getattr(loader.dataset, "__getitems__", None)
     for number, indices in enumerate(loader.batch_sampler):  # type: ignore[arg-type]
         if not wanted(number):
