@@ -110,8 +110,37 @@ def test_nothing_to_go_on_from(tmp_path: Path) -> None:
 
 def test_of_another_plan(tmp_path: Path) -> None:
     trained(pipeline(tmp_path), 1)
-    with pytest.warns(UserWarning, match="is of another plan or schedule"):
-        assert pipeline(tmp_path, "1-1").resume() == 0
+    with pytest.raises(PipedreamError, match=r"manifest\.json is of another plan or schedule: take the one"):
+        pipeline(tmp_path, "1-1").resume()
+
+
+def test_a_new_run_takes_no_folder_of_another(tmp_path: Path) -> None:
+    trained(pipeline(tmp_path), 2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    with pytest.raises(PipedreamError, match="holds checkpoints of an earlier run, epoch-00002 the newest: go on"):
+        trained(pipeline(tmp_path), 1)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
+def test_parts_of_two_launches_are_no_whole(tmp_path: Path) -> None:
+    """The second launch was killed when one stage had written epoch 2 anew, and the other not yet."""
+    for launch in ("first", "second"):
+        trained(pipeline(tmp_path / launch), 2)
+    part = Path("epoch-00002") / "stage-0.safetensors"
+    (tmp_path / "first" / part).write_bytes((tmp_path / "second" / part).read_bytes())
+    with pytest.warns(UserWarning, match=r"stage-0\.safetensors: was written by another launch than its manifest"):
+        assert pipeline(tmp_path / "first").resume() == 1
+
+
+def test_what_was_passed_over_makes_room(tmp_path: Path) -> None:
+    """Epoch 3 is damaged: it is trained anew, and that is the newest from then on."""
+    trained(pipeline(tmp_path), 3)
+    damage(tmp_path / "epoch-00003" / "stage-0.safetensors")
+    held = pipeline(tmp_path)
+    with pytest.warns(UserWarning, match="epoch-00003"):
+        assert held.resume() == 2
+    trained(held, 1)
+    assert pipeline(tmp_path).resume() == 3
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:

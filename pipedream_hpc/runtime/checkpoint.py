@@ -10,7 +10,9 @@ parts make the whole::
     checkpoints/epoch-00003/  manifest.json          stage-1 is missing: the job was killed here, so
                               stage-0.safetensors    this one is passed over, by name
 
-At an epoch's end the pipe is empty, so the newest weights are all there is to keep.
+At an epoch's end the pipe is empty, so the newest weights are all there is to keep. A folder belongs to one
+run, which may take several launches; every part and manifest carries its launch's name, so that parts which
+two launches wrote of the same epoch are never taken for a whole.
 """
 
 from __future__ import annotations
@@ -30,9 +32,14 @@ from safetensors.torch import save as serialized
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import atomic_write, write_json
+from pipedream_hpc.runtime.deployment import Deployment
 from pipedream_hpc.runtime.stage import Stage
 
 _FORMAT, _VERSION = "pipedream-checkpoint", 1
+
+
+class _NotWholeError(PipedreamError):
+    """A checkpoint is damaged or incomplete."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +60,28 @@ class Checkpoints:
 
     Args:
         folder: made when first written to.
-        plan: what the parts belong to, as text; a checkpoint of another plan is refused.
-        stages: how many parts make a whole.
+        deployment: the plan that the parts belong to; a checkpoint of another is refused.
+        launch: a name that no other start of the program has, the same on all ranks.
         keep: how many of the newest are kept.
     """
 
-    def __init__(self, folder: str | Path, plan: str, stages: int, keep: int = 2) -> None:
-        self._folder, self._stages, self._keep = Path(folder), stages, keep
-        self._plan = f"{zlib.crc32(plan.encode()):08x}"
+    def __init__(self, folder: str | Path, deployment: Deployment, launch: str, keep: int = 2) -> None:
+        self._folder, self._launch, self._keep = Path(folder), launch, keep
+        plan, layers = deployment.plan, [stage.layers for stage in deployment.plan.stages]
+        facts = (layers, deployment.layout, plan.schedule, deployment.pieces, deployment.manner.accumulate)
+        self._stages, self._plan = len(layers), f"{zlib.crc32(str(facts).encode()):08x}"
+
+    def begin(self) -> None:
+        """Make sure that a run which starts anew has the folder to itself.
+
+        Raises:
+            PipedreamError: there are checkpoints of an earlier run.
+        """
+        if found := self._found():
+            raise PipedreamError(
+                f"{self._folder} holds checkpoints of an earlier run, {found[0].name} the newest: "
+                "go on from them with --resume (Pipeline.resume()), or give another folder"
+            )
 
     def write_part(self, stage: Stage, position: Position) -> None:
         """Write one stage's part of the checkpoint of `position`."""
@@ -70,6 +91,7 @@ class Checkpoints:
             "format": _FORMAT,
             "version": str(_VERSION),
             "plan": self._plan,
+            "launch": self._launch,
             "numbers": json.dumps(numbers),
             "checksum": str(_checksum(tensors)),
         }
@@ -78,28 +100,36 @@ class Checkpoints:
             file.write(serialized(tensors, metadata))
 
     def write_manifest(self, position: Position) -> None:
-        """Say what makes the checkpoint of `position` whole, and drop those that are older than kept."""
+        """Say what makes the checkpoint of `position` whole, and drop those older than kept.
+
+        Those of later epochs, too: they were damaged, or training would have gone on from them.
+        """
         content = {
             "format": _FORMAT,
             "version": _VERSION,
             "plan": self._plan,
+            "launch": self._launch,
             "epoch": position.epoch,
             "units": position.units,
             "parts": [_part(stage) for stage in range(self._stages)],
         }
         folder = self._of(position)
         write_json(folder / "manifest.json", content)
-        for old in self._found()[self._keep :]:
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+        upto = [each for each in self._found() if each <= folder]
+        for other in {*self._found()} - {*upto[: self._keep]}:
+            shutil.rmtree(other, ignore_errors=True)
 
     def whole(self) -> tuple[list[Position], list[str]]:
-        """Positions of the whole checkpoints, newest first, and why each of the others is passed over."""
+        """Positions of the whole checkpoints, newest first, and why each of the others is passed over.
+
+        Raises:
+            PipedreamError: the folder is another plan's.
+        """
         positions, passed_over = [], []
         for folder in self._found():
             try:
                 positions.append(self._checked(folder))
-            except PipedreamError as error:
+            except _NotWholeError as error:
                 passed_over.append(str(error))
         return positions, passed_over
 
@@ -136,27 +166,32 @@ class Checkpoints:
         try:
             content = json.loads(manifest.read_bytes())
             position, parts = Position(int(content["epoch"]), int(content["units"])), list(content["parts"])
+            plan, launch = str(content["plan"]), str(content["launch"])
         except OSError as error:
-            raise PipedreamError(f"{manifest}: cannot be read: {error.strerror}") from None
+            raise _NotWholeError(f"{manifest}: cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise PipedreamError(f"{manifest}: is damaged: {error}") from None
-        if content.get("plan") != self._plan:
-            raise PipedreamError(f"{manifest}: is of another plan or schedule")
+            raise _NotWholeError(f"{manifest}: is damaged: {error}") from None
+        if plan != self._plan:
+            raise PipedreamError(
+                f"{manifest} is of another plan or schedule: take the one that it was trained with, or another folder"
+            )
         for name in parts:
-            self._check_part(folder / name)
+            self._check_part(folder / name, launch)
         return position
 
-    def _check_part(self, path: Path) -> None:
+    def _check_part(self, path: Path, launch: str) -> None:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
                 checksum = _checksum({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except FileNotFoundError:
-            raise PipedreamError(f"{path}: is missing") from None
+            raise _NotWholeError(f"{path}: is missing") from None
         except (SafetensorError, OSError) as error:
-            raise PipedreamError(f"{path}: is damaged: {error}") from None
+            raise _NotWholeError(f"{path}: is damaged: {error}") from None
         if metadata.get("checksum") != str(checksum) or metadata.get("plan") != self._plan:
-            raise PipedreamError(f"{path}: is damaged: its contents are not what was written")
+            raise _NotWholeError(f"{path}: is damaged: its contents are not what was written")
+        if metadata.get("launch") != launch:
+            raise _NotWholeError(f"{path}: was written by another launch than its manifest")
 
 
 def _part(stage: int) -> str:

@@ -7,10 +7,7 @@ plan ──► stage modules ──► workers ──► fit, evaluate
 
 from __future__ import annotations
 
-import contextlib
-import platform
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,37 +15,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipedream_hpc import __version__
 from pipedream_hpc.cluster.threads import threads_per_rank
 from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss, OptimizerFactory, accuracy
 from pipedream_hpc.model.capture import capture
-from pipedream_hpc.model.cut import Part
-from pipedream_hpc.model.materialize import Factory, give_back, materialize
-from pipedream_hpc.model.precision import autocast
+from pipedream_hpc.model.materialize import Factory
+from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.planning.plan import Plan
-from pipedream_hpc.runtime.averaging import Averager, Packing
+from pipedream_hpc.runtime.agreement import agree_on_data, agree_on_end, agree_on_start
+from pipedream_hpc.runtime.assembly import Wishes, assemble, shared_statistics
 from pipedream_hpc.runtime.checkpoint import Checkpoints, Position
-from pipedream_hpc.runtime.deployment import Deployment, Manner, deploy, given, resolve
+from pipedream_hpc.runtime.deployment import Manner, deploy, given, resolve
 from pipedream_hpc.runtime.emulator import carry_out, emulate
 from pipedream_hpc.runtime.feed import Feed, Taker, cut
-from pipedream_hpc.runtime.handshake import agree, same
+from pipedream_hpc.runtime.handshake import agree
 from pipedream_hpc.runtime.reading import start_workers_apart
-from pipedream_hpc.runtime.stage import Ports, Stage
+from pipedream_hpc.runtime.stage import Stage
 from pipedream_hpc.runtime.stall import is_stall, report
-from pipedream_hpc.runtime.stash import WeightStash
-from pipedream_hpc.runtime.statistics import Statistics
-from pipedream_hpc.runtime.step import Clip, LossScale, SchedulerFactory, Step
+from pipedream_hpc.runtime.step import Clip, SchedulerFactory
 from pipedream_hpc.runtime.wiring import Wiring, local_wiring, mpi_wiring
 from pipedream_hpc.runtime.worker import Worker
 from pipedream_hpc.schedule.actions import Action, Backward, Schedule
 from pipedream_hpc.schedule.kinds import AnySchedule
 from pipedream_hpc.schedule.trace import Span, Trace
 from pipedream_hpc.schedule.verifier import verify_around
-
-#: Loss scale that fp16 begins with.
-_FIRST_SCALE = 65536.0
 
 
 class Pipeline:
@@ -117,28 +108,20 @@ class Pipeline:
         checkpoints: str | Path | None = None,
     ) -> None:
         self.world: World = join()
-        manner = Manner(
-            schedule,
-            microbatches,
-            chunks,
-            accumulate,
-            agree=(clip is not None and clip.over == "model") or precision == "fp16",
-        )
+        self._wishes = Wishes(loss, optimizer, scheduler, clip, precision, recompute, compiler, seed)
+        manner = Manner(schedule, microbatches, chunks, accumulate, agree=self._wishes.needs_agreement)
         wanted = given(plan)
-        self.precision = autocast(precision)
-        graph = capture(model, cut(example, manner.pieces(wanted))[0], leaves, self.precision)
+        graph = capture(model, cut(example, manner.pieces(wanted))[0], leaves, self._wishes.autocast)
         name = str(plan) if isinstance(plan, str | Path) else "the plan"
         self._deployment = deploy(resolve(wanted, graph, manner), name, graph, manner, self.world)
         self.plan = self._deployment.plan
-        self.seed, self._stall_limit_s, self._tracing = seed, stall_limit_s, trace
-        self._loss, self._optimizer, self._scheduler = loss, optimizer, scheduler
-        self._clip, self._recompute, self._compiler = clip, recompute, _known(compiler)
-        self._first_scale = _FIRST_SCALE if precision == "fp16" else 1.0
+        self._stall_limit_s, self._tracing = stall_limit_s, trace
         self._epoch = self._units_run = self._units_trained = 0
+        self._begun = False
         self._verified: set[AnySchedule] = set()
         self._spans: list[Span] | None = None
         self._last_units = 0
-        self._agree_on_start()
+        launch = agree_on_start(self.world, self._deployment, seed, limit_s=stall_limit_s)
         ranks = self._deployment.ranks
         if ranks > 1 or self.world.size > 1:
             torch.set_num_threads(threads_per_rank(max(ranks, self.world.local_size)))
@@ -148,9 +131,9 @@ class Pipeline:
             if self.world.size > 1
             else local_wiring(training, lines)
         )
-        self._workers = self._made(training)
-        self._statistics = self._shared_statistics()
-        self._checkpoints = None if checkpoints is None else self._checkpoints_in(checkpoints)
+        self._workers = assemble(self._deployment, training, self._wiring, self._wishes)
+        self._statistics = shared_statistics(self.stages, training.layout, self._wiring)
+        self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints, self._deployment, launch)
 
     @property
     def rank(self) -> int:
@@ -172,9 +155,19 @@ class Pipeline:
         return self._deployment.manner.accumulate
 
     @property
+    def seed(self) -> int:
+        """What the order of the data and dropout masks depend on."""
+        return self._wishes.seed
+
+    @property
+    def precision(self) -> Precision | None:
+        """What forwards run in; None for the model's own dtypes."""
+        return self._wishes.autocast
+
+    @property
     def scales_losses(self) -> bool:
         """Whether losses are scaled, as fp16 needs it."""
-        return self._first_scale != 1.0
+        return self._wishes.first_scale != 1.0
 
     def fit(self, loader: Any, on_minibatch: Callable[[int, int], None] | None = None) -> float:
         """Train one epoch; returns the mean loss per sample, the same on all ranks.
@@ -184,9 +177,12 @@ class Pipeline:
             on_minibatch: called with (done, total) whenever the input stage has finished one.
 
         Raises:
-            PipedreamError: ranks read different data, a minibatch is larger than the example, or
-                replicas have come to differ.
+            PipedreamError: ranks read different data, a minibatch is larger than the example, replicas have
+                come to differ, or the folder for checkpoints is an earlier run's.
         """
+        if self._checkpoints is not None and not self._begun:
+            self._checkpoints.begin()
+        self._begun = True
         total, pieces = _length(loader), self._deployment.pieces
 
         def finished(worker: Worker, action: Action) -> None:
@@ -245,7 +241,7 @@ class Pipeline:
         passed over; rank 0 says which and why.
 
         Raises:
-            PipedreamError: the pipeline was made without checkpoints, or they are of another model.
+            PipedreamError: the pipeline was made without checkpoints, or they are of another model or plan.
         """
         if self._checkpoints is None:
             raise PipedreamError("there is nothing to resume from: make the Pipeline with checkpoints=FOLDER")
@@ -255,6 +251,7 @@ class Pipeline:
         if self.rank == 0:
             for reason in passed_over:
                 warnings.warn(f"checkpoint passed over: {reason}", stacklevel=2)
+        self._begun = True
         if not everywhere:
             return 0
         for stage in self.stages:
@@ -296,7 +293,7 @@ class Pipeline:
         rng = torch.random.get_rng_state()
         try:
             feed = self._feed(loader, total)
-            self._agree_on_data(total, feed)
+            agree_on_data(self.world, total, feed, limit_s=self._stall_limit_s)
             for worker in self._workers:
                 worker.begin(
                     schedule,
@@ -313,7 +310,7 @@ class Pipeline:
                 worker.end()
             if training:
                 self._share_statistics()
-            mean = self._agree_on_end(training)
+            mean = agree_on_end(self.world, self._workers, training=training, limit_s=self._stall_limit_s)
         except Exception as error:
             if is_stall(error):
                 raise report(self.world, str(error.__cause__ or error)) from None
@@ -339,12 +336,6 @@ class Pipeline:
         if self.rank == 0:
             checkpoints.write_manifest(position)
 
-    def _checkpoints_in(self, folder: str | Path) -> Checkpoints:
-        deployment = self._deployment
-        layers = [stage.layers for stage in self.plan.stages]
-        plan = str((layers, deployment.layout, self.plan.schedule, deployment.pieces, deployment.manner.accumulate))
-        return Checkpoints(folder, plan, len(layers))
-
     def _execute(self, schedule: Schedule) -> Iterator[tuple[Worker, Action]]:
         if self.world.size > 1:
             return carry_out(self._workers[0], schedule)
@@ -365,68 +356,6 @@ class Pipeline:
             accumulate=self._deployment.shared,
             length=total,
         )
-
-    def _made(self, training: AnySchedule) -> list[Worker]:
-        """The workers of this process, in the order of their ranks."""
-        # In the order of the replicas, in which their gradients are added up.
-        places = [
-            (rank, index, replica)
-            for index, ranks in enumerate(training.layout)
-            for replica, rank in enumerate(ranks)
-            if (index, rank) in self._wiring.ports
-        ]
-        parts = [self._deployment.cut.part(index) for _, index, _ in places]
-        materialize(self._deployment.graph, [part.module for part in parts])
-        stages: dict[int, list[Stage]] = {}
-        for part, (rank, index, replica) in zip(parts, places, strict=True):
-            stage = self._stage(training, part, index, replica, self._wiring.ports[index, rank])
-            stages.setdefault(rank, []).append(stage)
-        give_back()  # the weights stand in the stashes now
-        agreements = {
-            rank: self._wiring.reduce(None, "norms", [(2, torch.float64)]) if training.agree else None
-            for rank in sorted(stages)
-        }
-        return [Worker(rank, stages[rank], agreements[rank]) for rank in sorted(stages)]
-
-    def _stage(self, training: AnySchedule, part: Part, index: int, replica: int, ports: Ports) -> Stage:
-        stash = WeightStash(part.module, training.versions(index), self._optimizer, overwrite=not training.stashes)
-        step = Step(
-            stash.optimizer,
-            self._scheduler,
-            self._clip,
-            LossScale(self._first_scale),
-            microbatches=self._deployment.pieces,
-            average=not self._deployment.cuts_minibatches,
-        )
-        averager = None
-        if len(training.layout[index]) > 1:
-            packing = Packing(stash.trained)
-            averager = Averager(packing, self._wiring.reduce(index, "gradients", packing.buckets))
-        planned = self.plan.stages[index].recompute
-        return Stage(
-            index,
-            replica,
-            part,
-            self._deployment.cut.links,
-            stash,
-            step,
-            averager,
-            ports,
-            self._loss,
-            self.seed,
-            recompute=planned if self._recompute is None else self._recompute,
-            precision=self.precision or contextlib.nullcontext,
-            compiler=self._compiler,
-        )
-
-    def _shared_statistics(self) -> list[Statistics]:
-        shared = []
-        for stage in sorted(self.stages, key=lambda each: (each.index, each.replica)):
-            replicas, statistics = len(self._deployment.layout[stage.index]), Statistics(stage.module)
-            if replicas > 1 and statistics.buckets:
-                statistics.share(self._wiring.reduce(stage.index, "statistics", statistics.buckets), replicas)
-                shared.append(statistics)
-        return shared
 
     def _share_statistics(self) -> None:
         for statistics in self._statistics:
@@ -453,77 +382,6 @@ class Pipeline:
         if schedule not in self._verified:
             verify_around(schedule, self.world.rank if self.world.size > 1 else None)
             self._verified.add(schedule)
-
-    def _agree_on_start(self) -> None:
-        deployment: Deployment = self._deployment
-        model = "random numbers that the model is made of"
-        facts = {
-            "boundaries that the example leads to": [
-                (each.layer, each.shape, each.dtype_name) for line in deployment.lines.values() for each in line
-            ],
-            "plan": str([(stage.layers, stage.ranks) for stage in self.plan.stages]),
-            "schedule": (self.plan.schedule, deployment.pieces, deployment.manner.chunks, deployment.manner.accumulate),
-            "seed": self.seed,
-            "version of pipedream_hpc": __version__,
-            "version of torch": torch.__version__,
-            "byte order": platform.machine(),
-            model: getattr(deployment.graph.recipe, "fingerprint", None),
-        }
-        answers = agree(self.world, facts, limit_s=self._stall_limit_s)
-        remedies = dict.fromkeys(facts, "start every rank with the same")
-        same(answers, {**remedies, model: "call torch.manual_seed in the function that builds the model"})
-
-    def _agree_on_data(self, minibatches: int, feed: Feed) -> None:
-        facts = {"minibatches": minibatches, "data": feed.fingerprint()}
-        answers = agree(self.world, facts, limit_s=self._stall_limit_s)
-        same(answers, {"minibatches": "give every rank the same loader"})
-        seen = [(rank, answer["data"]) for rank, answer in enumerate(answers) if answer["data"] is not None]
-        for rank, data in seen:
-            if data != seen[0][1]:
-                raise PipedreamError(
-                    f"ranks {seen[0][0]} and {rank} read different first minibatches: the order of the data must "
-                    "depend on torch's random numbers alone (DataLoader(shuffle=True) does), not on the rank"
-                )
-
-    def _agree_on_end(self, training: bool) -> float:
-        """Compare replicas; returns the mean score over all samples, the same on every rank."""
-        facts: dict[str, Any] = {
-            "scores": [score for stage in self.stages if stage.output for score in stage.tally.read()],
-            "weights": [
-                (stage.index, worker.rank, _checksum(stage))
-                for worker in self._workers
-                for stage in worker.stages.values()
-                if training and stage.averager is not None
-            ],
-        }
-        answers = agree(self.world, facts, limit_s=self._stall_limit_s)
-        first: dict[int, tuple[int, int]] = {}
-        for index, rank, checksum in sorted(each for answer in answers for each in answer["weights"]):
-            other, expected = first.setdefault(index, (rank, checksum))
-            if checksum != expected:
-                raise PipedreamError(
-                    f"replicas of stage {index} have drifted apart: after this epoch the weights of ranks {other} and "
-                    f"{rank} differ: random numbers or data of the model must not depend on the rank"
-                )
-        scores = sorted(score for answer in answers for score in answer["scores"])
-        samples = sum(count for _, _, count in scores)
-        return sum(mean * count for _, mean, count in scores) / samples if samples else float("nan")
-
-
-def _checksum(stage: Stage) -> int:
-    """Of the newest weights and the buffers of a stage."""
-    total = 0
-    for tensor in (*stage.stash.trained, *stage.module.buffers()):
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        if flat.numel():
-            total = zlib.crc32(flat.view(torch.uint8).numpy().data, total)
-    return total
-
-
-def _known(compiler: str | None) -> str | None:
-    if compiler is not None and compiler not in (known := torch.compiler.list_backends(exclude_tags=())):
-        raise PipedreamError(f"there is no compiler '{compiler}': choose from {', '.join(sorted(known))}")
-    return compiler
 
 
 def _length(loader: Any) -> int:
