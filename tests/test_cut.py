@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_flatten
 
 from pipedream_hpc import models
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.capture import LayerGraph, arguments_of, capture
+from pipedream_hpc.model.capture import arguments_of, capture
 from pipedream_hpc.model.cut import Cut, enter
+from pipedream_hpc.model.graph import LayerGraph
 
 
 def tokens(vocabulary: int, length: int) -> torch.Tensor:

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import chains
 import pytest
-import ranks
 import torch
+import training
 from torch import nn
+from training import Order, Report, assert_bitwise
 
 from pipedream_hpc.runtime.pipeline import Pipeline
 from pipedream_hpc.verification import reference
 from pipedream_hpc.verification.rounding import correct_square_roots
 
 EPOCHS_OF_40 = [40, 40, 40]
+FEWER_THAN_STAGES = [[1], [2, 3], [0, 1, 0, 2]]
+
+
+def order(stages: int, model: str = "plain", optimizer: str = "sgd", **more: Any) -> Order:
+    return {"plan": stages, "model": model, "optimizer": optimizer, **more}
+
+
+ORDERS = {
+    **{f"{n} {kind}": order(n, optimizer=kind, epochs=EPOCHS_OF_40) for n in (1, 2, 3, 4) for kind in ("sgd", "adam")},
+    **{f"4 {epochs}": order(4, epochs=epochs) for epochs in FEWER_THAN_STAGES},
+    **{f"{n} attentive": order(n, "attentive", "adam", epochs=[6, 6], last=3) for n in (2, 3)},
+    **{f"{n} rich": order(n, "rich", epochs=[9, 9], last=3) for n in (2, 4)},
+    "4 draining": order(4, epochs=[7, 3, 7]),
+    "4 allocating": order(4, epochs=[20, 20, 20]),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +40,15 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def run(folder: Path, on_ranks: int, **wanted: Any) -> dict[str, Any]:
-    """What tests/programs/train_chain.py reports, on real ranks or (0) in one process."""
-    out = folder / f"{on_ranks}.pt"
-    wanted["plan"] = wanted.pop("stages")
-    finished = ranks.python(on_ranks, "train_chain.py", json.dumps([{**wanted, "out": str(out)}]))
-    assert finished.status == 0, finished.output
-    report: dict[str, Any] = torch.load(out)
-    assert report["ranks"] == max(1, on_ranks), "the ranks really ran"
-    return report
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
+    """Reports by name: one launch for all orders of so many ranks."""
+    found: dict[str, Report] = {}
+    for stages in (1, 2, 3, 4):
+        names = [name for name, wanted in ORDERS.items() if wanted["plan"] == stages]
+        reports = training.on_ranks(stages, [ORDERS[name] for name in names], tmp_path_factory.mktemp("reports"))
+        found.update(zip(names, reports, strict=True))
+    return found
 
 
 def by_reference(stages: int, optimizer: str, epochs: list[int]) -> dict[str, torch.Tensor]:
@@ -55,29 +69,19 @@ def by_reference(stages: int, optimizer: str, epochs: list[int]) -> dict[str, to
     )
 
 
-def assert_bitwise(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    different = [name for name in left if not torch.equal(left[name], right[name])]
-    assert not different
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
-def test_three_epochs_of_forty_minibatches(stages: int, optimizer: str, tmp_path: Path) -> None:
-    wanted = {"stages": stages, "model": "plain", "optimizer": optimizer, "epochs": EPOCHS_OF_40}
-    emulated = run(tmp_path, 0, **wanted)
-    on_ranks = run(tmp_path, stages, **wanted)
+def test_three_epochs_of_forty_minibatches(stages: int, optimizer: str, launched: dict[str, Report]) -> None:
+    on_ranks, emulated = launched[f"{stages} {optimizer}"], training.alone(ORDERS[f"{stages} {optimizer}"])
     assert_bitwise(emulated["weights"], by_reference(stages, optimizer, EPOCHS_OF_40))
     assert_bitwise(on_ranks["weights"], emulated["weights"])
     assert on_ranks["losses"] == emulated["losses"]
     assert on_ranks["scores"] == emulated["scores"]
 
 
-@pytest.mark.parametrize("epochs", [[1], [2, 3], [0, 1, 0, 2]])
-def test_fewer_minibatches_than_stages(epochs: list[int], tmp_path: Path) -> None:
-    wanted = {"stages": 4, "model": "plain", "optimizer": "sgd", "epochs": epochs}
-    emulated = run(tmp_path, 0, **wanted)
-    on_ranks = run(tmp_path, 4, **wanted)
+@pytest.mark.parametrize("epochs", FEWER_THAN_STAGES)
+def test_fewer_minibatches_than_stages(epochs: list[int], launched: dict[str, Report]) -> None:
+    on_ranks, emulated = launched[f"4 {epochs}"], training.alone(ORDERS[f"4 {epochs}"])
     assert_bitwise(emulated["weights"], by_reference(4, "sgd", epochs))
     assert_bitwise(on_ranks["weights"], emulated["weights"])
     assert [math.isnan(loss) for loss in on_ranks["losses"]] == [count == 0 for count in epochs]
@@ -89,21 +93,19 @@ def test_stashing_differs_from_plain_sgd() -> None:
     assert any(not torch.equal(stale[name], plain[name]) for name in plain)
 
 
-@pytest.mark.parametrize("stages", [2, 3])
-def test_dropout_inside_attention_and_as_a_function(stages: int, tmp_path: Path) -> None:
-    wanted = {"stages": stages, "model": "attentive", "optimizer": "adam", "epochs": [6, 6], "last": 3}
-    emulated, on_ranks = run(tmp_path, 0, **wanted), run(tmp_path, stages, **wanted)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(f"{n} attentive", id=f"dropout in attention and as a function, {n} stages") for n in (2, 3)),
+        *(pytest.param(f"{n} rich", id=f"BatchNorm, writes in place, a short minibatch, {n} stages") for n in (2, 4)),
+    ],
+)
+def test_random_numbers_and_buffers(name: str, launched: dict[str, Report]) -> None:
+    on_ranks, emulated = launched[name], training.alone(ORDERS[name])
     assert_bitwise(on_ranks["weights"], emulated["weights"])
     assert on_ranks["losses"] == emulated["losses"]
-
-
-@pytest.mark.parametrize("stages", [2, 4])
-def test_batchnorm_dropout_in_place_and_a_short_last_minibatch(stages: int, tmp_path: Path) -> None:
-    wanted = {"stages": stages, "model": "rich", "optimizer": "sgd", "epochs": [9, 9], "last": 3}
-    emulated, on_ranks = run(tmp_path, 0, **wanted), run(tmp_path, stages, **wanted)
-    assert_bitwise(on_ranks["weights"], emulated["weights"])
-    assert on_ranks["losses"] == emulated["losses"]
-    assert on_ranks["weights"]["2.num_batches_tracked"] == 18  # buffers are not weights: never rolled back
+    if "rich" in name:
+        assert on_ranks["weights"]["2.num_batches_tracked"] == 18  # buffers are not weights: never rolled back
 
 
 def test_one_stage_is_plain_training_with_batchnorm() -> None:
@@ -134,11 +136,10 @@ def test_one_stage_is_plain_training_with_batchnorm() -> None:
     assert_bitwise(pipeline.state_dict(), dict(plain.state_dict()))
 
 
-def test_version_of_backward_is_version_of_forward_across_the_drain(tmp_path: Path) -> None:
-    stages, epochs = 4, [7, 3, 7]
-    for on_ranks in (0, stages):
-        report = run(tmp_path, on_ranks, stages=stages, model="plain", optimizer="sgd", epochs=epochs)
-        for count, spans in zip(epochs, report["traces"], strict=True):
+def test_version_of_backward_is_version_of_forward_across_the_drain(launched: dict[str, Report]) -> None:
+    stages, wanted = 4, ORDERS["4 draining"]
+    for report in (training.alone(wanted), launched["4 draining"]):
+        for count, spans in zip(wanted["epochs"], report["traces"], strict=True):
             versions = {(rank, kind, k): version for rank, kind, k, version in spans}
             for stage in range(stages):
                 for k in range(count):
@@ -148,8 +149,8 @@ def test_version_of_backward_is_version_of_forward_across_the_drain(tmp_path: Pa
                     assert versions[stage, "backward", k] == expected
 
 
-def test_slabs_are_those_in_flight_and_nothing_is_allocated_after_warm_up(tmp_path: Path) -> None:
-    report = run(tmp_path, 4, stages=4, model="plain", optimizer="sgd", epochs=[20, 20, 20])
+def test_slabs_are_those_in_flight_and_nothing_is_allocated_after_warm_up(launched: dict[str, Report]) -> None:
+    report = launched["4 allocating"]
     assert report["slabs"] == {0: 4, 1: 3, 2: 2, 3: 1}
     for rank, counts in enumerate(report["allocations"]):
         assert len(set(counts)) == 1, f"rank {rank} allocated between epochs: {counts}"

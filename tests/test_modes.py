@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import chains
 import pytest
-import ranks
 import torch
+import training
 from torch import nn
+from training import Order, Report, assert_bitwise
 
 from pipedream_hpc import Clip, Pipeline
 from pipedream_hpc.errors import PipedreamError
@@ -68,20 +68,13 @@ def options(wanted: dict[str, Any]) -> dict[str, Any]:
     return {**found, "schedule": wanted["kind"]}
 
 
-def emulated(wanted: dict[str, Any]) -> tuple[dict[str, torch.Tensor], list[float], dict[str, int]]:
-    torch.set_num_threads(1)
-    pipeline = Pipeline(
-        chains.MODELS[wanted["model"]](),
-        loss=nn.CrossEntropyLoss(),
-        optimizer=chains.OPTIMIZERS[wanted["optimizer"]],
-        example=chains.example(),
-        plan=wanted["plan"],
-        scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=wanted["decay"]),
-        clip=Clip(*wanted["clip"]) if "clip" in wanted else None,
-        **options(wanted),
-    )
-    losses = [pipeline.fit(chains.minibatches(count, last=wanted["last"])) for count in wanted["epochs"]]
-    return pipeline.state_dict(), losses, pipeline.stage_of_parameters()
+def ordered(wanted: dict[str, Any], **more: Any) -> Order:
+    return {**wanted, "options": {**options(wanted), **more}}
+
+
+@cache
+def emulated(name: str) -> Report:
+    return training.alone(ordered(CASES[name]))
 
 
 def by_reference(wanted: dict[str, Any], stage_of: dict[str, int]) -> dict[str, torch.Tensor]:
@@ -103,68 +96,47 @@ def by_reference(wanted: dict[str, Any], stage_of: dict[str, int]) -> dict[str, 
     )
 
 
-def assert_bitwise(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    assert [name for name in left if not torch.equal(left[name], right[name])] == []
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_in_one_process_as_the_reference(name: str) -> None:
-    weights, _, stage_of = emulated(CASES[name])
-    assert_bitwise(weights, by_reference(CASES[name], stage_of))
+    report = emulated(name)
+    assert_bitwise(report["weights"], by_reference(CASES[name], report["stage_of"]))
 
 
 @pytest.mark.parametrize("on_ranks", [1, 2, 3, 4])
 def test_on_ranks_as_in_one_process(on_ranks: int, tmp_path: Path) -> None:
     """One launch trains all the cases that are for so many ranks."""
-    chosen = [(name, wanted) for name, wanted in CASES.items() if sum(replicas(wanted)) == on_ranks]
-    orders = [
-        {**wanted, "options": options(wanted), "out": str(tmp_path / f"{index}.pt")}
-        for index, (_, wanted) in enumerate(chosen)
-    ]
-    finished = ranks.python(on_ranks, "train_chain.py", json.dumps(orders), timeout=240)
-    assert finished.status == 0, finished.output
-    for index, (name, wanted) in enumerate(chosen):
-        report = torch.load(tmp_path / f"{index}.pt")
-        assert report["ranks"] == on_ranks, "the ranks really ran"
-        weights, losses, _ = emulated(wanted)
-        assert_bitwise(report["weights"], weights)
-        assert report["losses"] == losses, name
-
-
-def test_interleaved_is_gpipe_to_the_last_bit(tmp_path: Path) -> None:
-    wanted = case("1-1-1-1", "interleaved", microbatches=4)
-    expected, _, _ = emulated(case("1-1-1-1", "gpipe", microbatches=4))
-    order = {**wanted, "options": {**options(wanted), "chunks": 2}, "out": str(tmp_path / "x.pt")}
-    finished = ranks.python(2, "train_chain.py", json.dumps([order]))
-    assert finished.status == 0, finished.output
-    report = torch.load(tmp_path / "x.pt")
-    assert report["ranks"] == 2
-    assert_bitwise(report["weights"], expected)
+    chosen = {name: ordered(wanted) for name, wanted in CASES.items() if sum(replicas(wanted)) == on_ranks}
+    expected = {name: emulated(name) for name in chosen}
+    if on_ranks == 2:
+        # Two stages to a rank: GPipe to the last bit.
+        name = "1-1-1-1 interleaved sgd"
+        chosen[name] = ordered(case("1-1-1-1", "interleaved", microbatches=4), chunks=2)
+        expected[name] = emulated("1-1-1-1 gpipe sgd microbatches=4")
+    for name, report in zip(chosen, training.on_ranks(on_ranks, list(chosen.values()), tmp_path), strict=True):
+        assert_bitwise(report["weights"], expected[name]["weights"], name)
+        assert report["losses"] == expected[name]["losses"], name
 
 
 @pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
 def test_recomputing_changes_nothing(kind: str) -> None:
     """With BatchNorm, whose statistics see a minibatch once, dropout and writes in place."""
     wanted = case("1-1-1", kind, **{**UNEVEN, "model": "rich"}, **({"microbatches": 2} if kind == "gpipe" else {}))
-    kept, again = emulated(wanted), emulated({**wanted, "recompute": True})
-    assert_bitwise(kept[0], again[0])
-    assert kept[1] == again[1]
+    kept, again = (training.alone(ordered({**wanted, "recompute": recompute})) for recompute in (False, True))
+    assert_bitwise(kept["weights"], again["weights"])
+    assert kept["losses"] == again["losses"]
 
 
 def test_naive_pipelining_is_none_of_the_others() -> None:
     """What weight stashing is for: without it gradients are of no function at all."""
-    naive, _, stage_of = emulated(case("1-1-1-1", "naive"))
-    stashed, plain = emulated(case("1-1-1-1"))[0], by_reference(case("1-1-1-1", "model-parallel"), stage_of)
-    for other in (stashed, plain):
-        assert any(not torch.equal(naive[name], other[name]) for name in naive)
+    naive = training.alone(ordered(case("1-1-1-1", "naive")))
+    plain = by_reference(case("1-1-1-1", "model-parallel"), naive["stage_of"])
+    for other in (emulated("1-1-1-1 1f1b sgd")["weights"], plain):
+        assert any(not torch.equal(value, other[name]) for name, value in naive["weights"].items())
 
 
 def test_fixed_order_or_not_replicas_stay_equal(tmp_path: Path) -> None:
     """MPI may sum in an order of its own, but all replicas must get the same sum."""
-    order = {**case("3"), "options": {"deterministic": False}, "out": str(tmp_path / "x.pt")}
-    finished = ranks.python(3, "train_chain.py", json.dumps([order]))
-    assert finished.status == 0, finished.output
+    training.on_ranks(3, [ordered(case("3"), deterministic=False)], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,9 @@ def test_only_options_that_exist_are_named(text: Path) -> None:
         assert {word for word in shlex.split(words) if word.startswith("-")} <= known, words
 
 
-@each_script
-def test_a_job_from_profile_to_trained(script: Path, tmp_path: Path) -> None:
+def test_a_job_from_profile_to_trained(tmp_path: Path) -> None:
+    """The other script's commands are the same, to the letter."""
+    script = SLURM / "several-nodes.sbatch"
     tasks_per_node = 2 // int(directives(script)["nodes"])
     finished = sbatch(script, tmp_path, SMALL, "--", "--width", "12", tasks_per_node=tasks_per_node)
     assert finished.status == 0, finished.output

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
+from typer.testing import CliRunner
 
+from pipedream_hpc.cli import app
+from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.verification.comparison import Difference, compare
 from pipedream_hpc.verification.reference import Event
 
@@ -43,21 +46,33 @@ def job(tmp_path: Path) -> Path:
     return path
 
 
+EXACT = "exact: every bit of the pipelined training is that of the reference"
+
+
 @pytest.mark.parametrize(
     ("launched", "words"),
-    [
-        (0, ["--plan", "2-1"]),
-        (3, ["--plan", "2-1"]),
-        (3, ["--plan", "3", "--schedule", "vertical-sync"]),
-        (2, ["--plan", "2", "--schedule", "gpipe", "--microbatches", "2"]),
-        (2, ["--plan", "2", "--schedule", "2bw", "--microbatches", "3"]),
-        (2, ["--plan", "2", "--precision", "bf16"]),
-    ],
+    [(3, ["--plan", "2-1"]), (2, ["--plan", "2", "--schedule", "gpipe", "--microbatches", "2"])],
 )
-def test_exact(job: Path, launched: int, words: list[str]) -> None:
+def test_exact_on_ranks(job: Path, launched: int, words: list[str]) -> None:
     finished = ranks.pipedream(launched, "verify", job, *words, "--minibatches", "5", "--tolerance", "0")
     assert finished.status == 0, finished.output
-    assert "exact: every bit of the pipelined training is that of the reference" in finished.output
+    assert EXACT in finished.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--plan", "2-1"],
+        ["--plan", "3", "--schedule", "vertical-sync"],
+        ["--plan", "2", "--schedule", "2bw", "--microbatches", "3"],
+        ["--plan", "2", "--precision", "bf16"],
+    ],
+)
+def test_exact_in_one_process(job: Path, words: list[str]) -> None:
+    arguments = ["verify", str(job), *words, "--minibatches", "5", "--tolerance", "0"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert EXACT in result.output
 
 
 def test_a_wrong_update_is_found_by_name(job: Path) -> None:
@@ -76,9 +91,8 @@ def test_a_wrong_update_is_found_by_name(job: Path) -> None:
     ],
 )
 def test_what_cannot_be_verified(job: Path, words: list[str], said: str) -> None:
-    finished = ranks.pipedream(0, "verify", job, "--plan", "2", *words)
-    assert finished.status == 2, finished.output
-    assert said in " ".join(finished.output.split())
+    with pytest.raises(PipedreamError, match=said):
+        CliRunner().invoke(app, ["verify", str(job), "--plan", "2", *words], catch_exceptions=False)
 
 
 def test_differences_come_in_the_order_of_training() -> None:

@@ -68,20 +68,14 @@ def run(
         raise PipedreamError("--resume needs to know from where: give --checkpoints FOLDER")
     join()  # first: from here on a rank that fails stops the others
     job = load(target, args or [])
-    pipeline = Pipeline(
-        job.model,
-        loss=job.loss,
-        optimizer=job.optimizer,
-        scheduler=job.scheduler,
-        clip=job.clip,
-        example=job.example,
+    pipeline = Pipeline.of(
+        job,
         plan=stages(plan),
         schedule=schedule,
         microbatches=microbatches,
         chunks=chunks,
         precision=precision,
         compiler=compiler,
-        leaves=job.leaves,
         seed=seed,
         stall_limit_s=stall_limit,
         trace=trace,

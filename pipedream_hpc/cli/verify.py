@@ -56,19 +56,13 @@ def run(
     world = join()
     job = load(target, args or [])
     model = another(job.model) if world.is_root else None
-    pipeline = Pipeline(
-        job.model,
-        loss=job.loss,
-        optimizer=job.optimizer,
-        scheduler=job.scheduler,
-        clip=job.clip,
-        example=job.example,
+    pipeline = Pipeline.of(
+        job,
         plan=stages(plan),
         schedule=schedule,
         microbatches=microbatches,
         chunks=chunks,
         precision=precision,
-        leaves=job.leaves,
         seed=seed,
     )
     way = way_of(pipeline, job)

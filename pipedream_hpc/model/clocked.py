@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
-from pipedream_hpc.model.capture import LayerGraph
 from pipedream_hpc.model.cut import Cut
+from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.model.precision import Precision
 
 

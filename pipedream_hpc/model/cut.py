@@ -28,7 +28,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_unflatten
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.capture import (
+from pipedream_hpc.model.graph import (
     LayerGraph,
     Value,
     attribute,

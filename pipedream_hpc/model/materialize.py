@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_leaves
 from pipedream_hpc.errors import PipedreamError
 
 if TYPE_CHECKING:
-    from pipedream_hpc.model.capture import LayerGraph
+    from pipedream_hpc.model.graph import LayerGraph
 
 Factory = Callable[[], nn.Module]
 

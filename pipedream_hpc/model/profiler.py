@@ -12,9 +12,10 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.capture import Layer, LayerGraph, arguments_of
+from pipedream_hpc.model.capture import arguments_of
 from pipedream_hpc.model.clocked import Clocked
 from pipedream_hpc.model.cut import Cut, Part, enter
+from pipedream_hpc.model.graph import Layer, LayerGraph
 from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.untouched import untouched
 from pipedream_hpc.planning.profile import LayerProfile, Profile

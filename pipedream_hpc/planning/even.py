@@ -65,7 +65,6 @@ def even(profile: Profile, replicas: Sequence[int]) -> Plan:
                 output_shape=None,
                 output_dtype=None,
                 limit="compute",
-                read_s=profile.read_s if index in (0, len(replicas) - 1) else 0.0,
             )
         )
         rank += count

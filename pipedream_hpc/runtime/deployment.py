@@ -10,8 +10,8 @@ from pathlib import Path
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import load
-from pipedream_hpc.model.capture import LayerGraph
 from pipedream_hpc.model.cut import Cut
+from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.model.profiler import count
 from pipedream_hpc.planning.even import even, replicas_of
 from pipedream_hpc.planning.plan import COUNTED, Plan, StagePlan

@@ -18,7 +18,7 @@ from torch import nn
 from pipedream_hpc.cluster.threads import threads_per_rank
 from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.job import Loss, OptimizerFactory, accuracy
+from pipedream_hpc.job import Job, Loss, OptimizerFactory, accuracy
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.materialize import Factory
 from pipedream_hpc.model.precision import Precision
@@ -134,6 +134,21 @@ class Pipeline:
         self._workers = assemble(self._deployment, training, self._wiring, self._wishes)
         self._statistics = shared_statistics(self.stages, training.layout, self._wiring)
         self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints, self._deployment, launch)
+
+    @classmethod
+    def of(cls, job: Job, *, plan: Plan | str | Path | int, **options: Any) -> Pipeline:
+        """A pipeline that trains a Job; `options` are Pipeline's own."""
+        return cls(
+            job.model,
+            loss=job.loss,
+            optimizer=job.optimizer,
+            example=job.example,
+            plan=plan,
+            scheduler=job.scheduler,
+            clip=job.clip,
+            leaves=job.leaves,
+            **options,
+        )
 
     @property
     def rank(self) -> int:

@@ -25,8 +25,8 @@ from torch import nn
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss
-from pipedream_hpc.model.capture import Value
 from pipedream_hpc.model.cut import Part, enter
+from pipedream_hpc.model.graph import Value
 from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.randomness import seed_for, seed_layers, set_seed
 from pipedream_hpc.runtime.averaging import Averager

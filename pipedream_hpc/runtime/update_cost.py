@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from pipedream_hpc.job import OptimizerFactory
-from pipedream_hpc.model.capture import LayerGraph
+from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.runtime.stash import WeightStash
 
