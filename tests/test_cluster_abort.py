@@ -63,7 +63,7 @@ def test_messages_and_statuses() -> None:
 def test_lower_ranks_speak_first_and_nobody_waits_long() -> None:
     starts = [abort.head_start_s(rank) for rank in range(100)]
     assert starts[0] == 0
-    assert starts[:9] == sorted(set(starts[:9]))
+    assert starts[:6] == sorted(set(starts[:6]))
     assert max(starts) <= 2.4
 
 

@@ -4,8 +4,8 @@ An exception that nobody catches would end its own rank and leave the others wai
 hook prints it once, with the rank, and takes the whole job down::
 
     rank 0   raises ── speaks ── MPI_Abort
-    rank 1   raises ── waits 0.3 s ──────── ✕     the same bad input everywhere: one message
-    rank 2   raises ── waits 0.6 s ──────── ✕
+    rank 1   raises ── waits 1.2 s ──────── ✕     the same bad input everywhere: one message
+    rank 2   raises ── waits 1.5 s ──────── ✕
     rank 3   computes, or waits in MPI ──── ✕
 
 A rank killed from outside says nothing; there the launcher's SIGTERM ends the others, whose default
@@ -27,8 +27,10 @@ from pipedream_hpc.errors import PipedreamError
 if TYPE_CHECKING:
     from pipedream_hpc.cluster.world import World
 
+#: Seconds that rank 0 may come later than the others, as it does where ranks outnumber cores.
+_FIRST_S = 0.9
 _HEAD_START_S = 0.3
-_MOST_HEAD_STARTS = 8
+_MOST_HEAD_STARTS = 5
 #: Seconds for the launcher to pass the message on before its own words about the abort get in between.
 _DELIVERY_S = 0.2
 
@@ -40,7 +42,7 @@ def head_start_s(rank: int) -> float:
 
     Rank 0 speaks at once. A rank that fails by itself is heard all the same, after 2.4 s at most.
     """
-    return _HEAD_START_S * min(rank, _MOST_HEAD_STARTS)
+    return _FIRST_S + _HEAD_START_S * min(rank, _MOST_HEAD_STARTS) if rank else 0.0
 
 
 def message(error: BaseException) -> str:
