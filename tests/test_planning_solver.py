@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import ranks
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipedream_hpc.errors import PipedreamError
@@ -315,6 +315,30 @@ def test_the_search_for_large_problems(profile, topology, cost, limit, recompute
         assert found.time_s >= problem.price_of(best) * (1 - 1e-9)
         if len(topology.levels) == 1:
             assert found.time_s == pytest.approx(problem.price_of(best), rel=1e-8, abs=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    profile=st.one_of(chains, dags()),
+    topology=topologies(),
+    cost=st.sampled_from(NAMES),
+    parts=st.lists(st.floats(0.01, 1.5), min_size=1, max_size=4),
+)
+@example(chain([(1.0, 5.0, 125, 314, 160)] * 3), flat(5, 11.5), "ring", [0.75])
+def test_the_inner_loop_keeps_what_it_promises(
+    profile: Profile, topology: Topology, cost: str, parts: list[float]
+) -> None:
+    """What it finds within a time, the formulas price no higher; where it finds nothing, there is nothing."""
+    for row in rows_of(topology):
+        problem = Problem(cuts_of(profile), row, formula(cost), MemoryRule(), fewer=True)
+        reach, best_s = search._Reach(problem), problem.price_of(exact.pipeline(problem) or [])
+        for part in parts:
+            time_s = part * max(best_s, float(problem.cuts.time_s[-1]), 1e-6)
+            pieces = reach.within(time_s)
+            if pieces is not None:
+                assert problem.price_of(pieces) <= time_s * (1 + 1e-9)
+            elif len(topology.levels) == 1:
+                assert best_s > time_s * (1 - 1e-9)
 
 
 @settings(max_examples=100, deadline=None)

@@ -84,6 +84,7 @@ def _bisect(problem: Problem, below: float = np.inf, relative: float = _RELATIVE
             low, step = middle, 4 * step
             continue
         pieces, high, step = better, problem.price_of(better), np.inf
+        assert high <= middle * (1 + _RELATIVE), "the inner loop and Problem.price_of disagree"
         # A plan's own price is often the optimum: then nothing is just below it.
         if relative == _RELATIVE and reach.within(high * (1 - relative)) is None:
             return pieces, high * (1 - relative)
@@ -102,7 +103,11 @@ class _Reach:
         period = min(period, row.devices)
         replicas = np.arange(1, row.devices + 1)
         ends = row.devices - (row.devices - 1 - np.arange(period)) % period
-        links = problem.links_of(ends[:, None] - replicas, np.broadcast_to(ends[:, None], (period, row.devices)))
+        shape = period, row.devices
+        links = problem.links_of(ends[:, None] - replicas, np.broadcast_to(ends[:, None], shape))
+        # The row's last device has nobody behind it: what a stage sends is that of one a period before.
+        inner = np.where((ends == row.devices) & (period < row.devices), ends - period, ends)
+        out_of = row.shares(inner[:, None] - replicas, np.broadcast_to(inner[:, None], shape), output=True)
         part = 1 / row.copies if formula.routed else 1.0
 
         def charge(shares: Floats, level: Level) -> Floats:
@@ -119,8 +124,8 @@ class _Reach:
             overlap=formula.overlap,
             first_output_free=formula.first_output_free,
             levels=[
-                (charge(into, level), charge(out_of, level), formula.boundary_s(crossing, [1.0], [level]))
-                for level, into, out_of in zip(levels, links.into, links.out_of, strict=True)
+                (charge(entering, level), charge(leaving, level), formula.boundary_s(crossing, [1.0], [level]))
+                for level, entering, leaving in zip(levels, links.into, out_of, strict=True)
             ],
             modes=self._modes(),
             memory_bytes=float(problem.memory_bytes or 0),
