@@ -134,7 +134,10 @@ def averaged(profiles: Sequence[Profile]) -> Profile:
         for same in zip(*(profile.layers for profile in profiles), strict=True)
     )
     return dataclasses.replace(
-        profiles[0], layers=layers, read_s=statistics.fmean(profile.read_s for profile in profiles)
+        profiles[0],
+        layers=layers,
+        read_s=statistics.fmean(profile.read_s for profile in profiles),
+        beside_s=statistics.fmean(profile.beside_s for profile in profiles),
     )
 
 

@@ -54,6 +54,7 @@ class StagePlan:
         update_s: measured time of one update on one replica; 0 when not known.
         read_s: measured time to read a minibatch of data, where the stage reads any. Simulations count
             it with the forward; the cost formulas do not: a loader with workers takes it off the rank.
+        beside_s: measured time of what the stage does per minibatch beside its layers; counted likewise.
     """
 
     __pydantic_config__ = STRICT
@@ -75,6 +76,7 @@ class StagePlan:
     recompute: bool = False
     update_s: Seconds = 0.0
     read_s: Seconds = 0.0
+    beside_s: Seconds = 0.0
 
     def __post_init__(self) -> None:
         if not self.layers:

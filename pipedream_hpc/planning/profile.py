@@ -63,6 +63,7 @@ class Profile:
         layers: in topological order of the layer graph.
         edges: (producer, consumer) pairs of layer indices; a chain is (0, 1), (1, 2), ...
         read_s: time to read one minibatch of data on the measuring process; 0 when not measured, or others read.
+        beside_s: what a stage takes per minibatch beside its layers, whatever they are; 0 when not measured.
     """
 
     __pydantic_config__ = STRICT
@@ -75,6 +76,7 @@ class Profile:
     layers: tuple[LayerProfile, ...]
     edges: tuple[tuple[int, int], ...]
     read_s: Seconds = 0.0
+    beside_s: Seconds = 0.0
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -42,6 +42,7 @@ def scaled(profile: Profile, *, minibatch: int | None = None, compute: float = 1
         minibatch=samples,
         layers=tuple(layer(each) for each in profile.layers),
         read_s=profile.read_s * part * compute,
+        beside_s=profile.beside_s * compute,
     )
 
 

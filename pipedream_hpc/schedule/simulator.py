@@ -84,7 +84,7 @@ class PlannedTimes:
     ) -> None:
         self._layout, self._topology, self._slow = layout, topology, slow
         self._times = {
-            Forward: [(stage.forward_s + stage.read_s) / microbatches for stage in plan.stages],
+            Forward: [(stage.forward_s + stage.read_s) / microbatches + stage.beside_s for stage in plan.stages],
             Backward: [stage.backward_s / microbatches for stage in plan.stages],
             Update: [stage.update_s for stage in plan.stages],
         }

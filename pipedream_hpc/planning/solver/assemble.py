@@ -20,7 +20,7 @@ def assemble(profile: Profile, problem: Problem, pieces: list[Piece], *, schedul
         schedule: name of the schedule that the plan is for.
         bound_s: no plan is faster, in seconds per minibatch.
     """
-    stages = tuple(_stage(problem, pieces, index, profile.read_s) for index in range(len(pieces)))
+    stages = tuple(_stage(problem, pieces, index, profile) for index in range(len(pieces)))
     bottleneck_s = problem.price_of(pieces)
     straight = all(stage.replicas == 1 for stage in stages)
     m = problem.rule.microbatches
@@ -42,7 +42,7 @@ def assemble(profile: Profile, problem: Problem, pieces: list[Piece], *, schedul
     )
 
 
-def _stage(problem: Problem, pieces: list[Piece], index: int, read_s: float) -> StagePlan:
+def _stage(problem: Problem, pieces: list[Piece], index: int, profile: Profile) -> StagePlan:
     cuts, formula, row = problem.cuts, problem.formula, problem.row
     piece = pieces[index]
     layers = [cuts.layers[layer] for layer in cuts.between(piece.first, piece.last)]
@@ -80,7 +80,8 @@ def _stage(problem: Problem, pieces: list[Piece], index: int, read_s: float) -> 
         forward_s=forward_s,
         backward_s=backward_s,
         update_s=update_s,
-        read_s=read_s if index in (0, len(pieces) - 1) else 0.0,
+        read_s=profile.read_s if index in (0, len(pieces) - 1) else 0.0,
+        beside_s=profile.beside_s,
         compute_s=compute_s,
         sync_s=sync_s,
         boundary_s=boundary_s,

@@ -1,0 +1,87 @@
+"""Measuring: the Profile of a job on this device, as it will train.
+
+::
+
+    capture ──► layers clocked ──► update by tensors and bytes ──► reading ──► rehearsal ──► Profile
+                model.profiler     update_cost                     here        sums of a real stage
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pipedream_hpc.cluster.world import World
+from pipedream_hpc.job import Job
+from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.materialize import whole
+from pipedream_hpc.model.precision import autocast
+from pipedream_hpc.model.profiler import averaged, measure, one_minibatch
+from pipedream_hpc.planning.profile import Profile
+from pipedream_hpc.runtime.rehearsal import calibrated, rehearse
+from pipedream_hpc.runtime.update_cost import with_updates
+
+
+def profile_of(job: Job, world: World, *, minibatches: int, model: str = "", precision: str | None = None) -> Profile:
+    """Measure a job; on several ranks all at the same time, and the mean is kept.
+
+    Collective. The model is left as it was.
+
+    Args:
+        job: model, loss, optimizer and data.
+        world: the ranks that measure.
+        minibatches: how many to measure; medians are kept.
+        model: the name to note down; the model's class by default.
+        precision: as Pipeline takes it.
+
+    Raises:
+        PipedreamError: the model cannot be captured, or `minibatches` is less than 1.
+    """
+    forwards = autocast(precision)
+    graph, target = capture(whole(job.model), job.example, job.leaves, forwards), _target(job)
+    loss = None if target is None else lambda output: job.loss(output, target)
+    together = world.comm.Barrier if world.comm is not None else lambda: None
+    together()
+    measured = measure(graph, job.example, minibatches=minibatches, model=model, loss=loss, precision=forwards)
+    between = one_minibatch(graph, job.example, loss, forwards)
+    measured = with_updates(measured, graph, job.optimizer, between=between)
+    measured = dataclasses.replace(measured, read_s=_reading_s(job, minibatches, between))
+    together()
+    if loss is not None and (rehearsed := rehearse(graph, job, minibatches=minibatches, precision=precision)):
+        measured = calibrated(measured, rehearsed)
+    return averaged(world.comm.allgather(measured)) if world.comm is not None and world.size > 1 else measured
+
+
+def _target(job: Job) -> Any:
+    """The target of the job's first minibatch, if it is as large as the example; the loss is measured with it."""
+    with torch.random.fork_rng(devices=[]):
+        pair = next(iter(job.train), None)
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        return None
+    shapes = [tensor.shape[0] for tensor in (job.example, pair[1]) if isinstance(tensor, torch.Tensor) and tensor.dim()]
+    return pair[1] if len(shapes) == 2 and shapes[0] == shapes[1] else None
+
+
+def _reading_s(job: Job, minibatches: int, between: Callable[[], None]) -> float:
+    """Median seconds to read a minibatch of the job, with `between` done before each.
+
+    A loader with processes of its own reads beside the computation: that takes no time.
+    """
+    if getattr(job.train, "num_workers", 0) > 0:
+        return 0.0
+    taken = []
+    with torch.random.fork_rng(devices=[]):
+        pairs = iter(job.train)
+        for _ in range(minibatches + 1):
+            between()
+            began_s = time.perf_counter()
+            pair = next(pairs, None)
+            if pair is None:
+                break
+            taken.append(time.perf_counter() - began_s)
+    return statistics.median(taken[1:]) if len(taken) > 1 else 0.0

@@ -1,0 +1,64 @@
+"""The rehearsal gives the sums, the clocked layers the shares."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import chains
+import pytest
+import torch
+from torch import nn
+
+from pipedream_hpc import Clip, Job
+from pipedream_hpc.model.capture import capture
+from pipedream_hpc.planning.profile import LayerProfile, Profile
+from pipedream_hpc.runtime.rehearsal import Rehearsal, calibrated, rehearse
+
+
+def job(minibatches: int, seen: list[int] | None = None, **more: Any) -> Job:
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if seen is not None:
+            seen.append(len(target))
+        return nn.functional.cross_entropy(output, target)
+
+    data = chains.minibatches(minibatches)
+    return Job(chains.rich_model(), loss, chains.OPTIMIZERS["adam"], data, chains.example(), **more)
+
+
+@pytest.mark.parametrize(
+    ("more", "precision"), [({}, None), ({"clip": Clip(1.0, "model")}, None), ({}, "bf16"), ({}, "fp16")]
+)
+def test_a_stage_trains_the_minibatches_one_by_one(more: dict[str, Any], precision: str | None) -> None:
+    seen: list[int] = []
+    rehearsed_job = job(9, seen, **more)
+    before, rng = rehearsed_job.model.state_dict()["9.weight"].clone(), torch.get_rng_state()
+    graph = capture(rehearsed_job.model, rehearsed_job.example)
+    rehearsal = rehearse(graph, rehearsed_job, minibatches=5, precision=precision)
+    assert seen == [chains.SAMPLES] * 6  # the first is not counted
+    assert rehearsal is not None
+    assert min(rehearsal.forward_s, rehearsal.backward_s, rehearsal.update_s) > 0
+    assert rehearsal.beside_s >= 0
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert torch.equal(graph.module.state_dict()["9.weight"], before)
+
+
+def test_a_single_minibatch_tells_nothing() -> None:
+    short = job(1)
+    assert rehearse(capture(short.model, short.example), short, minibatches=5) is None
+
+
+def test_layers_keep_their_shares_of_the_sums() -> None:
+    small = LayerProfile("a", "Linear", 1.0, 2.0, 8, 8, update_s=0.5)
+    large = replace(small, name="b", forward_s=3.0, backward_s=2.0, update_s=1.5)
+    profile = calibrated(Profile("net", "cpu", 8, (small, large), ((0, 1),)), Rehearsal(8.0, 2.0, 6.0, 0.25))
+    assert [layer.forward_s for layer in profile.layers] == [2.0, 6.0]
+    assert [layer.backward_s for layer in profile.layers] == [1.0, 1.0]
+    assert [layer.update_s for layer in profile.layers] == [1.5, 4.5]
+    assert profile.beside_s == 0.25
+
+
+def test_what_was_not_clocked_stays_nothing() -> None:
+    counted = LayerProfile("a", "Linear", 1.0, 2.0, 8, 8)
+    profile = calibrated(Profile("net", "cpu", 8, (counted,), ()), Rehearsal(1.0, 2.0, 6.0, 0.0))
+    assert profile.layers == (counted,)
