@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import chains
 import pytest
+import ranks
 import torch
 import training
 from torch import nn
@@ -72,6 +75,16 @@ def damage(path: Path) -> None:
     path.write_bytes(bytes(content))
 
 
+def rewritten(field: str, value: Any) -> Callable[[Path], None]:
+    """Spoils a field of the manifest."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -79,7 +92,11 @@ def damage(path: Path) -> None:
         (lambda folder: damage(folder / "stage-0.safetensors"), "its contents are not what was written"),
         (lambda folder: (folder / "stage-0.safetensors").write_bytes(b"no"), r"stage-0\.safetensors: is damaged"),
         (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: cannot be read"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json: is damaged"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json: is not JSON"),
+        (rewritten("epoch", -7), r"manifest\.json: field 'epoch': input should be greater than 0 \(got -7\)"),
+        (rewritten("epoch", 1), r"manifest\.json: is not the manifest of this epoch"),
+        (rewritten("parts", []), r"manifest\.json: is not the manifest of this epoch and these stages"),
+        (rewritten("version", 99), r"manifest\.json: field 'version' is 99"),
     ],
 )
 def test_what_is_not_whole_is_passed_over_by_name(spoil: Any, words: str, tmp_path: Path) -> None:
@@ -102,6 +119,34 @@ def test_of_another_plan(tmp_path: Path) -> None:
     trained(pipeline(tmp_path), 1)
     with pytest.raises(PipedreamError, match=r"manifest\.json is of another plan or schedule: take the one"):
         pipeline(tmp_path, "1-1").resume()
+
+
+def test_of_another_seed_precision_or_optimizer(tmp_path: Path) -> None:
+    trained(pipeline(tmp_path), 1)
+    for other, words in (
+        ({"seed": 7}, "is of another seed, 0: take the one that it was trained with instead of this, 7"),
+        ({"precision": "bf16"}, "is of another precision, the model's: take"),
+        ({"optimizer": "sgd"}, r"stage 0: it was trained with torch\.optim\.adam\.Adam, not torch\.optim\.sgd\.SGD"),
+    ):
+        with pytest.raises(PipedreamError, match=words):
+            pipeline(tmp_path, **other).resume()
+
+
+def test_a_folder_that_one_rank_does_not_see(tmp_path: Path) -> None:
+    """Nothing is trained, and nothing is lost."""
+    order = {"plan": 2, "model": "plain", "optimizer": "sgd", "epochs": [3]}
+    training.on_ranks(2, [{**order, "options": {"checkpoints": str(tmp_path / "0")}}], tmp_path)
+    apart = [{**order, "options": {"checkpoints": str(tmp_path / "{rank}")}, "resume": 1, "out": "never"}]
+    finished = ranks.python(2, "train_chain.py", json.dumps(apart))
+    assert finished.status == 2, finished.output
+    assert "ranks see different checkpoints: epochs 1 on rank 0, none on rank 1: give" in finished.output
+    assert (tmp_path / "0" / "epoch-00001" / "manifest.json").exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PipedreamError, match=r"file/kept: cannot be written"):
+        trained(pipeline(tmp_path / "file" / "kept"), 1)
 
 
 def test_a_new_run_takes_no_folder_of_another(tmp_path: Path) -> None:

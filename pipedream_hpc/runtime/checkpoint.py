@@ -18,28 +18,55 @@ two launches wrote of the same epoch are never taken for a whole.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
+from annotated_types import Ge, Gt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialized
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.files import atomic_write, write_json
+from pipedream_hpc.files import STRICT, atomic_write, load, save
+from pipedream_hpc.runtime.assembly import Wishes
 from pipedream_hpc.runtime.deployment import Deployment
 from pipedream_hpc.runtime.stage import Stage
 
-_FORMAT, _VERSION = "pipedream-checkpoint", 1
+
+@dataclass(frozen=True)
+class Manifest:
+    """What makes a checkpoint whole.
+
+    Attributes:
+        epoch: epochs trained.
+        units: minibatches, or microbatches where they are cut, trained.
+        parts: file names, one for each stage.
+        launch: the start of the program that wrote it, and all its parts.
+        run: what must be the same in every launch of the run, by name.
+    """
+
+    __pydantic_config__ = STRICT
+    FORMAT: ClassVar[str] = "pipedream-checkpoint"
+    VERSION: ClassVar[int] = 1
+
+    epoch: Annotated[int, Gt(0)]
+    units: Annotated[int, Ge(0)]
+    parts: tuple[str, ...]
+    launch: str
+    run: dict[str, str]
 
 
 class _NotWholeError(PipedreamError):
     """A checkpoint is damaged or incomplete."""
+
+
+_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -61,22 +88,34 @@ class Checkpoints:
     Args:
         folder: made when first written to.
         deployment: the plan that the parts belong to; a checkpoint of another is refused.
+        wishes: how it is trained; a checkpoint of another seed or precision is refused.
         launch: a name that no other start of the program has, the same on all ranks.
         keep: how many of the newest are kept.
     """
 
-    def __init__(self, folder: str | Path, deployment: Deployment, launch: str, keep: int = 2) -> None:
+    def __init__(self, folder: str | Path, deployment: Deployment, wishes: Wishes, launch: str, keep: int = 2) -> None:
         self._folder, self._launch, self._keep = Path(folder), launch, keep
         plan, layers = deployment.plan, [stage.layers for stage in deployment.plan.stages]
         facts = (layers, deployment.layout, plan.schedule, deployment.pieces, deployment.manner.accumulate)
-        self._stages, self._plan = len(layers), f"{zlib.crc32(str(facts).encode()):08x}"
+        self._parts = tuple(_part(stage) for stage in range(len(layers)))
+        self._run = {
+            "plan or schedule": f"{zlib.crc32(str(facts).encode()):08x}",
+            "seed": str(wishes.seed),
+            "precision": wishes.precision or "the model's",
+        }
 
     def begin(self) -> None:
         """Make sure that a run which starts anew has the folder to itself.
 
         Raises:
-            PipedreamError: there are checkpoints of an earlier run.
+            PipedreamError: there are checkpoints of an earlier run, or none could be written.
         """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PipedreamError(f"{self._folder}: cannot be written: {error.strerror}") from None
+        if not os.access(self._folder, os.W_OK):
+            raise PipedreamError(f"{self._folder}: cannot be written: change its permissions, or give another folder")
         if found := self._found():
             raise PipedreamError(
                 f"{self._folder} holds checkpoints of an earlier run, {found[0].name} the newest: "
@@ -87,43 +126,24 @@ class Checkpoints:
         """Write one stage's part of the checkpoint of `position`."""
         tensors, numbers = contents_of(stage)
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        metadata = {
-            "format": _FORMAT,
-            "version": str(_VERSION),
-            "plan": self._plan,
-            "launch": self._launch,
-            "numbers": json.dumps(numbers),
-            "checksum": str(_checksum(tensors)),
-        }
+        text = json.dumps(numbers)
+        metadata = {"launch": self._launch, "numbers": text, "checksum": str(_checksum(tensors, text))}
         path = self._of(position) / _part(stage.index)
         with atomic_write(path) as file:
             file.write(serialized(tensors, metadata))
 
     def write_manifest(self, position: Position) -> None:
-        """Say what makes the checkpoint of `position` whole, and drop those older than kept.
-
-        Those of later epochs, too: they were damaged, or training would have gone on from them.
-        """
-        content = {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "plan": self._plan,
-            "launch": self._launch,
-            "epoch": position.epoch,
-            "units": position.units,
-            "parts": [_part(stage) for stage in range(self._stages)],
-        }
+        """Say what makes the checkpoint of `position` whole, and drop those older than kept."""
         folder = self._of(position)
-        write_json(folder / "manifest.json", content)
-        upto = [each for each in self._found() if each <= folder]
-        for other in {*self._found()} - {*upto[: self._keep]}:
-            shutil.rmtree(other, ignore_errors=True)
+        save(Manifest(position.epoch, position.units, self._parts, self._launch, self._run), folder / _MANIFEST)
+        for old in [each for each in self._found() if each <= folder][self._keep :]:
+            shutil.rmtree(old, ignore_errors=True)
 
     def whole(self) -> tuple[list[Position], list[str]]:
         """Positions of the whole checkpoints, newest first, and why each of the others is passed over.
 
         Raises:
-            PipedreamError: the folder is another plan's.
+            PipedreamError: the folder is another run's.
         """
         positions, passed_over = [], []
         for folder in self._found():
@@ -146,7 +166,10 @@ class Checkpoints:
         try:
             put_back(stage, tensors, numbers)
         except (KeyError, ValueError, RuntimeError) as error:
-            raise PipedreamError(f"{path}: does not fit stage {stage.index}: {error}: was the model changed?") from None
+            raise PipedreamError(
+                f"{path}: does not fit stage {stage.index}: {error}: take the model and the "
+                "optimizer that it was trained with"
+            ) from None
 
     # ------------------------------------------------------------------
 
@@ -162,33 +185,34 @@ class Checkpoints:
         )
 
     def _checked(self, folder: Path) -> Position:
-        manifest = folder / "manifest.json"
+        path = folder / _MANIFEST
         try:
-            content = json.loads(manifest.read_bytes())
-            position, parts = Position(int(content["epoch"]), int(content["units"])), list(content["parts"])
-            plan, launch = str(content["plan"]), str(content["launch"])
-        except OSError as error:
-            raise _NotWholeError(f"{manifest}: cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise _NotWholeError(f"{manifest}: is damaged: {error}") from None
-        if plan != self._plan:
-            raise PipedreamError(
-                f"{manifest} is of another plan or schedule: take the one that it was trained with, or another folder"
-            )
-        for name in parts:
-            self._check_part(folder / name, launch)
-        return position
+            manifest = load(Manifest, path)
+        except PipedreamError as error:
+            raise _NotWholeError(str(error)) from None
+        for fact, ours in self._run.items():
+            if manifest.run.get(fact) != ours:
+                was, now = ("", "") if fact == "plan or schedule" else (f", {manifest.run.get(fact)}", f", {ours},")
+                raise PipedreamError(
+                    f"{path} is of another {fact}{was}: take the one that it was trained with instead of this{now} "
+                    "or another folder"
+                )
+        if self._of(Position(manifest.epoch, 0)) != folder or manifest.parts != self._parts:
+            raise _NotWholeError(f"{path}: is not the manifest of this epoch and these stages")
+        for name in manifest.parts:
+            self._check_part(folder / name, manifest.launch)
+        return Position(manifest.epoch, manifest.units)
 
     def _check_part(self, path: Path, launch: str) -> None:
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                checksum = _checksum({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise _NotWholeError(f"{path}: is missing") from None
         except (SafetensorError, OSError) as error:
             raise _NotWholeError(f"{path}: is damaged: {error}") from None
-        if metadata.get("checksum") != str(checksum) or metadata.get("plan") != self._plan:
+        if metadata.get("checksum") != str(_checksum(tensors, metadata.get("numbers", ""))):
             raise _NotWholeError(f"{path}: is damaged: its contents are not what was written")
         if metadata.get("launch") != launch:
             raise _NotWholeError(f"{path}: was written by another launch than its manifest")
@@ -198,13 +222,13 @@ def _part(stage: int) -> str:
     return f"stage-{stage}.safetensors"
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
-    total = 0
+def _checksum(tensors: Mapping[str, torch.Tensor], numbers: str) -> int:
+    total = zlib.crc32(numbers.encode())
     for name in sorted(tensors):
-        flat = tensors[name].cpu().contiguous().view(-1)
-        total = zlib.crc32(name.encode(), total)
-        if flat.numel():
-            total = zlib.crc32(flat.view(torch.uint8).numpy().data, total)
+        tensor = tensors[name].cpu().contiguous()
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        if tensor.numel():
+            total = zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data, total)
     return total
 
 
@@ -227,7 +251,7 @@ def contents_of(stage: Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
                     tensors[f"optimizer.{names[index]}.{key}"] = value.clone()
                 else:
                     kept.setdefault(names[index], {})[key] = value
-        numbers["optimizer"] = {"groups": state["param_groups"], "state": kept}
+        numbers["optimizer"] = {"kind": _kind(optimizer), "groups": state["param_groups"], "state": kept}
     if stage.step.scheduler is not None:
         numbers["scheduler"] = stage.step.scheduler.state_dict()
     try:
@@ -244,13 +268,16 @@ def put_back(stage: Stage, tensors: Mapping[str, torch.Tensor], numbers: Mapping
 
     Raises:
         KeyError, RuntimeError: something is missing or of another shape.
+        ValueError: the optimizer is of another kind.
     """
+    optimizer, names = stage.stash.optimizer, stage.stash.trained_names
+    if optimizer is not None and (was := numbers["optimizer"]["kind"]) != _kind(optimizer):
+        raise ValueError(f"it was trained with {was}, not {_kind(optimizer)}")
     stage.stash.use_newest()
     own = stage.module.state_dict()
     with torch.no_grad():
         for name, value in own.items():
             value.copy_(tensors[f"model.{name}"])
-    optimizer, names = stage.stash.optimizer, stage.stash.trained_names
     if optimizer is not None:
         saved = numbers["optimizer"]
         state: dict[int, dict[str, Any]] = {}
@@ -265,6 +292,10 @@ def put_back(stage: Stage, tensors: Mapping[str, torch.Tensor], numbers: Mapping
     if stage.step.scheduler is not None:
         stage.step.scheduler.load_state_dict(dict(numbers["scheduler"]))
     stage.step.restore_scale(numbers["loss_scale"])
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def _is_state(key: str, prefix: str) -> bool:

@@ -133,7 +133,9 @@ class Pipeline:
         )
         self._workers = assemble(self._deployment, training, self._wiring, self._wishes)
         self._statistics = shared_statistics(self.stages, training.layout, self._wiring)
-        self._checkpoints = None if checkpoints is None else Checkpoints(checkpoints, self._deployment, launch)
+        self._checkpoints = (
+            None if checkpoints is None else Checkpoints(checkpoints, self._deployment, self._wishes, launch)
+        )
 
     @classmethod
     def of(cls, job: Job, *, plan: Plan | str | Path | int, **options: Any) -> Pipeline:
@@ -262,18 +264,24 @@ class Pipeline:
             raise PipedreamError("there is nothing to resume from: make the Pipeline with checkpoints=FOLDER")
         positions, passed_over = self._checkpoints.whole()
         answers = agree(self.world, {"whole": positions}, limit_s=self._stall_limit_s)
-        everywhere = [position for position in positions if all(position in each["whole"] for each in answers)]
+        for rank, answer in enumerate(answers):
+            if answer["whole"] != answers[0]["whole"]:
+                seen = [", ".join(str(each.epoch) for each in answers[r]["whole"]) or "none" for r in (0, rank)]
+                raise PipedreamError(
+                    f"ranks see different checkpoints: epochs {seen[0]} on rank 0, {seen[1]} on rank {rank}: give a "
+                    "folder that all ranks see, with its full path"
+                )
         if self.rank == 0:
             for reason in passed_over:
                 warnings.warn(f"checkpoint passed over: {reason}", stacklevel=2)
         self._begun = True
-        if not everywhere:
+        if not positions:
             return 0
         for stage in self.stages:
-            self._checkpoints.read_part(stage, everywhere[0])
+            self._checkpoints.read_part(stage, positions[0])
         for statistics in self._statistics:
             statistics.begin_anew()
-        self._epoch, self._units_trained = everywhere[0].epoch, everywhere[0].units
+        self._epoch, self._units_trained = positions[0].epoch, positions[0].units
         return self._epoch
 
     def close(self) -> None:

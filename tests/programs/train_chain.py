@@ -7,6 +7,7 @@ and `decay` (the learning rate's, per minibatch). Many cases in one launch save 
 """
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,9 @@ def main() -> None:
 def train(wanted: dict) -> dict:
     """The report of rank 0; nothing on the others."""
     options = dict(wanted.get("options", {}))
+    if "checkpoints" in options:
+        rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
+        options["checkpoints"] = options["checkpoints"].format(rank=rank)
     if "clip" in wanted:
         options["clip"] = Clip(*wanted["clip"])
     if "decay" in wanted:
