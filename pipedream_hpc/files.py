@@ -69,6 +69,21 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
+def make_folder(path: str | Path) -> None:
+    """Make a folder that files can be written to.
+
+    Raises:
+        PipedreamError: it cannot be made, or written to.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PipedreamError(f"{path}: cannot be written: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise PipedreamError(f"{path}: cannot be written: change its permissions, or give another folder")
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write plain data as indented JSON, atomically."""
     with atomic_write(path) as file:

@@ -112,6 +112,13 @@ def test_simulate_and_trace(planned: Command) -> None:
     assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in ("one.png", "both.png"))
 
 
+def test_simulate_takes_the_microbatches_of_the_plan(profiled: Command) -> None:
+    links = ("--devices", 2, "--bandwidth", 1e9, "--straight")
+    profiled("partition", "profile.json", *links, "--schedule", "gpipe", "--microbatches", 4)
+    assert profiled("simulate", "plan.json") == profiled("simulate", "plan.json", "--microbatches", 4)
+    assert profiled("simulate", "plan.json") != profiled("simulate", "plan.json", "--microbatches", 2)
+
+
 def test_simulate_a_replicated_plan(pipedream: Command) -> None:
     save(pictures.plan(2, 1), "plan.json")
     pipedream("simulate", "plan.json", "-o", "predicted.json", "--png", "predicted.png")

@@ -39,8 +39,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wrong = json.loads(Path("profile.json").read_text())
     wrong["layers"][1]["forward_s"] = -1.0
     Path("negative.json").write_text(json.dumps(wrong))
+    wrong["layers"][1]["forward_s"] = 1e308
+    Path("endless.json").write_text(json.dumps(wrong))
     Path("broken.json").write_text("{")
     Path("nothing.py").write_text("x = 1\n")
+    Path("endless.py").write_text(
+        "import torch\nfrom pipedream_hpc import Job\n"
+        "def job(args):\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))\n"
+        "    return Job(model, torch.nn.MSELoss(), torch.optim.Adam, (x for x in ()), torch.ones(2, 2))\n"
+    )
     Path("other.py").write_text("def job(args): return 3\n")
     Path("published.txt").write_text("node1 -- Linear -- a minute\n")
     Path("occupied").write_text("a file where a folder should be\n")
@@ -56,11 +64,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("partition negative.json --devices 2 --bandwidth 1e9", "field 'layers[1].forward_s'"),
         ("partition profile.json", "either --topology FILE, or --devices with either --bandwidth or --preset"),
         ("partition profile.json --devices 2", "either --topology FILE, or --devices with either --bandwidth"),
-        ("partition profile.json --devices 2y2 --bandwidth 1e9", "such as 16, or one per level such as 8x2, not '2y2'"),
+        ("partition profile.json --devices 2y2 --bandwidth 1e9", "such as 8x2, of 1 to 1048576 each, not '2y2'"),
+        ("partition profile.json --devices 8x --bandwidth 1e9", "each, not '8x'"),
         ("partition profile.json --devices 0 --bandwidth 1e9", "--devices should be a number such as 16"),
         ("partition profile.json --devices 2x2 --bandwidth 1e9", "--bandwidth should be 2 numbers, one per level"),
         ("partition profile.json --devices 2 --bandwidth fast", "--bandwidth should be numbers with commas between"),
-        ("partition profile.json --devices 2 --bandwidth 1e9 --latency=-1", "--latency should be 0 or more"),
+        ("partition profile.json --devices 2 --bandwidth 1e9 --latency=-1", "--latency should be seconds from 0"),
+        ("partition profile.json --devices 2 --bandwidth 1e9 --latency 1e308", "--latency should be seconds from 0"),
+        ("partition profile.json --devices 2 --bandwidth 1e-300", "should be bytes per second, 0.001 at least"),
+        ("partition endless.json --devices 2 --bandwidth 1e9", "'layers[1].forward_s': input should be less than"),
         ("partition profile.json --devices 2 --preset lan", "there is no preset 'lan': choose one of cluster-a"),
         ("partition profile.json --devices 2x2 --preset cluster-a", "should be 1 number, one for each level"),
         ("partition profile.json --devices 2 --preset cluster-a --latency 1", "a preset has its own"),
@@ -73,7 +85,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("partition profile.json --devices 2 --bandwidth 1e9 --schedule zb", "no schedule 'zb' to plan for"),
         ("partition profile.json --devices 2 --bandwidth 1e9 --cut-behind x", "--cut-behind: the profile has no layer"),
         ("partition profile.json --devices 2 --bandwidth 1e9 --together x,y", "--together: the profile has no layer"),
-        ("partition profile.json --devices 2 --bandwidth 0", "--bandwidth should be positive"),
+        ("partition profile.json --devices 2 --bandwidth 0", "--bandwidth should be bytes per second, 0.001 at least"),
         ("partition profile.json --devices 9 --bandwidth 1e9 --straight", "9 stages were asked for"),
         ("partition profile.json --devices 2 --bandwidth 1e9 --cost free", "no cost formula 'free'"),
         ("partition profile.json --devices 2 --bandwidth 1e9 -o occupied/p.json", "occupied/p.json: cannot be written"),
@@ -87,11 +99,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (f"profile {JOB} -- --height 3", "small_job.py takes --width 12 or nothing"),
         ("probe", "only one rank was started"),
         ("simulate profile.json", "'format' should be 'pipedream-plan'"),
+        ("simulate plan.json --slow 1=nan", "rank 1 cannot be nan times as slow"),
+        ("simulate plan.json --slow 1", "--slow should be RANK=TIMES, such as 3=1.5"),
+        ("profile --import published.txt --precision bf16", "--precision is of a measurement"),
         ("trace plan.json", "'format' should be 'pipedream-trace'"),
         (f"train {JOB} --plan absent.json", "absent.json: cannot be read"),
         (f"train {JOB} --plan plan.json", "plan.json was made for another model"),
         (f"train {JOB} --plan 0", "needs at least one stage"),
         (f"train {JOB} --plan 9", "9 stages were asked for"),
+        (f"train {JOB} --plan 2-0", "plan '2-0' is neither a file, nor replicas of stages such as 2-1-1"),
+        (f"train {JOB} --plan 2 --schedule forward-only", "the forward-only schedule trains nothing"),
+        (f"train {JOB} --plan 2 --chunks 2", "1f1b has one stage per rank, not 2 chunks: use interleaved"),
+        (f"train {JOB} --plan 2 --out occupied/out", "occupied/out: cannot be written: Not a directory"),
+        (f"train {JOB} --plan 2 --resume", "--resume needs to know from where"),
+        (f"train {JOB} --plan 2 --precision fp16", "for fp16 or clipping over the model use 1f1b-flush or gpipe"),
+        ("train endless.py --plan 2", "generator has no length"),
+        (f"verify {JOB} --plan 2 --tolerance nan", "--tolerance should be 0 or more, not nan"),
     ],
 )
 def test_bad_input(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import chains
 import pytest
 import ranks
+import torch
 from torch import nn
 
 from pipedream_hpc.errors import PipedreamError
@@ -150,16 +152,39 @@ def test_a_plan_with_another_schedule_or_too_few_versions(tmp_path: Path) -> Non
         make(chains.plain_model(), replace(plan, stages=(replace(first, in_flight=1), *others)))
 
 
-def test_a_factory_that_makes_no_optimizer() -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        (lambda parameters: None, r"optimizer\(parameters\) returned NoneType; optimizer should be a function"),
+        (torch.optim.SGD([torch.ones(1)], lr=0.1), "optimizer is SGD; it should be a function of the parameters"),
+        (None, "optimizer is NoneType; it should be a function of the parameters"),
+        (torch.optim.LBFGS, "LBFGS runs the model again within a step, which no pipeline can do"),
+    ],
+)
+def test_a_factory_that_makes_no_optimizer(optimizer: Any, words: str) -> None:
     """It would train nothing, and say nothing."""
-    with pytest.raises(PipedreamError, match=r"optimizer\(parameters\) returned NoneType; it should return a torch"):
+    with pytest.raises(PipedreamError, match=words):
         Pipeline(
             chains.plain_model(),
             loss=nn.CrossEntropyLoss(),
-            optimizer=lambda parameters: None,  # type: ignore[arg-type, return-value]
+            optimizer=optimizer,
             example=chains.example(),
             plan=2,
         )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        (torch.zeros(8, 13), r"'input' of the loader's first minibatch has shape \(8, 13\) .* example has \(8, 12\)"),
+        (torch.zeros(8, 2, 6), r"has shape \(8, 2, 6\) and dtype torch.float32, but the example has \(8, 12\)"),
+        (torch.zeros(8, 12).double(), r"dtype torch.float64, but the example has \(8, 12\) and torch.float32"),
+    ],
+)
+def test_data_that_is_not_as_the_example(inputs: torch.Tensor, words: str) -> None:
+    pipeline = make(chains.plain_model(), 2)
+    with pytest.raises(PipedreamError, match=words):
+        pipeline.fit([(inputs, torch.zeros(8).long())])
 
 
 def test_a_loss_per_sample() -> None:

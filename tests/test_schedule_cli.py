@@ -75,7 +75,7 @@ def test_a_straggler_and_a_topology(simulate: Simulate) -> None:
     ("words", "complaint"),
     [
         (["--slow", "3"], "--slow should be RANK=TIMES, such as 3=1.5, not '3'"),
-        (["--slow", "9=2"], "rank 9 cannot be 2 times as slow: name ranks 0 to 3, times > 0"),
+        (["--slow", "9=2"], "rank 9 cannot be 2 times as slow: name ranks 0 to 3, times from 0 to 1e9"),
         (["--schedule", "zigzag"], "there is no schedule 'zigzag': choose from 1f1b"),
         (["--microbatches", 4], "1f1b sends whole minibatches, not 4 microbatches of each"),
         (["--schedule", "2bw"], "2bw needs at least 3 microbatches to a minibatch on 1-1-1-1 ranks, not 1"),

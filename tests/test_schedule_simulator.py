@@ -44,6 +44,22 @@ def test_reading_the_data_takes_time_where_data_is_read() -> None:
     assert forwards == pytest.approx({0: 1.25, 1: 1.0, 2: 1.5})
 
 
+def test_what_a_stage_does_beside_its_layers_takes_time_with_every_unit() -> None:
+    plan = planned(layout(1), forward_s=1.0, backward_s=2.0)
+    plan = dataclasses.replace(plan, stages=(dataclasses.replace(plan.stages[0], beside_s=0.5),))
+    trace = simulate(GPipe(layout(1), 2, 2), plan, INSTANT, microbatches=2).trace
+    forwards = [span.end_s - span.start_s for span in trace.spans if span.kind == "forward"]
+    assert forwards == pytest.approx([1.0, 1.0])
+
+
+def test_units_in_flight_hold_what_the_plan_says() -> None:
+    plan = planned(layout(1, 1), forward_s=1.0, backward_s=2.0)
+    held = [dataclasses.replace(stage, stash_bytes=1000, parameter_bytes=10) for stage in plan.stages]
+    memory = simulate(OneFOneB(layout(1, 1), 9), dataclasses.replace(plan, stages=tuple(held)), INSTANT).memory
+    # Two units in flight and two versions on the first rank, one of each on the last.
+    assert [max(size for _, size in memory[rank]) for rank in (0, 1)] == [2020, 1010]
+
+
 # --- closed forms ---------------------------------------------------------------------------------
 
 DEPTHS = [(1, 5), (2, 8), (4, 4), (4, 20), (8, 16)]

@@ -183,7 +183,7 @@ def _topology(
         raise PipedreamError(
             "say what to plan for: either --topology FILE, or --devices with either --bandwidth or --preset"
         )
-    counts = [_count(word) for word in devices.lower().split("x")]
+    counts = [_count(word, devices) for word in devices.lower().split("x")]
     if preset is not None:
         if latency is not None:
             raise PipedreamError("--latency goes with --bandwidth: a preset has its own")
@@ -191,20 +191,23 @@ def _topology(
     assert bandwidth is not None
     bandwidths = _numbers("--bandwidth", bandwidth, len(counts))
     latencies = [0.0] * len(counts) if latency is None else _numbers("--latency", latency, len(counts))
-    if min(bandwidths) <= 0:
-        raise PipedreamError(f"--bandwidth should be positive bytes per second, not {min(bandwidths):g}")
-    if min(latencies) < 0:
-        raise PipedreamError(f"--latency should be 0 or more seconds, not {min(latencies):g}")
+    if min(bandwidths) < 1e-3:
+        raise PipedreamError(f"--bandwidth should be bytes per second, 0.001 at least, not {min(bandwidths):g}")
+    if not all(0 <= latency_s <= 1e9 for latency_s in latencies):
+        raise PipedreamError(f"--latency should be seconds from 0 to 1e9, not '{latency}'")
     names = ["network"] if len(counts) == 1 else ["node", "network", *(f"level{i}" for i in range(2, len(counts)))]
     levels = (Level(*each) for each in zip(names, counts, latencies, bandwidths, strict=False))
     return Topology(tuple(levels), device=profile.device)
 
 
-def _count(word: str) -> int:
+def _count(word: str, text: str) -> int:
     from pipedream_hpc.errors import PipedreamError
 
     if not word.isascii() or not word.isdigit() or not 0 < int(word) <= 1 << 20:
-        raise PipedreamError(f"--devices should be a number such as 16, or one per level such as 8x2, not '{word}'")
+        raise PipedreamError(
+            f"--devices should be a number such as 16, or one per level such as 8x2, of 1 to {1 << 20} each, "
+            f"not '{text}'"
+        )
     return int(word)
 
 

@@ -25,7 +25,7 @@ def run(
         Optional[str],  # noqa: UP045
         typer.Option(help="bf16 or fp16: forwards under autocast, as in training."),
     ] = None,
-    minibatch: Annotated[int, typer.Option(help="With --import: samples per minibatch it was made with.")] = 1,
+    minibatch: Annotated[int, typer.Option(help="With --import: samples per minibatch it was made with.", min=1)] = 1,
 ) -> None:
     """Measure every layer of a model on this device.
 
@@ -51,6 +51,8 @@ def run(
 
     if (target is None) == (imported is None):
         raise PipedreamError("give either a TARGET to measure or --import FILE, not both or neither")
+    if imported is not None and precision is not None:
+        raise PipedreamError("--precision is of a measurement: leave it away with --import")
     if imported is not None:
         from pipedream_hpc.planning.importer import import_profile
 

@@ -23,9 +23,13 @@ def run(
         ),
     ] = None,
     microbatches: Annotated[
-        int,
-        typer.Option(help="To a minibatch, for the schedules that cut it: 1f1b-flush, gpipe, 2bw, interleaved.", min=1),
-    ] = 1,
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="To a minibatch, for the schedules that cut it: 1f1b-flush, gpipe, 2bw, interleaved; without it "
+            "the plan's.",
+            min=1,
+        ),
+    ] = None,
     chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
     slow: Annotated[
         Optional[list[str]],  # noqa: UP045
@@ -71,11 +75,11 @@ def run(
     stragglers = _stragglers(slow or [])
     layout = folded(planned.layout, chunks) if chunks > 1 else planned.layout
     kind = schedule or planned.schedule
-    chosen = kinds.make(kind, layout, minibatches * microbatches, microbatches=microbatches)
+    pieces = microbatches or (planned.microbatches if schedule in (None, planned.schedule) else 1)
+    chosen = kinds.make(kind, layout, minibatches * pieces, microbatches=pieces)
     proof = verify(chosen)
-    simulation = simulate(
-        chosen, planned, load(Topology, topology) if topology else instant, slow=stragglers, microbatches=microbatches
-    )
+    links = load(Topology, topology) if topology else instant
+    simulation = simulate(chosen, planned, links, slow=stragglers, microbatches=pieces)
     trace = simulation.trace
     save_trace(trace, output)
     console = terminal.console()
@@ -85,7 +89,7 @@ def run(
     peaks = {rank: peak(memory) for rank, memory in simulation.memory.items()}
     most = ", ".join(human_bytes(max(peaks[rank] for rank in ranks)) for ranks in layout[: len(layout) // chunks])
     console.print(
-        f"{human_seconds(minibatch_s(trace, microbatches))} per minibatch in the steady state, "
+        f"{human_seconds(minibatch_s(trace, pieces))} per minibatch in the steady state, "
         f"bubble {bubble(splits):.1%}\n"
         f"no deadlock in {proof.actions} actions; weight versions per stage: {versions}\n"
         f"most memory of weights and activations per {'rank' if chunks > 1 else 'stage'}: {most}\n"

@@ -25,7 +25,7 @@ def run(
     ] = None,
     seed: Annotated[int, typer.Option(help="Order of the data and dropout masks depend on it alone.")] = 0,
     stall_limit: Annotated[
-        float, typer.Option(help="Seconds a rank waits for another before it says for whom, and stops.")
+        float, typer.Option(help="Seconds a rank waits for another before it says for whom, and stops.", min=0.1)
     ] = 300.0,
     schedule: Annotated[
         Optional[str],  # noqa: UP045
@@ -62,7 +62,7 @@ def run(
     from pipedream_hpc.errors import PipedreamError
     from pipedream_hpc.job import load
     from pipedream_hpc.observe.session import Session
-    from pipedream_hpc.runtime.pipeline import Pipeline
+    from pipedream_hpc.runtime.pipeline import Pipeline, length_of
 
     if resume and checkpoints is None:
         raise PipedreamError("--resume needs to know from where: give --checkpoints FOLDER")
@@ -81,15 +81,16 @@ def run(
         trace=trace,
         checkpoints=checkpoints,
     )
+    minibatches = length_of(job.train)
     first, last = pipeline.resume() if resume else 0, epochs or job.epochs
     session = Session(pipeline.plan, out, pipeline.world)
-    if first:
+    if resume:
         session.resumed(first, last)
     if first >= last:
         pipeline.close()
         return
     for epoch in range(first, last):
-        with session.epoch(epoch, len(job.train)) as on_minibatch:
+        with session.epoch(epoch, minibatches) as on_minibatch:
             loss = pipeline.fit(job.train, on_minibatch)
         accuracy = pipeline.evaluate(job.test, job.metric) if job.test is not None else None
         session.say(epoch, loss, accuracy)

@@ -53,6 +53,8 @@ def run(
     from pipedream_hpc.runtime.pipeline import Pipeline
     from pipedream_hpc.verification.comparison import by_reference, by_workers, compare, first_minibatches, way_of
 
+    if not tolerance >= 0:
+        raise PipedreamError(f"--tolerance should be 0 or more, not {tolerance:g}")
     world = join()
     job = load(target, args or [])
     model = another(job.model) if world.is_root else None

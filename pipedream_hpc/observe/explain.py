@@ -45,6 +45,7 @@ def report(plan: Plan) -> dict[str, Any]:
         else {
             "data_parallel_s": other.data_parallel_s,
             "data_parallel_memory_bytes": other.data_parallel_bytes,
+            "data_parallel_fits": plan.data_parallel_fits,
             "model_parallel_s": other.model_parallel_s,
             "gpipe_s": other.flush_s,
             "1f1b_flush_s": other.flush_s,
@@ -142,7 +143,7 @@ def sentences(plan: Plan) -> list[str]:
         if len(plan.stages) == 1:
             said.append("use data parallelism: no pipeline on these devices is faster")
         else:
-            rivals = [("data parallelism", other.data_parallel_s)]
+            rivals = [("data parallelism" + (" (does not fit)" * (not plan.data_parallel_fits)), other.data_parallel_s)]
             if plan.schedule not in ("gpipe", "1f1b-flush"):
                 rivals.append((f"GPipe or 1F1B-flush (m = {other.microbatches})", other.flush_s))
             rivals.append(("model parallelism", other.model_parallel_s))

@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipedream_hpc.cluster.world import World
-from pipedream_hpc.files import write_json
+from pipedream_hpc.files import make_folder, write_json
 from pipedream_hpc.observe import terminal
 from pipedream_hpc.observe.metrics import bubble, minibatch_s, split
 from pipedream_hpc.observe.tables import human_bytes, human_seconds, plan_table, sent_bytes, split_table
@@ -36,6 +36,8 @@ class Session:
         crowded = world.size > 1 and world.local_size > world.node_cores
         self._shared_cores = f"{world.local_size} ranks share {world.node_cores} cores" if crowded else ""
         self._console = terminal.console(quiet=not world.is_root)
+        if world.is_root:
+            make_folder(out)
         self._began = time.perf_counter()
         self._accuracy: float | None = None
         self._loss = float("nan")
@@ -45,6 +47,9 @@ class Session:
 
     def resumed(self, trained: int, wanted: int) -> None:
         """One line about what a checkpoint spares."""
+        if not trained:
+            self._console.print("there is no checkpoint yet: begins with epoch 0")
+            return
         left = "nothing is left to do" if trained >= wanted else f"goes on with epoch {trained}"
         self._console.print(f"{trained} of {wanted} epochs are in the checkpoint: {left}")
 

@@ -55,6 +55,8 @@ class StagePlan:
         read_s: measured time to read a minibatch of data, where the stage reads any. Simulations count
             it with the forward; the cost formulas do not: a loader with workers takes it off the rank.
         beside_s: measured time of what the stage does per minibatch beside its layers; counted likewise.
+        stash_bytes: what a minibatch in flight holds from forward to backward: activations, or with recompute
+            the stage's input; 0 when not known.
     """
 
     __pydantic_config__ = STRICT
@@ -77,6 +79,7 @@ class StagePlan:
     update_s: Seconds = 0.0
     read_s: Seconds = 0.0
     beside_s: Seconds = 0.0
+    stash_bytes: Bytes = 0
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -133,6 +136,7 @@ class Plan:
         alternatives: what else the devices could do; None when not computed.
         scaled: how the profile's figures were changed, such as `compute x1.6`; empty if not at all.
         notes: what a person should know about how the plan came about.
+        memory_bytes: of one device, the limit that was planned for; None without one.
     """
 
     __pydantic_config__ = STRICT
@@ -152,6 +156,7 @@ class Plan:
     alternatives: Alternatives | None = None
     scaled: str = ""
     notes: tuple[str, ...] = ()
+    memory_bytes: Bytes | None = None
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -164,6 +169,12 @@ class Plan:
     def timed(self) -> bool:
         """Whether its times are seconds, rather than operations counted."""
         return COUNTED not in self.notes
+
+    @property
+    def data_parallel_fits(self) -> bool:
+        """Whether data parallelism would keep within the memory that was planned for."""
+        other = self.alternatives
+        return other is None or self.memory_bytes is None or other.data_parallel_bytes <= self.memory_bytes
 
     @property
     def ranks(self) -> int:

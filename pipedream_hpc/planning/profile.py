@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from pipedream_hpc.files import STRICT
 
-Seconds = Annotated[float, Ge(0)]
+#: No more than thirty years: what is added, divided and squared of it stays finite.
+Seconds = Annotated[float, Ge(0), Le(1e9)]
 Bytes = Annotated[int, Ge(0)]
 Count = Annotated[int, Gt(0)]
 

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from annotated_types import Gt
+from annotated_types import Ge
 
 from pipedream_hpc.files import STRICT
 from pipedream_hpc.planning.profile import Bytes, Count, Seconds
 
-Bandwidth = Annotated[float, Gt(0)]
+Bandwidth = Annotated[float, Ge(1e-3)]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ two launches wrote of the same epoch are never taken for a whole.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -33,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialized
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.files import STRICT, atomic_write, load, save
+from pipedream_hpc.files import STRICT, atomic_write, load, make_folder, save
 from pipedream_hpc.runtime.assembly import Wishes
 from pipedream_hpc.runtime.deployment import Deployment
 from pipedream_hpc.runtime.stage import Stage
@@ -110,12 +109,7 @@ class Checkpoints:
         Raises:
             PipedreamError: there are checkpoints of an earlier run, or none could be written.
         """
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PipedreamError(f"{self._folder}: cannot be written: {error.strerror}") from None
-        if not os.access(self._folder, os.W_OK):
-            raise PipedreamError(f"{self._folder}: cannot be written: change its permissions, or give another folder")
+        make_folder(self._folder)
         if found := self._found():
             raise PipedreamError(
                 f"{self._folder} holds checkpoints of an earlier run, {found[0].name} the newest: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,10 @@ def given(plan: Plan | str | Path | int) -> Plan | tuple[int, ...] | int:
     """What a user asks for: a plan (read, if it is a file), the replicas of even stages, or their number."""
     if isinstance(plan, str) and (replicas := replicas_of(plan)) is not None:
         return replicas
+    if isinstance(plan, str) and re.fullmatch(r"[\dxX,:-]+", plan) and not Path(plan).exists():
+        raise PipedreamError(
+            f"plan '{plan}' is neither a file, nor replicas of stages such as 2-1-1, nor a number of them"
+        )
     return load(Plan, plan) if isinstance(plan, str | Path) else plan
 
 
@@ -160,6 +165,10 @@ def deploy(plan: Plan, name: str, graph: LayerGraph, manner: Manner, world: Worl
         PipedreamError: the plan's layers are not the model's, the workers cannot run it, or not on the
             ranks that were started.
     """
+    if plan.schedule == "forward-only":
+        raise PipedreamError("the forward-only schedule trains nothing: choose another, such as 1f1b")
+    if manner.chunks > 1 and plan.schedule != "interleaved":
+        raise PipedreamError(f"{plan.schedule} has one stage per rank, not {manner.chunks} chunks: use interleaved")
     stages = _layers_of(plan, graph, name)
     layout = folded(plan.layout, manner.chunks) if plan.schedule == "interleaved" else plan.layout
     deployment = Deployment(plan, name, graph, Cut(graph, stages), layout, manner)

@@ -85,6 +85,7 @@ class Feed:
         pieces: microbatches to a minibatch; 1 for whole minibatches.
         accumulate: minibatches that share an update, where minibatches are cut.
         length: minibatches in the pass.
+        example: the model's arguments as captured, against which the first minibatch is held.
     """
 
     def __init__(
@@ -98,13 +99,14 @@ class Feed:
         pieces: int = 1,
         accumulate: int = 1,
         length: int = 0,
+        example: Sequence[Any] = (),
     ) -> None:
         self._seed = (seed, epoch)
         set_seed(seed_for("epoch", *self._seed))
         set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)
-        self._takers, self._names = takers, names
+        self._takers, self._names, self._example = takers, names, example
         self._pieces, self._accumulate, self._length = pieces, accumulate, length
         self._minibatches: Iterator[Any] = minibatches(loader, self._wanted)
         self._waiting: dict[int, _Unit] = {}
@@ -174,12 +176,28 @@ class Feed:
                 f"minibatch {self._read} of the loader is no (input, target) pair but {type(pair).__name__}"
             ) from None
         if self._read == 0:
+            self._check(inputs)
             self._fingerprint = _checksum(inputs)
         own = self._readers(self._read)
         if any(own):
             self._keep(self._read * self._pieces, own, inputs, target)
         self._read += 1
         return True
+
+    def _check(self, inputs: Any) -> None:
+        """Hold the first minibatch against the example: later on it would fail inside some layer."""
+        for name, planned, argument in zip(self._names, self._example, self._arguments(inputs), strict=False):
+            pairs = zip(_tensors(planned), _tensors(argument), strict=False)
+            for wanted, got in pairs:
+                fits = got.dim() == wanted.dim() and all(
+                    a <= b for a, b in zip(got.shape[1:], wanted.shape[1:], strict=True)
+                )
+                if got.dtype != wanted.dtype or not fits:
+                    raise PipedreamError(
+                        f"input '{name}' of the loader's first minibatch has shape {tuple(got.shape)} and dtype "
+                        f"{got.dtype}, but the example has {tuple(wanted.shape)} and {wanted.dtype}: "
+                        "make the example a minibatch as the loader yields it"
+                    )
 
     def _readers(self, minibatch: int) -> list[int]:
         """How many here read each unit of a minibatch."""

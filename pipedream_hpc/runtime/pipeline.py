@@ -200,7 +200,7 @@ class Pipeline:
         if self._checkpoints is not None and not self._begun:
             self._checkpoints.begin()
         self._begun = True
-        total, pieces = _length(loader), self._deployment.pieces
+        total, pieces = length_of(loader), self._deployment.pieces
 
         def finished(worker: Worker, action: Action) -> None:
             if on_minibatch is None or worker is not self._workers[0] or not isinstance(action, Backward):
@@ -215,7 +215,7 @@ class Pipeline:
 
         Moves no weight, BatchNorm statistic or random number generator. The same on all ranks.
         """
-        total = _length(loader)
+        total = length_of(loader)
         return self._pass(loader, total, self._deployment.evaluation(total), metric, lambda *_: None)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -378,6 +378,7 @@ class Pipeline:
             pieces=self._deployment.pieces,
             accumulate=self._deployment.shared,
             length=total,
+            example=self._deployment.graph.example,
         )
 
     def _share_statistics(self) -> None:
@@ -407,7 +408,12 @@ class Pipeline:
             self._verified.add(schedule)
 
 
-def _length(loader: Any) -> int:
+def length_of(loader: Any) -> int:
+    """Minibatches of a pass over `loader`.
+
+    Raises:
+        PipedreamError: it has no length.
+    """
     try:
         return len(loader)
     except TypeError:

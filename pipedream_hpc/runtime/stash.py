@@ -14,6 +14,7 @@ version of its forward. No bytes move, whatever the size of the weights.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -90,12 +91,7 @@ class WeightStash:
         # also leaves autograd's version counter behind: this slab's bytes are saved by nobody.)
         self._trained = [index for index, slot in enumerate(self._slots) if slot.trained]
         self._cursors = [nn.Parameter(self._leaves[0][index].data) for index in self._trained]
-        self.optimizer = optimizer(self._cursors) if self._cursors else None
-        if self._cursors and not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise PipedreamError(
-                f"optimizer(parameters) returned {type(self.optimizer).__name__}; it should return a "
-                "torch.optim.Optimizer, as functools.partial(torch.optim.SGD, lr=0.1) does"
-            )
+        self.optimizer = _made(optimizer, self._cursors) if self._cursors else None
 
     @property
     def version(self) -> int:
@@ -200,6 +196,24 @@ class WeightStash:
             for entries, key in slot.holders:
                 entries[key] = leaf
         self._bound = slab
+
+
+def _made(optimizer: OptimizerFactory, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of `parameters`; says what is wrong with a factory that makes none that can be used."""
+    wanted = (
+        "a function of the parameters that returns a torch.optim.Optimizer: functools.partial(torch.optim.SGD, lr=0.1)"
+    )
+    if not callable(optimizer):
+        raise PipedreamError(f"optimizer is {type(optimizer).__name__}; it should be {wanted}")
+    made = optimizer(parameters)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise PipedreamError(f"optimizer(parameters) returned {type(made).__name__}; optimizer should be {wanted}")
+    closure = inspect.signature(type(made).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise PipedreamError(
+            f"{type(made).__name__} runs the model again within a step, which no pipeline can do: use another optimizer"
+        )
+    return made
 
 
 def _lay_out(module: nn.Module) -> tuple[list[_Slot], int]:

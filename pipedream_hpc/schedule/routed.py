@@ -81,7 +81,8 @@ class Routed:
         if self.agree and not (self.synchronous and len({len(ranks) for ranks in self.layout}) == 1):
             raise ScheduleError(
                 "stages cannot agree about gradients (to clip by their global norm, or to scale losses) where each "
-                "updates by itself: use 1f1b-flush or gpipe, or clip per stage"
+                "updates by itself: for fp16 or clipping over the model use 1f1b-flush or gpipe; otherwise bf16, and "
+                "clip per stage"
             )
         stages = len(self.layout)
         for source, target in self.links or ():

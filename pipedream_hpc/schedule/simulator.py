@@ -150,7 +150,8 @@ def simulate(
         topology: the links; ranks are numbered node by node.
         slow: how many times as long a rank takes to compute; 1 where not named.
         microbatches: units to a minibatch, which share its seconds and bytes evenly.
-        stash_bytes: what a whole minibatch in flight holds, by stage; by default the stage's output.
+        stash_bytes: what a whole minibatch in flight holds, by stage, instead of the plan's; where neither
+            is known, the stage's output.
 
     Raises:
         ScheduleError: the schedule gets stuck, is not of the plan's stages, or the topology is too small,
@@ -164,9 +165,9 @@ def simulate(
             f"rank {max(ranks)} has no device: the topology has {topology.devices}; plan for those, or probe more"
         )
     for rank, times in (slow or {}).items():
-        if rank not in ranks or times <= 0:
+        if rank not in ranks or not 0 < times <= 1e9:
             raise ScheduleError(
-                f"rank {rank} cannot be {times:g} times as slow: name ranks 0 to {max(ranks)}, times > 0"
+                f"rank {rank} cannot be {times:g} times as slow: name ranks 0 to {max(ranks)}, times from 0 to 1e9"
             )
     clockwork = PlannedTimes(schedule.layout, plan, topology, slow or {}, microbatches)
     with _no_collection():
@@ -182,7 +183,7 @@ def simulate(
             )
             for rank, action, start_s, end_s in play(schedule, clockwork)
         ]
-    held = stash_bytes or [stage.output_bytes for stage in plan.stages]
+    held = stash_bytes or [stage.stash_bytes or stage.output_bytes for stage in plan.stages]
     return Simulation(
         Trace("simulated", schedule.layout, schedule.minibatches, tuple(spans)),
         tuple(stage.parameter_bytes for stage in plan.stages),

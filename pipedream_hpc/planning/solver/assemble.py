@@ -37,6 +37,7 @@ def assemble(profile: Profile, problem: Problem, pieces: list[Piece], *, schedul
         bound_s=min(bound_s, bottleneck_s) * bubble,
         microbatches=m,
         optimizer=problem.rule.optimizer,
+        memory_bytes=problem.memory_bytes,
         alternatives=_alternatives(problem, pieces, stages, bottleneck_s),
         notes=_notes(problem, pieces),
     )
@@ -73,6 +74,7 @@ def _stage(problem: Problem, pieces: list[Piece], index: int, profile: Profile) 
         in_flight=in_flight,
         recompute=piece.recompute,
     )
+    stash_bytes = float(problem.crossing_bytes[piece.first]) if piece.recompute else sum(x.stash_bytes for x in layers)
     figures = {"compute": compute_s, "sync": sync_s, "boundary": boundary_s}
     return StagePlan(
         layers=tuple(layer.name for layer in layers),
@@ -93,6 +95,7 @@ def _stage(problem: Problem, pieces: list[Piece], index: int, profile: Profile) 
         limit=max(figures, key=lambda part: figures[part]),
         memory=MemoryParts(**{part: int(np.ceil(float(size))) for part, size in parts.items()}),
         recompute=piece.recompute,
+        stash_bytes=int(stash_bytes),
     )
 
 
