@@ -12,7 +12,6 @@ namespace pipedream {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds;
 
 // Polls before a waiting main thread begins to sleep. A poll and a yield take about 1 µs on an idle
@@ -20,13 +19,22 @@ using std::chrono::microseconds;
 constexpr int yields_if_not = 20000;
 constexpr int yields_if_crowded = 50;
 
+// Between two polls of the progress thread, which cost about 10 µs each: 200 µs hides any transfer behind
+// compute. Nothing of ours to push, or a compute phase that is long against a moment's delay, allows for more.
+constexpr microseconds while_pushing(200), while_idle(500), longest_pause(2000);
+constexpr int pauses_per_phase = 64;
+// Messages of more bytes go in many pieces, and each may need a poll.
+constexpr std::size_t most_in_few_pieces = 4 << 20;
+
+using Clock = Progress::Clock;
+
 double seconds_since(Clock::time_point began) { return std::chrono::duration<double>(Clock::now() - began).count(); }
 
 // How long a thread rests between two polls that found nothing.
 class Patience {
  public:
   Patience(int yields, microseconds first, microseconds longest)
-      : yields_left_(yields), first_(first), pause_(first), longest_(longest) {}
+      : yields_left_(yields), pause_(first), longest_(longest) {}
 
   void rest() {
     if (yields_left_ > 0) {
@@ -38,18 +46,10 @@ class Patience {
     pause_ = std::min(2 * pause_, longest_);
   }
 
-  microseconds pause() {
-    const microseconds now = pause_;
-    pause_ = std::min(2 * pause_, longest_);
-    return now;
-  }
-
-  void reset() { pause_ = first_; }
   void relax(microseconds longest) { longest_ = longest; }
 
  private:
   int yields_left_;
-  const microseconds first_;
   microseconds pause_;
   microseconds longest_;
 };
@@ -95,7 +95,7 @@ void Progress::send(Endpoint* endpoint, std::size_t slot, const void* data, std:
   // Bytes, whatever the dtype: MPI knows no bf16, and both ends are of one architecture.
   check(MPI_Isend(data, static_cast<int>(bytes), MPI_BYTE, peer, tag, comm_, &request), "MPI_Isend", rank_,
         endpoint->describe(slot));
-  post({endpoint, slot, Kind::send}, request);
+  post({endpoint, slot, Kind::send, bytes}, request);
 }
 
 void Progress::receive(Endpoint* endpoint, std::size_t slot, void* data, std::size_t bytes, int peer, int tag) {
@@ -103,11 +103,12 @@ void Progress::receive(Endpoint* endpoint, std::size_t slot, void* data, std::si
   MPI_Request request;
   check(MPI_Irecv(data, static_cast<int>(bytes), MPI_BYTE, peer, tag, comm_, &request), "MPI_Irecv", rank_,
         endpoint->describe(slot));
-  post({endpoint, slot, Kind::receive}, request);
+  post({endpoint, slot, Kind::receive, bytes}, request);
+  most_received_ = std::max(most_received_, bytes);
 }
 
 void Progress::collective(Endpoint* endpoint, std::size_t slot, MPI_Request request) {
-  post({endpoint, slot, Kind::collective}, request);
+  post({endpoint, slot, Kind::collective, 0}, request);
 }
 
 void Progress::attend(Endpoint* endpoint) {
@@ -116,11 +117,27 @@ void Progress::attend(Endpoint* endpoint) {
 }
 
 void Progress::post(const Pending& pending, MPI_Request request) {
-  pushing_ += pending.kind != Kind::receive;
+  began(pending);
   requests_.push_back(request);
   pending_.push_back(pending);
   finished_.resize(requests_.size());
   statuses_.resize(requests_.size());
+}
+
+void Progress::began(const Pending& pending) {
+  pushing_ += pending.kind != Kind::receive;
+  large_ += pending.kind == Kind::collective || (pending.kind == Kind::send && pending.bytes > most_in_few_pieces);
+}
+
+void Progress::ended(const Pending& pending) {
+  pushing_ -= pending.kind != Kind::receive;
+  large_ -= pending.kind == Kind::collective || (pending.kind == Kind::send && pending.bytes > most_in_few_pieces);
+}
+
+microseconds Progress::pause() const {
+  const microseconds shortest = pushing_ > 0 ? while_pushing : while_idle;
+  if (large_ > 0 || most_received_ > most_in_few_pieces) return shortest;
+  return std::clamp(phase_ / pauses_per_phase, shortest, longest_pause);
 }
 
 void Progress::wait(const std::function<bool()>& done, double limit_s,
@@ -128,19 +145,22 @@ void Progress::wait(const std::function<bool()>& done, double limit_s,
                     const std::function<void()>& interrupted) {
   Lock held = lock();
   main_waits_ = true;
+  const Clock::time_point began = Clock::now();
+  // Some phases lie between two calls at once: the longest of late counts.
+  phase_ = std::max(std::chrono::duration_cast<microseconds>(began - computing_since_), phase_ * 31 / 32);
   struct Over {
     Progress& progress;
     Lock& held;
     ~Over() {
       if (!held.owns_lock()) held.lock();
       progress.main_waits_ = false;
+      progress.computing_since_ = Clock::now();
     }
   } over{*this, held};
 
   // Messages of a busy pipeline come soon: look out for those first, then sleep, in steps that stay
   // short against any forward.
   Patience patience(crowded_ ? yields_if_crowded : yields_if_not, microseconds(10), microseconds(100));
-  const Clock::time_point began = Clock::now();
   Clock::time_point asked = began;
   while (true) {
     rethrow();
@@ -185,11 +205,11 @@ void Progress::forget(Endpoint* endpoint) {
 void Progress::cancel(std::size_t index) {
   if (requests_[index] == MPI_REQUEST_NULL) return;  // completed by the poll that failed
   if (pending_[index].kind == Kind::collective) {
-    --pushing_;  // can be neither cancelled nor freed: whoever gives up in the middle of one ends soon
+    ended(pending_[index]);  // can be neither cancelled nor freed: whoever gives up in the middle of one ends soon
     return;
   }
   if (pending_[index].kind == Kind::send) {
-    --pushing_;
+    ended(pending_[index]);
     MPI_Request_free(&requests_[index]);  // sends cannot be cancelled; MPI finishes it by itself
     return;
   }
@@ -218,7 +238,7 @@ bool Progress::poll() {
       check(statuses_[static_cast<std::size_t>(i)].MPI_ERROR, call, rank_, pending.endpoint->describe(pending.slot));
     }
     complete.push_back(pending);
-    pushing_ -= pending.kind != Kind::receive;
+    ended(pending);
   }
   std::size_t kept = 0;
   for (std::size_t index = 0; index < requests_.size(); ++index) {
@@ -236,26 +256,19 @@ bool Progress::poll() {
 void Progress::run() {
   // Sleeps of microseconds are otherwise rounded up by 50.
   prctl(PR_SET_TIMERSLACK, 1000UL);
-  // 200 µs between polls hides a transfer completely behind compute and costs well under 1 % of a
-  // core; with nothing of ours to push, every 500 µs is enough.
-  Patience pushing(0, microseconds(200), microseconds(200));
-  Patience idling(0, microseconds(500), microseconds(500));
   Lock held = lock();
   while (!closing_) {
     if (!main_waits_ && !failure_) {
       try {
         ++statistics_.polls_computing;
-        if (poll()) {
-          pushing.reset();
-          idling.reset();
-        }
+        poll();
       } catch (...) {
         failure_ = std::current_exception();  // for the main thread, at its next call
       }
     }
     // Nobody but close() wakes this thread: to be woken at every send would cost the main thread
     // more than the send.
-    wake_.wait_for(held, pushing_ > 0 ? pushing.pause() : idling.pause(), [this] { return closing_; });
+    wake_.wait_for(held, pause(), [this] { return closing_; });
   }
 }
 

@@ -15,6 +15,7 @@
 #include <mpi.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
@@ -46,6 +47,8 @@ struct ProgressStatistics {
 
 class Progress {
  public:
+  using Clock = std::chrono::steady_clock;
+
   // Collective over `parent`, which is duplicated: no message of anybody else's can be mistaken for
   // one of ours. `crowded`: whether the ranks of this node want more cores than there are.
   Progress(MPI_Comm parent, bool crowded);
@@ -90,11 +93,15 @@ class Progress {
     Endpoint* endpoint;
     std::size_t slot;
     Kind kind;
+    std::size_t bytes;
   };
 
   bool poll();  // with the lock held; whether anything was completed
   void post(const Pending& pending, MPI_Request request);
-  void run();  // the progress thread
+  void began(const Pending& pending);
+  void ended(const Pending& pending);
+  std::chrono::microseconds pause() const;  // of the progress thread, until its next poll
+  void run();                               // the progress thread
   void rethrow();
   void cancel(std::size_t index);
 
@@ -104,7 +111,11 @@ class Progress {
   std::vector<Pending> pending_;  // parallel to requests_
   std::vector<int> finished_;     // indices, scratch of poll
   std::vector<MPI_Status> statuses_;
-  std::size_t pushing_ = 0;  // of requests_: those that move only when MPI is called here
+  std::size_t pushing_ = 0;        // of requests_: those that move only when MPI is called here
+  std::size_t large_ = 0;          // of those: that go in many pieces
+  std::size_t most_received_ = 0;  // bytes of the largest receive ever posted
+  Clock::time_point computing_since_ = Clock::now();
+  std::chrono::microseconds phase_{0};  // that the main thread computes between two waits
   std::vector<Endpoint*> attended_;
   std::exception_ptr failure_;
   ProgressStatistics statistics_;

@@ -14,7 +14,6 @@ from pipedream_hpc.observe.tables import (
     human_seconds,
     plan_table,
     sent_bytes,
-    speed_up,
     split_table,
 )
 
@@ -63,11 +62,6 @@ def test_a_plan_beside_what_was_measured() -> None:
 def test_bytes_sent_are_activations_on_and_gradients_back() -> None:
     plan = pictures.plan(1, 1, 1)
     assert [sent_bytes(plan, stage) for stage in range(3)] == [250_000, 500_000, 250_000]
-
-
-def test_speed_up() -> None:
-    assert speed_up(pictures.plan(1, 1, 1)) == pytest.approx(3)
-    assert speed_up(pictures.plan(1, forward_s=0, backward_s=0)) == 0
 
 
 def test_shares_of_a_rank_add_up() -> None:

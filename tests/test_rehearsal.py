@@ -12,6 +12,7 @@ from torch import nn
 
 from pipedream_hpc import Clip, Job
 from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.precision import autocast
 from pipedream_hpc.planning.profile import LayerProfile, Profile
 from pipedream_hpc.runtime.rehearsal import Rehearsal, calibrated, rehearse
 
@@ -29,11 +30,11 @@ def job(minibatches: int, seen: list[int] | None = None, **more: Any) -> Job:
 @pytest.mark.parametrize(
     ("more", "precision"), [({}, None), ({"clip": Clip(1.0, "model")}, None), ({}, "bf16"), ({}, "fp16")]
 )
-def test_a_stage_trains_the_minibatches_one_by_one(more: dict[str, Any], precision: str | None) -> None:
+def test_two_stages_train_the_minibatches_one_by_one(more: dict[str, Any], precision: str | None) -> None:
     seen: list[int] = []
     rehearsed_job = job(9, seen, **more)
     before, rng = rehearsed_job.model.state_dict()["9.weight"].clone(), torch.get_rng_state()
-    graph = capture(rehearsed_job.model, rehearsed_job.example)
+    graph = capture(rehearsed_job.model, rehearsed_job.example, precision=autocast(precision))
     rehearsal = rehearse(graph, rehearsed_job, minibatches=5, precision=precision)
     assert seen == [chains.SAMPLES] * 6  # the first is not counted
     assert rehearsal is not None
@@ -41,6 +42,12 @@ def test_a_stage_trains_the_minibatches_one_by_one(more: dict[str, Any], precisi
     assert rehearsal.beside_s >= 0
     assert torch.equal(torch.get_rng_state(), rng)
     assert torch.equal(graph.module.state_dict()["9.weight"], before)
+
+
+def test_a_single_layer_is_one_stage() -> None:
+    data = chains.minibatches(4)
+    alone = Job(nn.Linear(12, 5), nn.CrossEntropyLoss(), chains.OPTIMIZERS["sgd"], data, chains.example())
+    assert rehearse(capture(alone.model, alone.example), alone, minibatches=3) is not None
 
 
 def test_a_single_minibatch_tells_nothing() -> None:

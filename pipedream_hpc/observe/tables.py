@@ -109,11 +109,6 @@ def plan_table(plan: Plan, measured: list[RankSplit] | None = None) -> Table:
     return table
 
 
-def speed_up(plan: Plan) -> float:
-    """How many times as fast as one device the plan should be; 0 if nothing takes any time."""
-    return plan.single_device_s / plan.bottleneck_s if plan.bottleneck_s else 0.0
-
-
 def sent_bytes(plan: Plan, stage: int) -> int:
     """Bytes a stage sends per minibatch: its activations on, its input's gradient back."""
     forth = plan.stages[stage].output_bytes if stage + 1 < len(plan.stages) else 0

@@ -158,10 +158,6 @@ class Pipeline:
         return self.world.rank
 
     @property
-    def last_stage(self) -> int:
-        return len(self.plan.stages) - 1
-
-    @property
     def pieces(self) -> int:
         """Units that a minibatch is cut into: 1, or the number of microbatches."""
         return self._deployment.pieces

@@ -1,11 +1,11 @@
-"""Rehearsal: some minibatches trained by one real stage that holds the whole model.
+"""Rehearsal: some minibatches trained by two real stages in this process.
 
-A clock between the layers (model.clocked) does not see what a stage does beside them: versions, seeds of
-random layers, gradients taken over, Python. On layers of microseconds that is a good part of the time::
+A clock between the layers (model.clocked) does not see what stages do beside them: messages, versions, seeds
+of random layers, gradients taken over, Python. On layers of microseconds that is a good part of the time::
 
-    clocked     layer 0 │ layer 1 │ layer 2 │                 shares: which layer takes how much of it
-    rehearsed   ├── forward ──┤ ├── backward ──┤ ├ update ┤   sums, and what is left between them
-                                                            ◄─ one minibatch ─►
+    clocked     layer 0 │ layer 1 │ layer 2 │                   shares: which layer takes how much of it
+    rehearsed   ├ forward ┤ ├ forward ┤├ backward ┤├ update ┤ ├ backward ┤├ update ┤
+                         ◦ ◦                                 ◦                        what is left between them
 """
 
 from __future__ import annotations
@@ -17,28 +17,29 @@ from dataclasses import dataclass
 
 import torch
 
+from pipedream_hpc.cluster.world import World
 from pipedream_hpc.job import Job
-from pipedream_hpc.model.cut import Cut
 from pipedream_hpc.model.graph import LayerGraph
-from pipedream_hpc.model.profiler import count
-from pipedream_hpc.planning.even import even
 from pipedream_hpc.planning.profile import LayerProfile, Profile
 from pipedream_hpc.runtime.assembly import Wishes, assemble
-from pipedream_hpc.runtime.deployment import Deployment, Manner
+from pipedream_hpc.runtime.deployment import Manner, deploy, resolve
 from pipedream_hpc.runtime.emulator import emulate
 from pipedream_hpc.runtime.feed import Feed, Taker
 from pipedream_hpc.runtime.wiring import local_wiring
 
+#: Whatever was started, every rank rehearses by itself.
+_ALONE = World(0, 1, 0, 1, "")
+
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """Median seconds of a minibatch in training, the whole model in one stage.
+    """Median seconds of a minibatch in training.
 
     Attributes:
-        forward_s: of a forward, with the loss.
-        backward_s: of a backward.
-        update_s: of an update.
-        beside_s: from a minibatch's end to the next one's, without those three.
+        forward_s: of the forwards of all stages, with the loss.
+        backward_s: of the backwards.
+        update_s: of the updates.
+        beside_s: of all that a stage does beside those, to exchange a tensor included.
     """
 
     forward_s: float
@@ -48,9 +49,10 @@ class Rehearsal:
 
 
 def rehearse(graph: LayerGraph, job: Job, *, minibatches: int, precision: str | None = None) -> Rehearsal | None:
-    """Train `minibatches` of the job in one stage; None where its data has fewer than two.
+    """Train `minibatches` of the job in two even stages; None where its data has fewer than two.
 
-    Weights are copied, and the model is left as it was. The data is read before: that takes no time here.
+    A model of a single layer is one stage. Weights are copied, and the model is left as it was. The data is
+    read before: that takes no time here.
 
     Args:
         graph: the captured model, built.
@@ -64,38 +66,45 @@ def rehearse(graph: LayerGraph, job: Job, *, minibatches: int, precision: str | 
         return None
     clip = job.clip if job.clip is not None and job.clip.over == "stage" else None
     wishes = Wishes(job.loss, job.optimizer, job.scheduler, clip, precision, False, None, seed=0)
-    # Where stages must agree there is no 1F1B: flushing after every minibatch costs one stage nothing.
-    schedule = "1f1b-flush" if wishes.needs_agreement else "1f1b"
-    manner = Manner(schedule, 1, agree=wishes.needs_agreement)
-    plan = dataclasses.replace(even(count(graph), (1,)), schedule=schedule)
-    cut = Cut(graph, [range(len(graph.layers))])
-    deployment = Deployment(plan, "the rehearsal", graph, cut, ((0,),), manner)
+    # Where stages must agree there is no 1F1B: flushing after every minibatch costs as much where all take turns.
+    manner = Manner("1f1b-flush" if wishes.needs_agreement else "1f1b", 1, agree=wishes.needs_agreement)
+    wanted = tuple([1] * min(len(graph.layers), 2))
+    deployment = deploy(resolve(wanted, graph, manner), "the rehearsal", graph, manner, _ALONE)
     training = deployment.training(len(data))
-    (worker,) = assemble(deployment, training, local_wiring(training, deployment.lines), wishes)
+    workers = assemble(deployment, training, local_wiring(training, deployment.lines), wishes)
+    stages = [stage for worker in workers for stage in worker.stages.values()]
     with torch.random.fork_rng(devices=[]):
         feed = Feed(
             data,
             epoch=0,
             seed=0,
-            takers=[Taker(0, 1)],
+            takers=[Taker(0, 1) for stage in stages if stage.reads],
             names=[str(node.target) for node in graph.inputs],
             pieces=1,
             accumulate=1,
             length=len(data),
         )
-        worker.begin(training, feed, 0, 0, score=None, trace=True)
-        for _ in emulate([worker], training):
+        for worker in workers:
+            worker.begin(training, feed, 0, 0, score=None, trace=True)
+        for _ in emulate(workers, training):
             pass
-        worker.end()
-    spans = worker.spans(0)
+        for worker in workers:
+            worker.end()
+    spans = [span for worker in workers for span in worker.spans(0)]
 
     def median_s(kind: str) -> float:
-        return statistics.median([span.end_s - span.start_s for span in spans if span.kind == kind][1:])
+        """Of all stages together; the first minibatch does not count."""
+        return sum(
+            statistics.median([s.end_s - s.start_s for s in spans if (s.kind, s.stage) == (kind, stage.index)][1:])
+            for stage in stages
+        )
 
     forward_s, backward_s, update_s = median_s("forward"), median_s("backward"), median_s("update")
-    ends = [span.end_s for span in spans if span.kind == "update"]
+    # Stages take turns, so that each of them comes to the same point once per minibatch.
+    ends = [span.end_s for span in spans if (span.kind, span.stage) == ("backward", 0)]
     whole_s = statistics.median(after - before for before, after in itertools.pairwise(ends))
-    return Rehearsal(forward_s, backward_s, update_s, max(whole_s - forward_s - backward_s - update_s, 0.0))
+    beside_s = max(whole_s - forward_s - backward_s - update_s, 0.0) / len(stages)
+    return Rehearsal(forward_s, backward_s, update_s, beside_s)
 
 
 def calibrated(profile: Profile, rehearsal: Rehearsal) -> Profile:

@@ -69,7 +69,7 @@ class Step:
         scheduler: makes its learning-rate scheduler.
         clip: how gradients are clipped.
         loss_scale: of fp16.
-        minibatches_per_unit: a unit is so much of a minibatch: 1/m where there are m microbatches.
+        microbatches: units to a minibatch; learning-rate schedulers advance once per minibatch.
         average: whether gradients of a round's units are averaged, or come weighted from the loss.
     """
 
