@@ -137,7 +137,9 @@ void Progress::ended(const Pending& pending) {
 microseconds Progress::pause() const {
   const microseconds shortest = pushing_ > 0 ? while_pushing : while_idle;
   if (large_ > 0 || most_received_ > most_in_few_pieces) return shortest;
-  return std::clamp(phase_ / pauses_per_phase, shortest, longest_pause);
+  // Between two calls at once there is next to no compute: the longest of the last few phases counts.
+  const microseconds phase = *std::max_element(phases_.begin(), phases_.end());
+  return std::clamp(phase / pauses_per_phase, shortest, longest_pause);
 }
 
 void Progress::wait(const std::function<bool()>& done, double limit_s,
@@ -146,8 +148,7 @@ void Progress::wait(const std::function<bool()>& done, double limit_s,
   Lock held = lock();
   main_waits_ = true;
   const Clock::time_point began = Clock::now();
-  // Some phases lie between two calls at once: the longest of late counts.
-  phase_ = std::max(std::chrono::duration_cast<microseconds>(began - computing_since_), phase_ * 31 / 32);
+  phases_[waits_++ % phases_.size()] = std::chrono::duration_cast<microseconds>(began - computing_since_);
   struct Over {
     Progress& progress;
     Lock& held;

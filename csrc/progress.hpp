@@ -14,6 +14,7 @@
 
 #include <mpi.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -115,7 +116,8 @@ class Progress {
   std::size_t large_ = 0;          // of those: that go in many pieces
   std::size_t most_received_ = 0;  // bytes of the largest receive ever posted
   Clock::time_point computing_since_ = Clock::now();
-  std::chrono::microseconds phase_{0};  // that the main thread computes between two waits
+  std::array<std::chrono::microseconds, 8> phases_{};  // that the main thread last computed between two waits
+  std::size_t waits_ = 0;
   std::vector<Endpoint*> attended_;
   std::exception_ptr failure_;
   ProgressStatistics statistics_;
