@@ -14,7 +14,8 @@ from pipedream_hpc import Clip, Job
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.precision import autocast
 from pipedream_hpc.planning.profile import LayerProfile, Profile
-from pipedream_hpc.runtime.rehearsal import Rehearsal, calibrated, rehearse
+from pipedream_hpc.runtime.rehearsal import Rehearsal, _figures, calibrated, rehearse
+from pipedream_hpc.schedule.trace import Kind, Span
 
 
 def job(minibatches: int, seen: list[int] | None = None, **more: Any) -> Job:
@@ -42,6 +43,25 @@ def test_two_stages_train_the_minibatches_one_by_one(more: dict[str, Any], preci
     assert rehearsal.beside_s >= 0
     assert torch.equal(torch.get_rng_state(), rng)
     assert torch.equal(graph.module.state_dict()["9.weight"], before)
+
+
+def test_what_is_between_counts_for_every_action() -> None:
+    """Two stages in one process, a second between any two actions::
+
+    stage 0   F  S ░ ░ ░ ░ R B U   F  S ░ ...        F 3, S 2, R 1, B 6, U 1
+    stage 1   ░ ░ R F B S U ░ ░ ░  ...               R 1, F 4, B 5, S 2, U 1
+    """
+    minibatch: list[tuple[int, Kind, float]] = [
+        *((0, "forward", 3.0), (0, "send", 2.0), (1, "receive", 1.0), (1, "forward", 4.0), (1, "backward", 5.0)),
+        *((1, "send", 2.0), (1, "update", 1.0), (0, "receive", 1.0), (0, "backward", 6.0), (0, "update", 1.0)),
+    ]
+    spans, now_s = [], 0.0
+    for unit in range(4):
+        for stage, kind, seconds in minibatch:
+            spans.append(Span(stage, stage, kind, unit, 0, now_s, now_s + seconds * (10 if unit == 0 else 1)))
+            now_s = spans[-1].end_s + 1.0
+    # Beside forwards, backwards and updates: 6 s of messages and 10 s between, shared by two stages.
+    assert _figures(spans, 2) == Rehearsal(7.0, 11.0, 2.0, 8.0)
 
 
 def test_a_single_layer_is_one_stage() -> None:

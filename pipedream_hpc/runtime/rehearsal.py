@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +28,7 @@ from pipedream_hpc.runtime.deployment import Manner, deploy, resolve
 from pipedream_hpc.runtime.emulator import emulate
 from pipedream_hpc.runtime.feed import Feed, Taker
 from pipedream_hpc.runtime.wiring import local_wiring
+from pipedream_hpc.schedule.trace import Span
 
 #: Whatever was started, every rank rehearses by itself.
 _ALONE = World(0, 1, 0, 1, "")
@@ -90,21 +93,24 @@ def rehearse(graph: LayerGraph, job: Job, *, minibatches: int, precision: str | 
             pass
         for worker in workers:
             worker.end()
-    spans = [span for worker in workers for span in worker.spans(0)]
+    return _figures([span for worker in workers for span in worker.spans(0)], len(stages))
 
-    def median_s(kind: str) -> float:
-        """Of all stages together; the first minibatch does not count."""
-        return sum(
-            statistics.median([s.end_s - s.start_s for s in spans if (s.kind, s.stage) == (kind, stage.index)][1:])
-            for stage in stages
-        )
 
-    forward_s, backward_s, update_s = median_s("forward"), median_s("backward"), median_s("update")
-    # Stages take turns, so that each of them comes to the same point once per minibatch.
-    ends = [span.end_s for span in spans if (span.kind, span.stage) == ("backward", 0)]
-    whole_s = statistics.median(after - before for before, after in itertools.pairwise(ends))
-    beside_s = max(whole_s - forward_s - backward_s - update_s, 0.0) / len(stages)
-    return Rehearsal(forward_s, backward_s, update_s, beside_s)
+def _figures(spans: Sequence[Span], stages: int) -> Rehearsal:
+    """Medians of what ran in one process; the first minibatch does not count."""
+    durations: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for span in spans:
+        durations[span.kind, span.stage].append(span.end_s - span.start_s)
+    by_kind: dict[str, float] = defaultdict(float)
+    for (kind, _), taken in durations.items():
+        by_kind[kind] += statistics.median(taken[1:])
+    in_turn = sorted(spans, key=lambda span: span.start_s)
+    between_s = statistics.median(after.start_s - before.end_s for before, after in itertools.pairwise(in_turn))
+    computed = ("forward", "backward", "update")
+    other_s = sum(seconds for kind, seconds in by_kind.items() if kind not in computed)
+    # Each kind of action in each stage, and what is between it and the next, once per minibatch.
+    beside_s = (other_s + between_s * len(durations)) / stages
+    return Rehearsal(by_kind["forward"], by_kind["backward"], by_kind["update"], beside_s)
 
 
 def calibrated(profile: Profile, rehearsal: Rehearsal) -> Profile:
