@@ -51,6 +51,16 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Report]:
     return found
 
 
+def cut_into(stages: int) -> Pipeline:
+    return Pipeline(
+        chains.rich_model(),
+        loss=nn.CrossEntropyLoss(),
+        optimizer=chains.OPTIMIZERS["sgd"],
+        example=chains.example(),
+        plan=stages,
+    )
+
+
 def by_reference(stages: int, optimizer: str, epochs: list[int]) -> dict[str, torch.Tensor]:
     """Weights by pipedream_hpc.verification.reference."""
     pipeline = Pipeline(
@@ -176,13 +186,7 @@ def test_dropout_masks_do_not_depend_on_the_plan() -> None:
 
 
 def test_evaluation_leaves_everything_as_it_was() -> None:
-    pipeline = Pipeline(
-        chains.rich_model(),
-        loss=nn.CrossEntropyLoss(),
-        optimizer=chains.OPTIMIZERS["sgd"],
-        example=chains.example(),
-        plan=3,
-    )
+    pipeline = cut_into(3)
     batches = chains.minibatches(5)
     pipeline.fit(batches)
     before, rng = pipeline.state_dict(), torch.get_rng_state()
@@ -192,13 +196,7 @@ def test_evaluation_leaves_everything_as_it_was() -> None:
 
 
 def test_evaluation_is_that_of_the_whole_model() -> None:
-    pipeline = Pipeline(
-        chains.rich_model(),
-        loss=nn.CrossEntropyLoss(),
-        optimizer=chains.OPTIMIZERS["sgd"],
-        example=chains.example(),
-        plan=4,
-    )
+    pipeline = cut_into(4)
     batches = chains.minibatches(6, last=2)
     pipeline.fit(batches)
     whole = chains.rich_model()
@@ -210,13 +208,7 @@ def test_evaluation_is_that_of_the_whole_model() -> None:
 
 def test_nothing_of_a_minibatch_is_left_behind() -> None:
     """As many tensors live after ten epochs as after two: no graph, activation or gradient stays."""
-    pipeline = Pipeline(
-        chains.rich_model(),
-        loss=nn.CrossEntropyLoss(),
-        optimizer=chains.OPTIMIZERS["sgd"],
-        example=chains.example(),
-        plan=4,
-    )
+    pipeline = cut_into(4)
     batches, living = chains.minibatches(5), []
     for _ in range(10):
         pipeline.fit(batches)
