@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 
 #include "mpi_error.hpp"
 
@@ -108,7 +109,8 @@ void Progress::receive(Endpoint* endpoint, std::size_t slot, void* data, std::si
 }
 
 void Progress::collective(Endpoint* endpoint, std::size_t slot, MPI_Request request) {
-  post({endpoint, slot, Kind::collective, 0}, request);
+  // Of several steps, however many bytes.
+  post({endpoint, slot, Kind::collective, std::numeric_limits<std::size_t>::max()}, request);
 }
 
 void Progress::attend(Endpoint* endpoint) {
@@ -124,14 +126,18 @@ void Progress::post(const Pending& pending, MPI_Request request) {
   statuses_.resize(requests_.size());
 }
 
+bool Progress::Pending::pushes() const { return kind != Kind::receive; }
+
+bool Progress::Pending::in_many_pieces() const { return pushes() && bytes > most_in_few_pieces; }
+
 void Progress::began(const Pending& pending) {
-  pushing_ += pending.kind != Kind::receive;
-  large_ += pending.kind == Kind::collective || (pending.kind == Kind::send && pending.bytes > most_in_few_pieces);
+  pushing_ += pending.pushes();
+  large_ += pending.in_many_pieces();
 }
 
 void Progress::ended(const Pending& pending) {
-  pushing_ -= pending.kind != Kind::receive;
-  large_ -= pending.kind == Kind::collective || (pending.kind == Kind::send && pending.bytes > most_in_few_pieces);
+  pushing_ -= pending.pushes();
+  large_ -= pending.in_many_pieces();
 }
 
 microseconds Progress::pause() const {

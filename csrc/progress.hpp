@@ -95,6 +95,8 @@ class Progress {
     std::size_t slot;
     Kind kind;
     std::size_t bytes;
+    bool pushes() const;          // moves only when MPI is called here
+    bool in_many_pieces() const;  // and may need a poll for each
   };
 
   bool poll();  // with the lock held; whether anything was completed

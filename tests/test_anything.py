@@ -99,7 +99,7 @@ def test_nothing_hangs_and_no_bit_differs(devices: int, tmp_path: Path) -> None:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.lists(trainings(devices).filter(can_run), min_size=16, max_size=16))
+    @given(st.lists(trainings(devices).filter(can_run), min_size=24, max_size=24))
     def drawn(chosen: list[dict[str, Any]]) -> None:
         for wanted, report in zip(chosen, training.on_ranks(devices, chosen, tmp_path, timeout=180), strict=True):
             expected = training.alone(wanted)

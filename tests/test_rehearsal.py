@@ -36,7 +36,7 @@ def test_two_stages_train_the_minibatches_one_by_one(more: dict[str, Any], preci
     rehearsed_job = job(9, seen, **more)
     before, rng = rehearsed_job.model.state_dict()["9.weight"].clone(), torch.get_rng_state()
     graph = capture(rehearsed_job.model, rehearsed_job.example, precision=autocast(precision))
-    rehearsal = rehearse(graph, rehearsed_job, minibatches=5, precision=precision)
+    rehearsal = rehearse(graph, rehearsed_job, chains.minibatches(6), precision=precision)
     assert seen == [chains.SAMPLES] * 6  # the first is not counted
     assert rehearsal is not None
     assert min(rehearsal.forward_s, rehearsal.backward_s, rehearsal.update_s) > 0
@@ -48,8 +48,8 @@ def test_two_stages_train_the_minibatches_one_by_one(more: dict[str, Any], preci
 def test_what_is_between_counts_for_every_action() -> None:
     """Two stages in one process, a second between any two actions::
 
-    stage 0   F  S ░ ░ ░ ░ R B U   F  S ░ ...        F 3, S 2, R 1, B 6, U 1
-    stage 1   ░ ░ R F B S U ░ ░ ░  ...               R 1, F 4, B 5, S 2, U 1
+    stage 0   F S ░ ░ ░ ░ ░ R B U   F S ...      F 3, S 2, R 1, B 6, U 1
+    stage 1   ░ ░ R F B S U ░ ░ ░   ░ ░ ...      R 1, F 4, B 5, S 2, U 1
     """
     minibatch: list[tuple[int, Kind, float]] = [
         *((0, "forward", 3.0), (0, "send", 2.0), (1, "receive", 1.0), (1, "forward", 4.0), (1, "backward", 5.0)),
@@ -67,12 +67,12 @@ def test_what_is_between_counts_for_every_action() -> None:
 def test_a_single_layer_is_one_stage() -> None:
     data = chains.minibatches(4)
     alone = Job(nn.Linear(12, 5), nn.CrossEntropyLoss(), chains.OPTIMIZERS["sgd"], data, chains.example())
-    assert rehearse(capture(alone.model, alone.example), alone, minibatches=3) is not None
+    assert rehearse(capture(alone.model, alone.example), alone, data) is not None
 
 
 def test_a_single_minibatch_tells_nothing() -> None:
     short = job(1)
-    assert rehearse(capture(short.model, short.example), short, minibatches=5) is None
+    assert rehearse(capture(short.model, short.example), short, chains.minibatches(1)) is None
 
 
 def test_layers_keep_their_shares_of_the_sums() -> None:

@@ -175,7 +175,8 @@ def _topology(
     from pipedream_hpc.errors import PipedreamError
     from pipedream_hpc.files import load
     from pipedream_hpc.planning import presets
-    from pipedream_hpc.planning.topology import Level, Topology
+    from pipedream_hpc.planning.profile import LONGEST_S
+    from pipedream_hpc.planning.topology import SLOWEST, Level, Topology
 
     if topology is not None and not (devices or bandwidth or latency or preset):
         return load(Topology, topology)
@@ -191,10 +192,10 @@ def _topology(
     assert bandwidth is not None
     bandwidths = _numbers("--bandwidth", bandwidth, len(counts))
     latencies = [0.0] * len(counts) if latency is None else _numbers("--latency", latency, len(counts))
-    if min(bandwidths) < 1e-3:
-        raise PipedreamError(f"--bandwidth should be bytes per second, 0.001 at least, not {min(bandwidths):g}")
-    if not all(0 <= latency_s <= 1e9 for latency_s in latencies):
-        raise PipedreamError(f"--latency should be seconds from 0 to 1e9, not '{latency}'")
+    if min(bandwidths) < SLOWEST:
+        raise PipedreamError(f"--bandwidth should be bytes per second, {SLOWEST:g} at least, not {min(bandwidths):g}")
+    if not all(0 <= latency_s <= LONGEST_S for latency_s in latencies):
+        raise PipedreamError(f"--latency should be seconds from 0 to {LONGEST_S:g}, not '{latency}'")
     names = ["network"] if len(counts) == 1 else ["node", "network", *(f"level{i}" for i in range(2, len(counts)))]
     levels = (Level(*each) for each in zip(names, counts, latencies, bandwidths, strict=False))
     return Topology(tuple(levels), device=profile.device)

@@ -9,8 +9,9 @@ from annotated_types import Ge, Gt, Le
 
 from pipedream_hpc.files import STRICT
 
-#: No more than thirty years: what is added, divided and squared of it stays finite.
-Seconds = Annotated[float, Ge(0), Le(1e9)]
+#: Thirty years: what is added, divided and squared of less stays finite.
+LONGEST_S = 1e9
+Seconds = Annotated[float, Ge(0), Le(LONGEST_S)]
 Bytes = Annotated[int, Ge(0)]
 Count = Annotated[int, Gt(0)]
 

@@ -11,7 +11,9 @@ from annotated_types import Ge
 from pipedream_hpc.files import STRICT
 from pipedream_hpc.planning.profile import Bytes, Count, Seconds
 
-Bandwidth = Annotated[float, Ge(1e-3)]
+#: Bytes per second; what is divided by no less stays finite.
+SLOWEST = 1e-3
+Bandwidth = Annotated[float, Ge(SLOWEST)]
 
 
 @dataclass(frozen=True)

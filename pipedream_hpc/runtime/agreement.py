@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import uuid
-import zlib
 from collections.abc import Sequence
 
 import torch
@@ -12,10 +11,10 @@ import torch
 from pipedream_hpc import __version__
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.runtime.checksum import checksum
 from pipedream_hpc.runtime.deployment import Deployment
 from pipedream_hpc.runtime.feed import Feed
 from pipedream_hpc.runtime.handshake import agree, same
-from pipedream_hpc.runtime.stage import Stage
 from pipedream_hpc.runtime.worker import Worker
 
 
@@ -71,14 +70,16 @@ def agree_on_end(world: World, workers: Sequence[Worker], *, training: bool, lim
     facts = {
         "scores": [score for _, stage in placed if stage.output for score in stage.tally.read()],
         "weights": [
-            (stage.index, rank, _checksum(stage)) for rank, stage in placed if training and stage.averager is not None
+            (stage.index, rank, checksum((*stage.stash.trained, *stage.module.buffers())))
+            for rank, stage in placed
+            if training and stage.averager is not None
         ],
     }
     answers = agree(world, facts, limit_s=limit_s)
     first: dict[int, tuple[int, int]] = {}
-    for index, rank, checksum in sorted(each for answer in answers for each in answer["weights"]):
-        other, expected = first.setdefault(index, (rank, checksum))
-        if checksum != expected:
+    for index, rank, weights in sorted(each for answer in answers for each in answer["weights"]):
+        other, expected = first.setdefault(index, (rank, weights))
+        if weights != expected:
             raise PipedreamError(
                 f"replicas of stage {index} have drifted apart: after this epoch the weights of ranks {other} and "
                 f"{rank} differ: random numbers or data of the model must not depend on the rank"
@@ -86,13 +87,3 @@ def agree_on_end(world: World, workers: Sequence[Worker], *, training: bool, lim
     scores = sorted(score for answer in answers for score in answer["scores"])
     samples = sum(count for _, _, count in scores)
     return sum(mean * count for _, mean, count in scores) / samples if samples else float("nan")
-
-
-def _checksum(stage: Stage) -> int:
-    """Of the newest weights and the buffers of a stage."""
-    total = 0
-    for tensor in (*stage.stash.trained, *stage.module.buffers()):
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        if flat.numel():
-            total = zlib.crc32(flat.view(torch.uint8).numpy().data, total)
-    return total

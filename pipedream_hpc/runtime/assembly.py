@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from pipedream_hpc.model.materialize import give_back, materialize
 from pipedream_hpc.model.precision import Precision, autocast
 from pipedream_hpc.runtime.averaging import Averager, Packing
 from pipedream_hpc.runtime.deployment import Deployment
+from pipedream_hpc.runtime.feed import Feed, Taker
 from pipedream_hpc.runtime.stage import Ports, Stage
 from pipedream_hpc.runtime.stash import WeightStash
 from pipedream_hpc.runtime.statistics import Statistics
@@ -97,6 +99,23 @@ def shared_statistics(stages: Sequence[Stage], layout: Layout, wiring: Wiring) -
             statistics.share(wiring.reduce(stage.index, "statistics", statistics.buckets), replicas)
             shared.append(statistics)
     return shared
+
+
+def feed_of(
+    deployment: Deployment, stages: Sequence[Stage], loader: Any, *, epoch: int, seed: int, length: int
+) -> Feed:
+    """One pass over `loader` for those of the stages that read."""
+    return Feed(
+        loader,
+        epoch=epoch,
+        seed=seed,
+        takers=[Taker(stage.replica, len(deployment.layout[stage.index])) for stage in stages if stage.reads],
+        names=[str(node.target) for node in deployment.graph.inputs],
+        pieces=deployment.pieces,
+        accumulate=deployment.shared,
+        length=length,
+        example=deployment.graph.example,
+    )
 
 
 def _stage(

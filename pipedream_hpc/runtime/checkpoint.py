@@ -34,6 +34,7 @@ from safetensors.torch import save as serialized
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import STRICT, atomic_write, load, make_folder, save
 from pipedream_hpc.runtime.assembly import Wishes
+from pipedream_hpc.runtime.checksum import checksum
 from pipedream_hpc.runtime.deployment import Deployment
 from pipedream_hpc.runtime.stage import Stage
 
@@ -219,10 +220,9 @@ def _part(stage: int) -> str:
 def _checksum(tensors: Mapping[str, torch.Tensor], numbers: str) -> int:
     total = zlib.crc32(numbers.encode())
     for name in sorted(tensors):
-        tensor = tensors[name].cpu().contiguous()
+        tensor = tensors[name]
         total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
-        if tensor.numel():
-            total = zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data, total)
+        total = checksum([tensor], total)
     return total
 
 

@@ -10,7 +10,6 @@ whatever the plan. Where minibatches are cut, units are microbatches::
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.capture import arguments_of
 from pipedream_hpc.model.randomness import seed_for, set_seed
+from pipedream_hpc.runtime.checksum import checksum
 from pipedream_hpc.runtime.reading import UNREAD, minibatches
 
 
@@ -177,7 +177,7 @@ class Feed:
             ) from None
         if self._read == 0:
             self._check(inputs)
-            self._fingerprint = _checksum(inputs)
+            self._fingerprint = checksum(_tensors(inputs))
         own = self._readers(self._read)
         if any(own):
             self._keep(self._read * self._pieces, own, inputs, target)
@@ -237,11 +237,3 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def _samples(arguments: Any) -> int:
     first = next(iter(_tensors(arguments)), None)
     return int(first.shape[0]) if first is not None and first.dim() else 1
-
-
-def _checksum(inputs: Any) -> int:
-    total = 0
-    for tensor in _tensors(inputs):
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        total = zlib.crc32(flat.view(torch.uint8).numpy().data, total)
-    return total

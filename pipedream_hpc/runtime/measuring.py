@@ -50,9 +50,10 @@ def profile_of(job: Job, world: World, *, minibatches: int, model: str = "", pre
     measured = measure(graph, job.example, minibatches=minibatches, model=model, loss=loss, precision=forwards)
     between = one_minibatch(graph, job.example, loss, forwards)
     measured = with_updates(measured, graph, job.optimizer, between=between)
-    measured = dataclasses.replace(measured, read_s=_reading_s(job, minibatches, between))
+    data, read_s = _read(job, minibatches + 1, between)
+    measured = dataclasses.replace(measured, read_s=read_s)
     together()
-    if loss is not None and (rehearsed := rehearse(graph, job, minibatches=minibatches, precision=precision)):
+    if loss is not None and (rehearsed := rehearse(graph, job, data, precision=precision)):
         measured = calibrated(measured, rehearsed)
     return averaged(world.comm.allgather(measured)) if world.comm is not None and world.size > 1 else measured
 
@@ -67,21 +68,22 @@ def _target(job: Job) -> Any:
     return pair[1] if len(shapes) == 2 and shapes[0] == shapes[1] else None
 
 
-def _reading_s(job: Job, minibatches: int, between: Callable[[], None]) -> float:
-    """Median seconds to read a minibatch of the job, with `between` done before each.
+def _read(job: Job, count: int, between: Callable[[], None]) -> tuple[list[Any], float]:
+    """The job's first minibatches, and the median seconds to read one, with `between` done before each.
 
     A loader with processes of its own reads beside the computation: that takes no time.
     """
-    if getattr(job.train, "num_workers", 0) > 0:
-        return 0.0
+    pairs: list[Any] = []
     taken = []
     with torch.random.fork_rng(devices=[]):
-        pairs = iter(job.train)
-        for _ in range(minibatches + 1):
+        source = iter(job.train)
+        while len(pairs) < count:
             between()
             began_s = time.perf_counter()
-            pair = next(pairs, None)
+            pair = next(source, None)
             if pair is None:
                 break
             taken.append(time.perf_counter() - began_s)
-    return statistics.median(taken[1:]) if len(taken) > 1 else 0.0
+            pairs.append(pair)
+    beside = getattr(job.train, "num_workers", 0) > 0
+    return pairs, 0.0 if beside or len(taken) < 2 else statistics.median(taken[1:])

@@ -24,11 +24,11 @@ from pipedream_hpc.model.materialize import Factory
 from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.runtime.agreement import agree_on_data, agree_on_end, agree_on_start
-from pipedream_hpc.runtime.assembly import Wishes, assemble, shared_statistics
+from pipedream_hpc.runtime.assembly import Wishes, assemble, feed_of, shared_statistics
 from pipedream_hpc.runtime.checkpoint import Checkpoints, Position
 from pipedream_hpc.runtime.deployment import Manner, deploy, given, resolve
 from pipedream_hpc.runtime.emulator import carry_out, emulate
-from pipedream_hpc.runtime.feed import Feed, Taker, cut
+from pipedream_hpc.runtime.feed import Feed, cut
 from pipedream_hpc.runtime.handshake import agree
 from pipedream_hpc.runtime.reading import start_workers_apart
 from pipedream_hpc.runtime.stage import Stage
@@ -361,21 +361,9 @@ class Pipeline:
         return emulate(self._workers, schedule)
 
     def _feed(self, loader: Any, total: int) -> Feed:
-        layout = self._deployment.layout
         if self.world.size > 1:
             start_workers_apart(loader)
-        takers = [Taker(stage.replica, len(layout[stage.index])) for stage in self.stages if stage.reads]
-        return Feed(
-            loader,
-            epoch=self._epoch,
-            seed=self.seed,
-            takers=takers,
-            names=[str(node.target) for node in self._deployment.graph.inputs],
-            pieces=self._deployment.pieces,
-            accumulate=self._deployment.shared,
-            length=total,
-            example=self._deployment.graph.example,
-        )
+        return feed_of(self._deployment, self.stages, loader, epoch=self._epoch, seed=self.seed, length=total)
 
     def _share_statistics(self) -> None:
         for statistics in self._statistics:

@@ -16,6 +16,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,10 +24,9 @@ from pipedream_hpc.cluster.world import World
 from pipedream_hpc.job import Job
 from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.planning.profile import LayerProfile, Profile
-from pipedream_hpc.runtime.assembly import Wishes, assemble
+from pipedream_hpc.runtime.assembly import Wishes, assemble, feed_of
 from pipedream_hpc.runtime.deployment import Manner, deploy, resolve
 from pipedream_hpc.runtime.emulator import emulate
-from pipedream_hpc.runtime.feed import Feed, Taker
 from pipedream_hpc.runtime.wiring import local_wiring
 from pipedream_hpc.schedule.trace import Span
 
@@ -51,20 +51,17 @@ class Rehearsal:
     beside_s: float
 
 
-def rehearse(graph: LayerGraph, job: Job, *, minibatches: int, precision: str | None = None) -> Rehearsal | None:
-    """Train `minibatches` of the job in two even stages; None where its data has fewer than two.
+def rehearse(graph: LayerGraph, job: Job, data: Sequence[Any], *, precision: str | None = None) -> Rehearsal | None:
+    """Train minibatches of the job in two even stages; None where there are fewer than two.
 
-    A model of a single layer is one stage. Weights are copied, and the model is left as it was. The data is
-    read before: that takes no time here.
+    A model of a single layer is one stage. Weights are copied, and the model is left as it was.
 
     Args:
         graph: the captured model, built.
-        job: whose loss, optimizer and data are taken.
-        minibatches: how many; the first one is not counted.
+        job: whose loss and optimizer are taken.
+        data: (inputs, target) pairs, already read; the first one is not counted.
         precision: as Pipeline takes it.
     """
-    with torch.random.fork_rng(devices=[]):
-        data = list(itertools.islice(job.train, minibatches + 1))
     if len(data) < 2:
         return None
     clip = job.clip if job.clip is not None and job.clip.over == "stage" else None
@@ -77,16 +74,7 @@ def rehearse(graph: LayerGraph, job: Job, *, minibatches: int, precision: str | 
     workers = assemble(deployment, training, local_wiring(training, deployment.lines), wishes)
     stages = [stage for worker in workers for stage in worker.stages.values()]
     with torch.random.fork_rng(devices=[]):
-        feed = Feed(
-            data,
-            epoch=0,
-            seed=0,
-            takers=[Taker(0, 1) for stage in stages if stage.reads],
-            names=[str(node.target) for node in graph.inputs],
-            pieces=1,
-            accumulate=1,
-            length=len(data),
-        )
+        feed = feed_of(deployment, stages, data, epoch=0, seed=0, length=len(data))
         for worker in workers:
             worker.begin(training, feed, 0, 0, score=None, trace=True)
         for _ in emulate(workers, training):
