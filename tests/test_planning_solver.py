@@ -8,36 +8,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import ranks
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from networks import chain, chains, dags, flat, layer, topologies
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.planning.cost import NAMES, formula
-from pipedream_hpc.planning.memory import MemoryRule
+from pipedream_hpc.planning.cost import NAMES
 from pipedream_hpc.planning.plan import Plan
-from pipedream_hpc.planning.profile import LayerProfile, Profile
-from pipedream_hpc.planning.solver import Request, exact, search, solve
-from pipedream_hpc.planning.solver.cuts import cuts_of
+from pipedream_hpc.planning.profile import Profile
+from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.solver.placement import Row, rows_of
-from pipedream_hpc.planning.solver.problem import Problem
 from pipedream_hpc.planning.topology import Level, Topology
 
 CLOSE = {"rel": 1e-9, "abs": 1e-15}
-
-
-def flat(devices: int, bandwidth: float) -> Topology:
-    return Topology((Level("network", devices, 0.0, bandwidth),), device="test")
-
-
-def dag(layers: list[tuple[float, float, int, int, int]], edges: list[tuple[int, int]]) -> Profile:
-    """Layers (forward_s, backward_s, output_bytes, parameter_bytes, stash_bytes)."""
-    made = tuple(LayerProfile(f"l{i}", "Test", *layer) for i, layer in enumerate(layers))
-    return Profile("test", "test", 1, made, tuple(sorted(edges)))
-
-
-def chain(layers: list[tuple[float, float, int, int, int]]) -> Profile:
-    return dag(layers, [(i, i + 1) for i in range(len(layers) - 1)])
 
 
 # ------------------------------------------------------------------ the plain way
@@ -192,37 +175,6 @@ def exhaustive(profile: Profile, topology: Topology, cost: str, limit: int | Non
     return best
 
 
-# ------------------------------------------------------------------ what is drawn
-
-seconds = st.floats(0, 10) | st.sampled_from([0.0, 1.0])
-size = st.integers(0, 1000)
-layer = st.tuples(seconds, seconds, size, size, size)
-chains = st.lists(layer, min_size=1, max_size=8).map(chain)
-
-
-@st.composite
-def dags(draw: st.DrawFn) -> Profile:
-    """A chain with branches: every layer hangs on one of the few before it, and some on one more."""
-    layers = draw(st.lists(layer, min_size=2, max_size=6))
-    edges = set()
-    for index in range(1, len(layers)):
-        edges.add((draw(st.integers(max(0, index - 2), index - 1)), index))
-        if draw(st.booleans()):
-            edges.add((draw(st.integers(0, index - 1)), index))
-    return dag(layers, list(edges))
-
-
-@st.composite
-def topologies(draw: st.DrawFn, most: int = 6) -> Topology:
-    two_levels = [(2, 2), (3, 2), (2, 3)] if most > 4 else [(2, 2)]
-    counts = draw(st.sampled_from([*((n,) for n in range(1, most + 1)), *two_levels]))
-    levels = (
-        Level(f"level{i}", count, draw(st.sampled_from([0.0, 0.0, 0.1])), draw(st.floats(10, 1e4)))
-        for i, count in enumerate(counts)
-    )
-    return Topology(tuple(levels), device="test")
-
-
 def stages_of(plan: Plan, profile: Profile, topology: Topology) -> tuple[list[Stage], int]:
     """The plan's stages, and in how many rows they stand, as its ranks tell."""
     index = {layer.name: position for position, layer in enumerate(profile.layers)}
@@ -292,53 +244,6 @@ def test_memory_limits_equal_exhaustive_search(profile: Profile, topology: Topol
     plan = solve(profile, topology, request)
     assert plan.bottleneck_s == pytest.approx(best, **CLOSE)
     assert all(stage.memory is not None and stage.memory.total <= limit for stage in plan.stages)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    profile=st.one_of(chains, dags()),
-    topology=topologies(),
-    cost=st.sampled_from(NAMES),
-    limit=st.none() | st.integers(1000, 40_000),
-    recompute=st.sampled_from(["never", "auto", "always"]),
-)
-def test_the_search_for_large_problems(profile, topology, cost, limit, recompute) -> None:  # type: ignore[no-untyped-def]
-    for row in rows_of(topology):
-        problem = Problem(cuts_of(profile), row, formula(cost), MemoryRule(), limit, recompute, fewer=True)
-        best = exact.pipeline(problem)
-        found = search.pipeline(problem)
-        if found is None:
-            assert best is None or len(topology.levels) > 1
-            continue
-        assert best is not None
-        assert found.bound_s <= problem.price_of(best) * (1 + 1e-9) + 1e-12
-        assert found.time_s >= problem.price_of(best) * (1 - 1e-9)
-        if len(topology.levels) == 1:
-            assert found.time_s == pytest.approx(problem.price_of(best), rel=1e-8, abs=1e-12)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    profile=st.one_of(chains, dags()),
-    topology=topologies(),
-    cost=st.sampled_from(NAMES),
-    parts=st.lists(st.floats(0.01, 1.5), min_size=1, max_size=4),
-)
-@example(chain([(1.0, 5.0, 125, 314, 160)] * 3), flat(5, 11.5), "ring", [0.75])
-def test_the_inner_loop_keeps_what_it_promises(
-    profile: Profile, topology: Topology, cost: str, parts: list[float]
-) -> None:
-    """What it finds within a time, the formulas price no higher; where it finds nothing, there is nothing."""
-    for row in rows_of(topology):
-        problem = Problem(cuts_of(profile), row, formula(cost), MemoryRule(), fewer=True)
-        reach, best_s = search._Reach(problem), problem.price_of(exact.pipeline(problem) or [])
-        for part in parts:
-            time_s = part * max(best_s, float(problem.cuts.time_s[-1]), 1e-6)
-            pieces = reach.within(time_s)
-            if pieces is not None:
-                assert problem.price_of(pieces) <= time_s * (1 + 1e-9)
-            elif len(topology.levels) == 1:
-                assert best_s > time_s * (1 - 1e-9)
 
 
 @settings(max_examples=100, deadline=None)
@@ -473,39 +378,6 @@ def test_fewer_devices_where_more_do_not_help() -> None:
     nodes = Topology((Level("node", 2, 0.0, 10.0), Level("network", 3, 0.0, 10.0)), device="test")
     plan = solve(profile, nodes, Request(fewer=True))
     assert plan.layout == ((2,), (1,), (0,))
-
-
-def test_a_model_with_too_many_cuts() -> None:
-    # Ten branches of three layers side by side: 4^10 cuts.
-    branches = 10
-    layers = [(1.0, 2.0, 1, 1, 0)] * (3 * branches + 2)
-    edges = []
-    for branch in range(branches):
-        run = [0, *range(1 + 3 * branch, 4 + 3 * branch), 3 * branches + 1]
-        edges += list(itertools.pairwise(run))
-    plan = solve(dag(layers, edges), flat(4, 1e9))
-    assert plan.notes == (
-        "the model branches too much to weigh every cut: 20 layers in such places were cut only between whole "
-        "branches, or in one order",
-    )
-    assert plan.bottleneck_s == pytest.approx(3 * 32 / 4)
-
-
-def test_a_thousand_layers_on_a_thousand_devices() -> None:
-    profile = chain([(1.0, 2.0, 100, 1000, 0)] * 1000)
-    nodes = Topology((Level("node", 128, 0.0, 1e9), Level("network", 8, 0.0, 1e8)), device="test")
-    plan = solve(profile, nodes)
-    assert plan.ranks == 1024
-    assert plan.bottleneck_s == pytest.approx(3000 / 1024)
-    assert plan.bound_s <= plan.bottleneck_s
-
-
-@pytest.mark.parametrize("kind", ["blocks", "lanes", "random", "skips"])
-def test_1300_layers_that_branch_heavily(kind: str) -> None:
-    """A plan in the end, every layer in it once, data flowing forwards, in less than 2 GiB."""
-    finished = ranks.python(0, "plan_branches.py", kind, timeout=120)
-    assert finished.status == 0, finished.output
-    assert "above the bound" in finished.output
 
 
 def test_unknown_names() -> None:
