@@ -27,10 +27,11 @@ const Line& checked(const Line& line) {
 }  // namespace
 
 SendChannel::SendChannel(std::shared_ptr<Progress> progress, Line line)
-    : progress_(std::move(progress)),
-      line_(checked(line)),
-      outgoing_{Outgoing{{}, Buffer(line_.small() ? sizeof(Header) + line_.capacity : 0, Where::host)},
-                Outgoing{{}, Buffer(line_.small() ? sizeof(Header) + line_.capacity : 0, Where::host)}} {}
+    : progress_(std::move(progress)), line_(checked(line)) {
+  for (std::shared_ptr<Outgoing>& out : outgoing_) {
+    out.reset(new Outgoing{{}, Buffer(line_.small() ? sizeof(Header) + line_.capacity : 0, Where::host)});
+  }
+}
 
 SendChannel::~SendChannel() { progress_->forget(this); }
 
@@ -42,7 +43,7 @@ void SendChannel::send(std::int64_t minibatch, const void* payload, std::size_t 
                        " bytes, but the channel was planned for " + std::to_string(line_.capacity));
   }
   const std::size_t slot = sent_ % outgoing_.size();
-  Outgoing& out = outgoing_[slot];
+  Outgoing& out = *outgoing_[slot];
   wait_for([&] { return out.requests == 0; }, "to send minibatch " + std::to_string(minibatch), waiting);
 
   Header header;
@@ -53,7 +54,8 @@ void SendChannel::send(std::int64_t minibatch, const void* payload, std::size_t 
   std::memcpy(header.dtype, dtype.data(), dtype.size());
   if (line_.small()) {
     std::memcpy(out.staging.data(), &header, sizeof header);
-    std::memcpy(out.staging.data() + sizeof header, payload, bytes);
+    // A tensor of no elements may have no address either, and memcpy wants one.
+    if (bytes > 0) std::memcpy(out.staging.data() + sizeof header, payload, bytes);
   } else {
     out.header = header;
   }
@@ -73,13 +75,13 @@ void SendChannel::send(std::int64_t minibatch, const void* payload, std::size_t 
 }
 
 void SendChannel::drain(const Waiting& waiting) {
-  wait_for([this] { return outgoing_[0].requests + outgoing_[1].requests == 0; }, "for its last sends", waiting);
+  wait_for([this] { return outgoing_[0]->requests + outgoing_[1]->requests == 0; }, "for its last sends", waiting);
 }
 
 std::size_t SendChannel::in_flight() {
   progress_->poll_once();
   Progress::Lock held = progress_->lock();
-  return (outgoing_[0].requests > 0) + (outgoing_[1].requests > 0);
+  return (outgoing_[0]->requests > 0) + (outgoing_[1]->requests > 0);
 }
 
 void SendChannel::wait_for(const std::function<bool()>& done, const std::string& what, const Waiting& waiting) {
@@ -95,10 +97,10 @@ void SendChannel::wait_for(const std::function<bool()>& done, const std::string&
       waiting.interrupted);
 }
 
-void SendChannel::completed(std::size_t slot) { --outgoing_[slot].requests; }
+void SendChannel::completed(std::size_t slot) { --outgoing_[slot]->requests; }
 
 std::string SendChannel::describe(std::size_t slot) const {
-  const Outgoing& out = outgoing_[slot];
+  const Outgoing& out = *outgoing_[slot];
   Header header = out.header;
   if (line_.small()) std::memcpy(&header, out.staging.data(), sizeof header);
   return line_.label + ", minibatch " + std::to_string(header.minibatch) + ", to rank " + std::to_string(line_.peer);
@@ -110,7 +112,7 @@ ReceiveChannel::ReceiveChannel(std::shared_ptr<Progress> progress, Line line, st
   if (slots == 0) throw std::invalid_argument(line_.label + ": a channel needs at least one slot");
   slots_.reserve(slots);
   for (std::size_t index = 0; index < slots; ++index) {
-    slots_.push_back({Buffer((line_.small() ? sizeof(Header) : 0) + line_.capacity, line_.where), {}});
+    slots_.emplace_back(new Slot{Buffer((line_.small() ? sizeof(Header) : 0) + line_.capacity, line_.where), {}});
   }
   Progress::Lock held = progress_->lock();
   for (std::size_t index = 0; index < slots; ++index) post(index);
@@ -119,7 +121,7 @@ ReceiveChannel::ReceiveChannel(std::shared_ptr<Progress> progress, Line line, st
 ReceiveChannel::~ReceiveChannel() { progress_->forget(this); }
 
 void ReceiveChannel::post(std::size_t index) {
-  Slot& slot = slots_[index];
+  Slot& slot = *slots_[index];
   if (line_.small()) {
     progress_->receive(this, index, slot.memory.data(), slot.memory.bytes(), line_.peer, line_.header_tag());
     slot.requests = 1;
@@ -134,7 +136,7 @@ void ReceiveChannel::post(std::size_t index) {
 bool ReceiveChannel::ready() {
   progress_->poll_once();
   Progress::Lock held = progress_->lock();
-  return !posted_.empty() && slots_[posted_.front()].requests == 0;
+  return !posted_.empty() && slots_[posted_.front()]->requests == 0;
 }
 
 std::pair<std::size_t, Shape> ReceiveChannel::receive(std::int64_t minibatch, const Waiting& waiting) {
@@ -143,7 +145,7 @@ std::pair<std::size_t, Shape> ReceiveChannel::receive(std::int64_t minibatch, co
                        " slots are in use, so minibatch " + std::to_string(minibatch) + " has none: " + from());
   }
   const std::size_t index = posted_.front();
-  Slot& slot = slots_[index];
+  Slot& slot = *slots_[index];
   progress_->wait(
       [&] { return slot.requests == 0; }, waiting.stall_limit_s,
       [&](double waited) {
@@ -160,6 +162,7 @@ std::pair<std::size_t, Shape> ReceiveChannel::receive(std::int64_t minibatch, co
   check_header(slot.header, minibatch);
   posted_.pop_front();
   slot.in_use = true;
+  const Progress::Lock held = progress_->lock();  // describe() reads these, maybe on the progress thread
   last_minibatch_ = minibatch;
   ++traffic_.messages;
   traffic_.payload_bytes += slot.header.payload_bytes;
@@ -186,18 +189,18 @@ void ReceiveChannel::check_header(const Header& header, std::int64_t minibatch) 
 }
 
 View ReceiveChannel::slot(std::size_t index) const {
-  return slots_.at(index).memory.view(line_.small() ? sizeof(Header) : 0);
+  return slots_.at(index)->memory.view(line_.small() ? sizeof(Header) : 0);
 }
 
 void ReceiveChannel::release(std::size_t index) {
-  Slot& slot = slots_.at(index);
+  Slot& slot = *slots_.at(index);
   if (!slot.in_use) throw std::logic_error("slot " + std::to_string(index) + " is not in use: " + from());
   slot.in_use = false;
   Progress::Lock held = progress_->lock();
   post(index);
 }
 
-void ReceiveChannel::completed(std::size_t slot) { --slots_[slot].requests; }
+void ReceiveChannel::completed(std::size_t slot) { --slots_[slot]->requests; }
 
 std::string ReceiveChannel::describe(std::size_t) const {
   return from() + ", after " + std::to_string(traffic_.messages) + " messages";

@@ -53,6 +53,7 @@ struct Traffic {
 class SendChannel final : public Endpoint {
  public:
   SendChannel(std::shared_ptr<Progress> progress, Line line);
+  // Drain first: a large payload still under way is read from the caller's memory after this.
   ~SendChannel() override;
 
   // Sends the caller's own memory. Waits while two sends are under way: when send number k returns,
@@ -67,6 +68,7 @@ class SendChannel final : public Endpoint {
   std::size_t in_flight();
   Traffic traffic() const { return traffic_; }
 
+  std::shared_ptr<void> memory(std::size_t slot) const override { return outgoing_[slot]; }
   void completed(std::size_t slot) override;
   std::string describe(std::size_t slot) const override;
 
@@ -80,7 +82,7 @@ class SendChannel final : public Endpoint {
 
   std::shared_ptr<Progress> progress_;
   const Line line_;
-  std::array<Outgoing, 2> outgoing_;
+  std::array<std::shared_ptr<Outgoing>, 2> outgoing_;
   std::uint64_t sent_ = 0;
   Traffic traffic_;
 };
@@ -107,6 +109,7 @@ class ReceiveChannel final : public Endpoint {
 
   Traffic traffic() const { return traffic_; }
 
+  std::shared_ptr<void> memory(std::size_t slot) const override { return slots_[slot]; }
   void completed(std::size_t slot) override;
   std::string describe(std::size_t slot) const override;
 
@@ -125,7 +128,7 @@ class ReceiveChannel final : public Endpoint {
   const Line line_;
   const std::string dtype_;
   const Shape shape_;
-  std::vector<Slot> slots_;
+  std::vector<std::shared_ptr<Slot>> slots_;
   std::deque<std::size_t> posted_;  // in posting order, which is arrival order
   std::int64_t last_minibatch_ = -1;
   Traffic traffic_;

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
 #include <stdexcept>
 
@@ -14,6 +15,7 @@ constexpr std::size_t page = 4096;
 std::atomic<std::size_t> allocated{0};
 
 std::byte* allocate_host(std::size_t bytes) {
+  if (bytes > std::numeric_limits<std::size_t>::max() - page) throw std::bad_alloc();
   const std::size_t rounded = (bytes + page - 1) / page * page;
   void* data = std::aligned_alloc(page, rounded == 0 ? page : rounded);
   if (data == nullptr) throw std::bad_alloc();

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
+#include <utility>
 
 #include "mpi_error.hpp"
 
@@ -19,6 +20,9 @@ using std::chrono::microseconds;
 // core: with a core of its own a rank looks out for some 20 ms, crowded ones for a moment only.
 constexpr int yields_if_not = 20000;
 constexpr int yields_if_crowded = 50;
+
+// How long a receive that cannot be cancelled is waited for.
+constexpr double longest_goodbye_s = 1.0;
 
 // Between two polls of the progress thread, which cost about 10 µs each: 200 µs hides any transfer behind
 // compute. Nothing of ours to push, or a compute phase that is long against a moment's delay, allows for more.
@@ -77,12 +81,22 @@ void Progress::close() {
   int finalized = 0;
   MPI_Finalized(&finalized);
   if (finalized) return;
-  for (std::size_t index = 0; index < requests_.size(); ++index) cancel(index);
+  bool quiet = !failure_;
+  for (std::size_t index = 0; index < requests_.size(); ++index) {
+    if (settle(index)) continue;
+    quiet = false;
+    // MPI may read or write this memory for as long as it runs: it is never freed.
+    static auto* const left_behind = new std::vector<std::shared_ptr<void>>;
+    const Pending& pending = pending_[index];
+    left_behind->push_back(pending.endpoint ? pending.endpoint->memory(pending.slot) : pending.memory);
+    if (pending.kind == Kind::send) MPI_Request_free(&requests_[index]);
+  }
   requests_.clear();
   pending_.clear();
   for (Endpoint* endpoint : attended_) endpoint->close();
   attended_.clear();
-  MPI_Comm_free(&comm_);
+  // The next communicator gets this one's number, and with it whatever is still on its way here.
+  if (quiet && !unread_) MPI_Comm_free(&comm_);
 }
 
 ProgressStatistics Progress::statistics() {
@@ -91,7 +105,7 @@ ProgressStatistics Progress::statistics() {
 }
 
 void Progress::send(Endpoint* endpoint, std::size_t slot, const void* data, std::size_t bytes, int peer, int tag) {
-  rethrow();
+  check_usable();
   MPI_Request request;
   // Bytes, whatever the dtype: MPI knows no bf16, and both ends are of one architecture.
   check(MPI_Isend(data, static_cast<int>(bytes), MPI_BYTE, peer, tag, comm_, &request), "MPI_Isend", rank_,
@@ -100,7 +114,7 @@ void Progress::send(Endpoint* endpoint, std::size_t slot, const void* data, std:
 }
 
 void Progress::receive(Endpoint* endpoint, std::size_t slot, void* data, std::size_t bytes, int peer, int tag) {
-  rethrow();
+  check_usable();
   MPI_Request request;
   check(MPI_Irecv(data, static_cast<int>(bytes), MPI_BYTE, peer, tag, comm_, &request), "MPI_Irecv", rank_,
         endpoint->describe(slot));
@@ -170,7 +184,7 @@ void Progress::wait(const std::function<bool()>& done, double limit_s,
   Patience patience(crowded_ ? yields_if_crowded : yields_if_not, microseconds(10), microseconds(100));
   Clock::time_point asked = began;
   while (true) {
-    rethrow();
+    check_usable();
     poll();
     ++statistics_.polls_waiting;
     if (done()) return;
@@ -193,7 +207,7 @@ void Progress::wait(const std::function<bool()>& done, double limit_s,
 
 void Progress::poll_once() {
   Lock held = lock();
-  rethrow();
+  check_usable();
   poll();
 }
 
@@ -202,29 +216,49 @@ void Progress::forget(Endpoint* endpoint) {
   attended_.erase(std::remove(attended_.begin(), attended_.end(), endpoint), attended_.end());
   if (closed_) return;
   for (std::size_t index = requests_.size(); index-- > 0;) {
-    if (pending_[index].endpoint != endpoint) continue;
-    cancel(index);
-    requests_.erase(requests_.begin() + static_cast<std::ptrdiff_t>(index));
-    pending_.erase(pending_.begin() + static_cast<std::ptrdiff_t>(index));
+    Pending& pending = pending_[index];
+    if (pending.endpoint != endpoint) continue;
+    if (settle(index)) {
+      ended(pending);
+      requests_.erase(requests_.begin() + static_cast<std::ptrdiff_t>(index));
+      pending_.erase(pending_.begin() + static_cast<std::ptrdiff_t>(index));
+    } else {
+      pending.memory = endpoint->memory(pending.slot);
+      pending.endpoint = nullptr;
+    }
   }
 }
 
-void Progress::cancel(std::size_t index) {
-  if (requests_[index] == MPI_REQUEST_NULL) return;  // completed by the poll that failed
-  if (pending_[index].kind == Kind::collective) {
-    ended(pending_[index]);  // can be neither cancelled nor freed: whoever gives up in the middle of one ends soon
-    return;
+bool Progress::settle(std::size_t index) {
+  MPI_Request& request = requests_[index];
+  if (request == MPI_REQUEST_NULL) return true;  // completed by the poll that failed
+  int done = 0, cancelled = 0;
+  MPI_Status status;
+  MPI_Test(&request, &done, &status);
+  if (pending_[index].kind != Kind::receive) return done;
+  if (!done) MPI_Cancel(&request);
+  // A message that has begun to arrive is not cancelled but ends, unless its sender is gone.
+  const Clock::time_point began = Clock::now();
+  while (!done && seconds_since(began) < longest_goodbye_s) {
+    MPI_Test(&request, &done, &status);
+    if (!done) std::this_thread::sleep_for(microseconds(50));
   }
-  if (pending_[index].kind == Kind::send) {
-    ended(pending_[index]);
-    MPI_Request_free(&requests_[index]);  // sends cannot be cancelled; MPI finishes it by itself
-    return;
-  }
-  MPI_Cancel(&requests_[index]);
-  MPI_Wait(&requests_[index], MPI_STATUS_IGNORE);
+  if (done) MPI_Test_cancelled(&status, &cancelled);
+  unread_ |= !cancelled;
+  return done;
 }
 
 bool Progress::poll() {
+  try {
+    return poll_or_throw();
+  } catch (...) {
+    // What else this poll completed is lost: nothing that waits may go on.
+    failure_ = std::current_exception();
+    throw;
+  }
+}
+
+bool Progress::poll_or_throw() {
   if (requests_.empty()) return false;
   int count = 0;
   const int code =
@@ -242,21 +276,24 @@ bool Progress::poll() {
       const char* call = pending.kind == Kind::send      ? "MPI_Isend"
                          : pending.kind == Kind::receive ? "MPI_Irecv"
                                                          : "a collective call";
-      check(statuses_[static_cast<std::size_t>(i)].MPI_ERROR, call, rank_, pending.endpoint->describe(pending.slot));
+      check(statuses_[static_cast<std::size_t>(i)].MPI_ERROR, call, rank_,
+            pending.endpoint ? pending.endpoint->describe(pending.slot) : "a channel that is gone");
     }
     complete.push_back(pending);
-    ended(pending);
   }
   std::size_t kept = 0;
   for (std::size_t index = 0; index < requests_.size(); ++index) {
     if (requests_[index] == MPI_REQUEST_NULL) continue;
     requests_[kept] = requests_[index];
-    pending_[kept] = pending_[index];
+    if (kept != index) pending_[kept] = std::move(pending_[index]);
     ++kept;
   }
   requests_.resize(kept);
   pending_.resize(kept);
-  for (const Pending& pending : complete) pending.endpoint->completed(pending.slot);
+  for (const Pending& pending : complete) ended(pending);
+  for (const Pending& pending : complete) {
+    if (pending.endpoint) pending.endpoint->completed(pending.slot);
+  }
   return true;
 }
 
@@ -270,7 +307,7 @@ void Progress::run() {
         ++statistics_.polls_computing;
         poll();
       } catch (...) {
-        failure_ = std::current_exception();  // for the main thread, at its next call
+        // kept in failure_, for the main thread at its next call
       }
     }
     // Nobody but close() wakes this thread: to be woken at every send would cost the main thread
@@ -279,8 +316,9 @@ void Progress::run() {
   }
 }
 
-void Progress::rethrow() {
+void Progress::check_usable() const {
   if (failure_) std::rethrow_exception(failure_);
+  if (closed_) throw CoreError("rank " + std::to_string(rank_) + ": the channels are closed");
 }
 
 }  // namespace pipedream

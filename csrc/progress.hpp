@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -32,6 +33,8 @@ namespace pipedream {
 class Endpoint {
  public:
   virtual ~Endpoint() = default;
+  // What MPI reads or writes for a request of `slot`. It outlives the endpoint while MPI is at it.
+  virtual std::shared_ptr<void> memory(std::size_t slot) const = 0;
   // One request of `slot` is complete. Called with the lock held, maybe on the progress thread.
   virtual void completed(std::size_t slot) = 0;
   // What the request was for, in an error's text.
@@ -57,8 +60,9 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
-  // Cancels what is still posted and frees the communicator. Harmless when called twice, or after
-  // MPI_Finalize.
+  // Cancels what is still posted and frees the communicator, unless messages are under way on it as far
+  // as this rank knows. Harmless when called twice, or after MPI_Finalize. Whoever posts or waits after
+  // it gets a CoreError.
   void close();
 
   int rank() const { return rank_; }
@@ -71,6 +75,9 @@ class Progress {
   void send(Endpoint* endpoint, std::size_t slot, const void* data, std::size_t bytes, int peer, int tag);
   void receive(Endpoint* endpoint, std::size_t slot, void* data, std::size_t bytes, int peer, int tag);
 
+  // Likewise: throws what broke this, if anything did, or CoreError once it is closed.
+  void check_usable() const;
+
   // Likewise: a collective call's request, started by the endpoint.
   void collective(Endpoint* endpoint, std::size_t slot, MPI_Request request);
 
@@ -78,35 +85,38 @@ class Progress {
   void attend(Endpoint* endpoint);
 
   // Polls until `done()`, called with the lock held, is true. `stalled(seconds)` makes the exception
-  // to throw after `limit_s`; `interrupted()` runs now and then without the lock and may throw.
+  // to throw after `limit_s`; `interrupted()` runs now and then without the lock and may throw. Once
+  // an MPI call has failed, on whichever thread, this and every later call throws that MpiError.
   void wait(const std::function<bool()>& done, double limit_s, const std::function<std::exception_ptr(double)>& stalled,
             const std::function<void()>& interrupted);
 
   // One poll, for a question that does not wait.
   void poll_once();
 
-  // Forget the requests of an endpoint that goes away.
+  // Forget the requests of an endpoint that goes away. Receives are cancelled; sends, and what cannot
+  // be cancelled, go on without it.
   void forget(Endpoint* endpoint);
 
  private:
   enum class Kind { send, receive, collective };
   struct Pending {
-    Endpoint* endpoint;
+    Endpoint* endpoint;  // null once it has gone
     std::size_t slot;
     Kind kind;
     std::size_t bytes;
-    bool pushes() const;          // moves only when MPI is called here
-    bool in_many_pieces() const;  // and may need a poll for each
+    std::shared_ptr<void> memory = nullptr;  // of an endpoint that has gone
+    bool pushes() const;                     // moves only when MPI is called here
+    bool in_many_pieces() const;             // and may need a poll for each
   };
 
   bool poll();  // with the lock held; whether anything was completed
+  bool poll_or_throw();
   void post(const Pending& pending, MPI_Request request);
   void began(const Pending& pending);
   void ended(const Pending& pending);
+  bool settle(std::size_t index);           // cancels a receive; whether MPI is done with the request
   std::chrono::microseconds pause() const;  // of the progress thread, until its next poll
   void run();                               // the progress thread
-  void rethrow();
-  void cancel(std::size_t index);
 
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -126,6 +136,7 @@ class Progress {
   bool main_waits_ = false;
   bool closing_ = false;
   bool closed_ = false;
+  bool unread_ = false;  // a message came for an endpoint that had gone
 
   MPI_Comm comm_ = MPI_COMM_NULL;
   int rank_ = -1;

@@ -123,7 +123,7 @@ Reduction::Reduction(std::shared_ptr<Progress> progress, MPI_Comm parent, const 
   for (const BucketShape& shape : buckets) {
     const std::size_t part = (shape.count + ranks - 1) / ranks;
     const std::size_t bytes = part * ranks * bytes_of(shape.number);
-    buckets_.push_back({Buffer(bytes, Where::host), Buffer(bytes, Where::host), part, shape.number});
+    buckets_.emplace_back(new Bucket{Buffer(bytes, Where::host), Buffer(bytes, Where::host), part, shape.number});
   }
   progress_->attend(this);
 }
@@ -136,15 +136,20 @@ Reduction::~Reduction() {
 void Reduction::close() {
   int finalized = 0;
   MPI_Finalized(&finalized);
+  bool quiet = !finalized;
+  for (const std::shared_ptr<Bucket>& bucket : buckets_) {
+    quiet &= bucket->state == State::resting || bucket->state == State::finished;
+  }
   for (MPI_Comm* comm : {&scatter_, &gather_}) {
-    if (*comm != MPI_COMM_NULL && !finalized) MPI_Comm_free(comm);
+    if (*comm != MPI_COMM_NULL && quiet) MPI_Comm_free(comm);
     *comm = MPI_COMM_NULL;
   }
 }
 
 void Reduction::start(std::size_t index) {
   Progress::Lock held = progress_->lock();
-  Bucket& bucket = buckets_.at(index);
+  progress_->check_usable();
+  Bucket& bucket = *buckets_.at(index);
   if (bucket.state != State::resting) throw std::logic_error(describe(index) + " was started, but not waited for");
   const int bytes = static_cast<int>(bucket.part * bytes_of(bucket.number));
   MPI_Request request;
@@ -168,11 +173,11 @@ void Reduction::start(std::size_t index) {
 bool Reduction::done(std::size_t index) {
   progress_->poll_once();
   Progress::Lock held = progress_->lock();
-  return buckets_.at(index).state == State::finished;
+  return buckets_.at(index)->state == State::finished;
 }
 
 void Reduction::wait(std::size_t index, const Waiting& waiting) {
-  Bucket& bucket = buckets_.at(index);
+  Bucket& bucket = *buckets_.at(index);
   progress_->wait([&] { return bucket.state == State::finished; }, waiting.stall_limit_s,
                   [&](double waited) {
                     return std::make_exception_ptr(StallError(
@@ -184,7 +189,7 @@ void Reduction::wait(std::size_t index, const Waiting& waiting) {
 }
 
 void Reduction::completed(std::size_t index) {
-  Bucket& bucket = buckets_[index];
+  Bucket& bucket = *buckets_[index];
   if (bucket.state == State::gathering) {
     bucket.state = State::finished;
     return;
@@ -197,10 +202,10 @@ void Reduction::completed(std::size_t index) {
 }
 
 void Reduction::gather_in_order() {
-  while (!started_.empty() && buckets_[started_.front()].state == State::summed) {
+  while (!started_.empty() && buckets_[started_.front()]->state == State::summed) {
     const std::size_t index = started_.front();
     started_.erase(started_.begin());
-    Bucket& bucket = buckets_[index];
+    Bucket& bucket = *buckets_[index];
     const int bytes = static_cast<int>(bucket.part * bytes_of(bucket.number));
     MPI_Request request;
     check(MPI_Iallgather(MPI_IN_PLACE, 0, MPI_DATATYPE_NULL, bucket.values.data(), bytes, MPI_BYTE, gather_, &request),

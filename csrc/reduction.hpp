@@ -55,7 +55,7 @@ class Reduction final : public Endpoint {
   std::size_t size() const { return buckets_.size(); }
 
   // What this rank puts in before start(), and the sum after wait().
-  View bucket(std::size_t index) const { return buckets_.at(index).values.view(); }
+  View bucket(std::size_t index) const { return buckets_.at(index)->values.view(); }
 
   // Starts to sum a bucket; all ranks start them in the same order. Throws std::logic_error if its last
   // sum was not waited for, MpiError.
@@ -67,9 +67,10 @@ class Reduction final : public Endpoint {
   // Waits for the sum of a bucket. Throws MpiError, StallError.
   void wait(std::size_t index, const Waiting& waiting);
 
-  // Frees the communicators. Called by Progress::close() when that comes first.
+  // Frees the communicators, unless a sum is under way on them. Called by Progress::close() when that comes first.
   void close() override;
 
+  std::shared_ptr<void> memory(std::size_t index) const override { return buckets_[index]; }
   void completed(std::size_t index) override;
   std::string describe(std::size_t index) const override;
 
@@ -91,7 +92,7 @@ class Reduction final : public Endpoint {
   int ranks_ = 1;
   const bool ordered_;
   const std::string label_;
-  std::vector<Bucket> buckets_;
+  std::vector<std::shared_ptr<Bucket>> buckets_;
   std::vector<std::size_t> started_;  // not yet gathering, in order of start
 };
 

@@ -55,6 +55,7 @@ WeightPool::Step WeightPool::begin_update(bool copy, bool overwrite) {
   }
   if (target == newest_ && references_[newest_] != 0 && !overwrite) throw std::logic_error(all_held());
   if (copy && target != newest_) pipedream::copy(slab(target), slab(newest_), slabs_[target].bytes());
+  if (target != newest_) version_[target] = -1;  // no forward may ask for what is being written over
   writing_ = target;
   return {newest_, target};
 }
