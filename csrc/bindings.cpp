@@ -27,9 +27,19 @@ Waiting waiting(double stall_limit_s) {
           }};
 }
 
-Line line(int peer, int tag, std::size_t capacity, const std::string& memory, std::string label) {
-  return {peer, tag, capacity, where_from(memory), std::move(label)};
+// (label, dtype, bytes of an element, shape)
+using PartOf = std::tuple<std::string, std::string, std::size_t, Shape>;
+
+Line line(int peer, int tag, const std::vector<PartOf>& parts, const std::string& memory, bool staged,
+          std::size_t chunk) {
+  Line made{peer, tag, {}, where_from(memory), staged ? Route::staged : Route::direct, chunk};
+  for (const auto& [label, dtype, item, shape] : parts) made.parts.push_back({label, dtype, item, shape});
+  return made;
 }
+
+const std::size_t usual_chunk = Line{0, 0, {}}.chunk;
+
+cuda::Handle handle(std::uintptr_t stream) { return reinterpret_cast<cuda::Handle>(stream); }
 
 std::string library_version() {
   char text[MPI_MAX_LIBRARY_VERSION_STRING];
@@ -78,9 +88,10 @@ PYBIND11_MODULE(_core, module) {
   module.attr("comm_bytes") = sizeof(MPI_Comm);
 
   py::class_<Progress, std::shared_ptr<Progress>>(module, "Progress")
-      .def(py::init(
-               [](py::object comm, bool crowded) { return std::make_shared<Progress>(communicator(comm), crowded); }),
-           py::arg("comm"), py::kw_only(), py::arg("crowded") = false)
+      .def(py::init([](py::object comm, bool crowded, int device) {
+             return std::make_shared<Progress>(communicator(comm), crowded, device);
+           }),
+           py::arg("comm"), py::kw_only(), py::arg("crowded") = false, py::arg("device") = -1)
       .def("close", &Progress::close, py::call_guard<py::gil_scoped_release>())
       .def("statistics", [](Progress& progress) {
         const ProgressStatistics now = progress.statistics();
@@ -92,23 +103,25 @@ PYBIND11_MODULE(_core, module) {
       });
 
   py::class_<SendChannel>(module, "SendChannel")
-      .def(py::init([](std::shared_ptr<Progress> progress, int peer, int tag, std::size_t capacity, std::string label,
-                       const std::string& memory) {
-             return std::make_unique<SendChannel>(std::move(progress),
-                                                  line(peer, tag, capacity, memory, std::move(label)));
+      .def(py::init([](std::shared_ptr<Progress> progress, int peer, int tag, const std::vector<PartOf>& parts,
+                       const std::string& memory, bool staged, std::size_t chunk) {
+             return SendChannel::make(std::move(progress), line(peer, tag, parts, memory, staged, chunk));
            }),
-           py::arg("progress"), py::arg("peer"), py::arg("tag"), py::arg("capacity"), py::arg("label"),
-           py::arg("memory") = "host")
+           py::arg("progress"), py::arg("peer"), py::arg("tag"), py::arg("parts"), py::arg("memory") = "host",
+           py::arg("staged") = false, py::arg("chunk") = usual_chunk)
       .def(
           "send",
-          [](SendChannel& channel, std::int64_t minibatch, std::uintptr_t address, std::size_t nbytes,
-             const std::string& dtype, const Shape& shape, double stall_limit_s) {
+          [](SendChannel& channel, std::int64_t minibatch, const std::vector<std::pair<std::uintptr_t, Shape>>& tensors,
+             double stall_limit_s, std::uintptr_t stream) {
+            std::vector<Piece> pieces;
+            pieces.reserve(tensors.size());
+            for (const auto& [address, shape] : tensors) {
+              pieces.push_back({reinterpret_cast<const void*>(address), shape});
+            }
             py::gil_scoped_release released;
-            channel.send(minibatch, reinterpret_cast<const void*>(address), nbytes, dtype, shape,
-                         waiting(stall_limit_s));
+            channel.send(minibatch, pieces, waiting(stall_limit_s), handle(stream));
           },
-          py::arg("minibatch"), py::arg("address"), py::arg("nbytes"), py::arg("dtype"), py::arg("shape"),
-          py::arg("stall_limit_s"))
+          py::arg("minibatch"), py::arg("tensors"), py::arg("stall_limit_s"), py::arg("stream") = 0)
       .def(
           "drain",
           [](SendChannel& channel, double stall_limit_s) {
@@ -122,32 +135,49 @@ PYBIND11_MODULE(_core, module) {
                              [](const SendChannel& channel) { return channel.traffic().payload_bytes; });
 
   py::class_<ReceiveChannel>(module, "ReceiveChannel")
-      .def(py::init([](std::shared_ptr<Progress> progress, int peer, int tag, std::size_t capacity, std::size_t slots,
-                       std::string dtype, Shape shape, std::string label, const std::string& memory) {
-             return std::make_unique<ReceiveChannel>(std::move(progress),
-                                                     line(peer, tag, capacity, memory, std::move(label)), slots,
-                                                     std::move(dtype), std::move(shape));
+      .def(py::init([](std::shared_ptr<Progress> progress, int peer, int tag, const std::vector<PartOf>& parts,
+                       std::size_t slots, const std::string& memory, bool staged, std::size_t chunk) {
+             return ReceiveChannel::make(std::move(progress), line(peer, tag, parts, memory, staged, chunk), slots);
            }),
-           py::arg("progress"), py::arg("peer"), py::arg("tag"), py::arg("capacity"), py::arg("slots"),
-           py::arg("dtype"), py::arg("shape"), py::arg("label"), py::arg("memory") = "host")
+           py::arg("progress"), py::arg("peer"), py::arg("tag"), py::arg("parts"), py::arg("slots"),
+           py::arg("memory") = "host", py::arg("staged") = false, py::arg("chunk") = usual_chunk)
       .def("ready", &ReceiveChannel::ready)
       .def(
           "receive",
-          [](ReceiveChannel& channel, std::int64_t minibatch, double stall_limit_s) {
-            std::pair<std::size_t, Shape> arrived;
+          [](ReceiveChannel& channel, std::int64_t minibatch, double stall_limit_s) -> py::tuple {
+            Arrived arrived;
             {
               py::gil_scoped_release released;
               arrived = channel.receive(minibatch, waiting(stall_limit_s));
             }
-            return py::make_tuple(arrived.first, py::tuple(py::cast(arrived.second)));
+            if (arrived.whole) return py::make_tuple(arrived.slot, py::none());
+            py::list tensors;
+            for (std::size_t i = 0; i < arrived.shapes.size(); ++i) {
+              tensors.append(py::make_tuple(arrived.places[i].offset, py::tuple(py::cast(arrived.shapes[i]))));
+            }
+            return py::make_tuple(arrived.slot, tensors);
           },
           py::arg("minibatch"), py::arg("stall_limit_s"))
       .def("slot", &ReceiveChannel::slot, py::arg("index"), py::keep_alive<0, 1>())
       .def("__len__", &ReceiveChannel::slots)
-      .def("release", &ReceiveChannel::release, py::arg("index"))
+      .def(
+          "release",
+          [](ReceiveChannel& channel, std::size_t index, std::uintptr_t stream) {
+            channel.release(index, handle(stream));
+          },
+          py::arg("index"), py::arg("stream") = 0)
       .def_property_readonly("messages", [](const ReceiveChannel& channel) { return channel.traffic().messages; })
       .def_property_readonly("payload_bytes",
                              [](const ReceiveChannel& channel) { return channel.traffic().payload_bytes; });
+
+  module.def(
+      "places",
+      [](const std::vector<PartOf>& parts) {
+        std::vector<std::size_t> offsets;
+        for (const Place& place : line(0, 0, parts, "host", false, 0).places()) offsets.push_back(place.offset);
+        return offsets;
+      },
+      py::arg("parts"));
 
   py::class_<Reduction>(module, "Reduction")
       .def(py::init([](std::shared_ptr<Progress> progress, py::object comm,

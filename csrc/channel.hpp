@@ -1,5 +1,5 @@
-// One direction of one boundary between two ranks: persistent slots on the receiving end, at most
-// two sends under way on the sending end.
+// One direction of one link between two ranks: persistent slots on the receiving end, at most two sends
+// under way on the sending end.
 //
 //   sender                                                receiver: 3 slots
 //   send 4  ├──────────►                                  slot 0  minibatch 2, in use until its backward
@@ -9,6 +9,13 @@
 //
 // Receives are posted ahead into every free slot, in ring order. MPI matches messages of one sender
 // and tag in the order both were posted, so the n-th message always lands in the n-th posted slot.
+//
+// Three ways for the bytes, which callers cannot tell apart:
+//
+//   host memory               sent from where it is, received into the slot
+//   device memory, direct     packed into a device buffer of the channel's own, which MPI sends from; so MPI
+//                             sees no memory but what cudaMalloc gave this core
+//   device memory, staged     chunk by chunk through two pinned buffers at each end; see staged.cpp
 #pragma once
 
 #include <array>
@@ -20,47 +27,29 @@
 #include <utility>
 #include <vector>
 
+#include "line.hpp"
 #include "memory.hpp"
 #include "message.hpp"
 #include "progress.hpp"
+#include "streams.hpp"
 
 namespace pipedream {
-
-// The far end of a channel and what it carries; both ends are made with the same values.
-struct Line {
-  int peer;
-  int tag;               // MPI tags 2·tag and 2·tag + 1 are used
-  std::size_t capacity;  // bytes of the largest payload
-  Where where;           // memory of the payload
-  std::string label;     // such as "activation of layer 'conv3' (stage 1)"
-
-  bool small() const { return capacity <= largest_small_payload && where == Where::host; }
-  int header_tag() const { return 2 * tag; }
-  int payload_tag() const { return 2 * tag + 1; }
-};
-
-// How long to wait, and what to do meanwhile.
-struct Waiting {
-  double stall_limit_s;
-  std::function<void()> interrupted;
-};
 
 struct Traffic {
   std::uint64_t messages = 0;
   std::uint64_t payload_bytes = 0;
 };
 
-class SendChannel final : public Endpoint {
+class SendChannel : public Endpoint {
  public:
-  SendChannel(std::shared_ptr<Progress> progress, Line line);
-  // Drain first: a large payload still under way is read from the caller's memory after this.
-  ~SendChannel() override;
+  static std::unique_ptr<SendChannel> make(std::shared_ptr<Progress> progress, const Line& line);
 
-  // Sends the caller's own memory. Waits while two sends are under way: when send number k returns,
-  // send number k - 2 is complete, so the caller keeps the last two tensors alive.
-  // Throws MessageError when the payload exceeds the capacity, MpiError, StallError.
-  void send(std::int64_t minibatch, const void* payload, std::size_t bytes, const std::string& dtype,
-            const Shape& shape, const Waiting& waiting);
+  // Sends the caller's own memory, one tensor for each part of the line. Waits while two sends are under
+  // way: when send number k returns, send number k - 2 is complete, so the caller keeps the last two alive.
+  // Device memory is read once everything put on `compute` so far is done; nobody waits for that here.
+  // Throws MessageError when a tensor is larger than its part, MpiError, StallError.
+  void send(std::int64_t minibatch, const std::vector<Piece>& pieces, const Waiting& waiting,
+            cuda::Handle compute = nullptr);
 
   // Waits until everything sent is complete.
   void drain(const Waiting& waiting);
@@ -68,70 +57,92 @@ class SendChannel final : public Endpoint {
   std::size_t in_flight();
   Traffic traffic() const { return traffic_; }
 
-  std::shared_ptr<void> memory(std::size_t slot) const override { return outgoing_[slot]; }
-  void completed(std::size_t slot) override;
   std::string describe(std::size_t slot) const override;
 
- private:
-  struct Outgoing {
-    Header header;     // large messages
-    Buffer staging;    // small messages: header and payload
-    int requests = 0;  // under way
-  };
-  void wait_for(const std::function<bool()>& done, const std::string& what, const Waiting& waiting);
+ protected:
+  SendChannel(std::shared_ptr<Progress> progress, const Line& line);
 
-  std::shared_ptr<Progress> progress_;
+  // A message that leaves, in one of the two turns.
+  struct Message {
+    std::vector<Header> headers;
+    std::vector<View> runs;  // the tensors, and what lies between them
+    std::size_t bytes;       // of the payload
+  };
+  // With the lock held: the turn is free, and `runs` and `bytes` are those of this message.
+  virtual void launch(std::size_t turn, cuda::Handle compute) = 0;
+  virtual bool busy(std::size_t turn) const = 0;
+
+  const std::shared_ptr<Progress> progress_;
   const Line line_;
-  std::array<std::shared_ptr<Outgoing>, 2> outgoing_;
+  std::array<Message, 2> messages_;
+
+ private:
+  void prepare(Message& message, std::int64_t minibatch, const std::vector<Piece>& pieces);
+  void check(std::int64_t minibatch, const std::vector<Piece>& pieces) const;
+  template <typename Done, typename What>
+  void wait_for(Progress::Lock& held, const Done& done, const What& what, const Waiting& waiting);
+
   std::uint64_t sent_ = 0;
   Traffic traffic_;
 };
 
-class ReceiveChannel final : public Endpoint {
+// What has arrived: a slot, and where in it the tensors stand.
+struct Arrived {
+  std::size_t slot;
+  bool whole;  // every tensor is as large as planned, and stands where Line::places says
+  std::vector<Shape> shapes;
+  std::vector<Place> places;
+};
+
+class ReceiveChannel : public Endpoint {
  public:
-  // `dtype` and `shape` are the plan's: a message may be smaller in any dimension.
-  ReceiveChannel(std::shared_ptr<Progress> progress, Line line, std::size_t slots, std::string dtype, Shape shape);
-  ~ReceiveChannel() override;
+  static std::unique_ptr<ReceiveChannel> make(std::shared_ptr<Progress> progress, const Line& line, std::size_t slots);
 
   // Whether receive() would return at once.
   bool ready();
 
-  // Waits for the next message, which must be that of `minibatch`; returns its slot and shape.
+  // Waits for the next message, which must be that of `minibatch`. Device memory may be read at once, by
+  // any stream. Shapes and places are filled in only where the message is not whole.
   // Throws MessageError, MpiError, StallError.
-  std::pair<std::size_t, Shape> receive(std::int64_t minibatch, const Waiting& waiting);
+  Arrived receive(std::int64_t minibatch, const Waiting& waiting);
 
   // Memory of a slot's payload.
-  View slot(std::size_t index) const;
-  std::size_t slots() const { return slots_.size(); }
+  virtual View slot(std::size_t index) const = 0;
+  std::size_t slots() const { return in_use_.size(); }
 
-  // Gives a slot back; the next receive into it is posted at once.
-  void release(std::size_t index);
+  // Gives a slot back; the next receive into it is posted at once, or on a device as soon as everything
+  // put on `compute` so far is done.
+  void release(std::size_t index, cuda::Handle compute = nullptr);
 
   Traffic traffic() const { return traffic_; }
 
-  std::shared_ptr<void> memory(std::size_t slot) const override { return slots_[slot]; }
-  void completed(std::size_t slot) override;
   std::string describe(std::size_t slot) const override;
 
- private:
-  struct Slot {
-    Buffer memory;     // small: header and payload; large: payload
-    Header header;     // large messages land theirs here
-    int requests = 0;  // posted and not complete
-    bool in_use = false;
-  };
-  void post(std::size_t index);
-  void check_header(const Header& header, std::int64_t minibatch) const;
+ protected:
+  ReceiveChannel(std::shared_ptr<Progress> progress, const Line& line, std::size_t slots);
+
+  // With the lock held: receives the next message into this slot, when `compute` has done with it.
+  virtual void post(std::size_t index, cuda::Handle compute) = 0;
+  virtual bool arrived(std::size_t index) const = 0;
+  virtual const Header* headers(std::size_t index) const = 0;
   std::string from() const;
 
-  std::shared_ptr<Progress> progress_;
+  const std::shared_ptr<Progress> progress_;
   const Line line_;
-  const std::string dtype_;
-  const Shape shape_;
-  std::vector<std::shared_ptr<Slot>> slots_;
+
+ private:
+  bool read_headers(const Header* headers, std::int64_t minibatch) const;
+
+  const std::vector<Place> places_;
+  std::vector<bool> in_use_;        // whether a slot is in use
   std::deque<std::size_t> posted_;  // in posting order, which is arrival order
   std::int64_t last_minibatch_ = -1;
   Traffic traffic_;
 };
+
+// The ways through device memory; see staged.cpp.
+std::unique_ptr<SendChannel> make_device_sender(std::shared_ptr<Progress> progress, const Line& line);
+std::unique_ptr<ReceiveChannel> make_staged_receiver(std::shared_ptr<Progress> progress, const Line& line,
+                                                     std::size_t slots);
 
 }  // namespace pipedream

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "memory.hpp"
+#include "streams.hpp"
 
 namespace pipedream::cuda {
 
@@ -34,7 +35,8 @@ std::byte* allocate(std::size_t bytes, Where where) {
     // which CUDA-aware MPI uses within a node.
     check(cudaMalloc(&data, at_least_one), "cudaMalloc");
   }
-  check(cudaMemset(data, 0, at_least_one), "cudaMemset");
+  check(cudaMemsetAsync(data, 0, at_least_one, cudaStreamPerThread), "cudaMemsetAsync");
+  check(cudaStreamSynchronize(cudaStreamPerThread), "cudaStreamSynchronize");
   return static_cast<std::byte*>(data);
 }
 
@@ -46,5 +48,48 @@ void copy(std::byte* target, const std::byte* source, std::size_t bytes) {
   check(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDefault, cudaStreamPerThread), "cudaMemcpyAsync");
   check(cudaStreamSynchronize(cudaStreamPerThread), "cudaStreamSynchronize");
 }
+
+Stream::Stream() {
+  // Of the highest priority: a copy takes next to nothing from compute, and the next stage waits for it.
+  int least = 0, greatest = 0;
+  check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+  cudaStream_t stream;
+  check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest), "cudaStreamCreateWithPriority");
+  handle_ = stream;
+}
+Stream::~Stream() { cudaStreamDestroy(static_cast<cudaStream_t>(handle_)); }
+
+Event::Event() {
+  cudaEvent_t event;
+  check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreateWithFlags");
+  handle_ = event;
+}
+Event::~Event() { cudaEventDestroy(static_cast<cudaEvent_t>(handle_)); }
+
+void Event::record(Handle stream) {
+  check(cudaEventRecord(static_cast<cudaEvent_t>(handle_), static_cast<cudaStream_t>(stream)), "cudaEventRecord");
+}
+
+void Event::before(Handle stream) const {
+  check(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), static_cast<cudaEvent_t>(handle_), 0),
+        "cudaStreamWaitEvent");
+}
+
+bool Event::happened() const {
+  const cudaError_t code = cudaEventQuery(static_cast<cudaEvent_t>(handle_));
+  if (code == cudaErrorNotReady) {
+    cudaGetLastError();  // "not ready" is an answer: torch must not find it as an error of its own
+    return false;
+  }
+  check(code, "cudaEventQuery");
+  return true;
+}
+
+void copy_on(Handle stream, std::byte* target, const std::byte* source, std::size_t bytes) {
+  check(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)),
+        "cudaMemcpyAsync");
+}
+
+void use_device(int index) { check(cudaSetDevice(index), "cudaSetDevice"); }
 
 }  // namespace pipedream::cuda

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "memory.hpp"
+#include "streams.hpp"
 
 namespace pipedream::cuda {
 
@@ -22,5 +23,15 @@ std::byte* allocate(std::size_t, Where) { missing(); }
 void free_pinned(std::byte*) {}
 void free_device(std::byte*) {}
 void copy(std::byte*, const std::byte*, std::size_t) { missing(); }
+
+Stream::Stream() { missing(); }
+Stream::~Stream() = default;
+Event::Event() { missing(); }
+Event::~Event() = default;
+void Event::record(Handle) { missing(); }
+void Event::before(Handle) const { missing(); }
+bool Event::happened() const { missing(); }
+void copy_on(Handle, std::byte*, const std::byte*, std::size_t) { missing(); }
+void use_device(int) { missing(); }
 
 }  // namespace pipedream::cuda

@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace pipedream {
 
@@ -28,10 +29,18 @@ inline std::string text_of(int code) {
   return std::string(text, static_cast<std::size_t>(length));
 }
 
-// `context` says whom and what the call was for, such as "activation of layer 'conv3' from rank 0".
-inline void check(int code, const char* call, int rank, const std::string& context) {
+// `context` says whom and what the call was for, such as "activation of layer 'conv3' from rank 0"; as a
+// function where it takes time to say.
+template <typename Context>
+void check(int code, const char* call, int rank, const Context& context) {
   if (code == MPI_SUCCESS) return;
-  throw MpiError("rank " + std::to_string(rank) + ": " + call + " failed for " + context + ": " + text_of(code));
+  std::string purpose;
+  if constexpr (std::is_invocable_v<const Context&>) {
+    purpose = context();
+  } else {
+    purpose = context;
+  }
+  throw MpiError("rank " + std::to_string(rank) + ": " + call + " failed for " + purpose + ": " + text_of(code));
 }
 
 }  // namespace pipedream

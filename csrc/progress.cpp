@@ -16,8 +16,10 @@ namespace {
 
 using std::chrono::microseconds;
 
-// Polls before a waiting main thread begins to sleep. A poll and a yield take about 1 µs on an idle
-// core: with a core of its own a rank looks out for some 20 ms, crowded ones for a moment only.
+// Polls before a waiting main thread begins to sleep. A poll takes a tenth of a microsecond, with a yield
+// about 1 µs on an idle core: with a core of its own a rank looks out for some 20 ms, crowded ones for a
+// moment only.
+constexpr int spins_if_not = 200;
 constexpr int yields_if_not = 20000;
 constexpr int yields_if_crowded = 50;
 
@@ -26,10 +28,13 @@ constexpr double longest_goodbye_s = 1.0;
 
 // Between two polls of the progress thread, which cost about 10 µs each: 200 µs hides any transfer behind
 // compute. Nothing of ours to push, or a compute phase that is long against a moment's delay, allows for more.
-constexpr microseconds while_pushing(200), while_idle(500), longest_pause(2000);
+constexpr microseconds while_copying(20), while_pushing(200), while_idle(500), longest_pause(2000);
 constexpr int pauses_per_phase = 64;
 // Messages of more bytes go in many pieces, and each may need a poll.
 constexpr std::size_t most_in_few_pieces = 4 << 20;
+
+// Messages of so few bytes every MPI copies and is done with, on shared memory and on any network.
+constexpr std::size_t surely_ahead = 2048;
 
 using Clock = Progress::Clock;
 
@@ -61,7 +66,7 @@ class Patience {
 
 }  // namespace
 
-Progress::Progress(MPI_Comm parent, bool crowded) : crowded_(crowded) {
+Progress::Progress(MPI_Comm parent, bool crowded, int device) : crowded_(crowded), device_(device) {
   check(MPI_Comm_dup(parent, &comm_), "MPI_Comm_dup", -1, "the communicator of the pipeline");
   MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
   MPI_Comm_rank(comm_, &rank_);
@@ -72,12 +77,15 @@ Progress::~Progress() { close(); }
 
 void Progress::close() {
   {
+    const std::lock_guard asleep(sleeping_);
     Lock held = lock();
     if (closed_) return;
     closed_ = closing_ = true;
   }
   wake_.notify_all();
   thread_.join();
+  for (const Watched& each : watched_) settle(each);
+  watched_.clear();
   int finalized = 0;
   MPI_Finalized(&finalized);
   if (finalized) return;
@@ -104,20 +112,56 @@ ProgressStatistics Progress::statistics() {
   return statistics_;
 }
 
-void Progress::send(Endpoint* endpoint, std::size_t slot, const void* data, std::size_t bytes, int peer, int tag) {
+bool Progress::send(Endpoint* endpoint, std::size_t slot, const void* data, std::size_t bytes, int peer, int tag) {
   check_usable();
   MPI_Request request;
   // Bytes, whatever the dtype: MPI knows no bf16, and both ends are of one architecture.
   check(MPI_Isend(data, static_cast<int>(bytes), MPI_BYTE, peer, tag, comm_, &request), "MPI_Isend", rank_,
-        endpoint->describe(slot));
-  post({endpoint, slot, Kind::send, bytes}, request);
+        [&] { return endpoint->describe(slot); });
+  return sent({endpoint, slot, Kind::send, bytes}, request);
+}
+
+bool Progress::send(Endpoint* endpoint, std::size_t slot, const std::vector<View>& runs, int peer, int tag) {
+  check_usable();
+  std::vector<int> lengths;
+  std::vector<MPI_Aint> addresses(runs.size());
+  std::size_t bytes = 0;
+  for (std::size_t i = 0; i < runs.size(); ++i) {
+    lengths.push_back(static_cast<int>(runs[i].bytes));
+    MPI_Get_address(runs[i].data, &addresses[i]);
+    bytes += runs[i].bytes;
+  }
+  MPI_Datatype scattered;
+  MPI_Type_create_hindexed(static_cast<int>(runs.size()), lengths.data(), addresses.data(), MPI_BYTE, &scattered);
+  MPI_Type_commit(&scattered);
+  MPI_Request request;
+  const int code = MPI_Isend(MPI_BOTTOM, 1, scattered, peer, tag, comm_, &request);
+  MPI_Type_free(&scattered);  // MPI keeps it for as long as the message needs it
+  check(code, "MPI_Isend", rank_, [&] { return endpoint->describe(slot); });
+  return sent({endpoint, slot, Kind::send, bytes}, request);
+}
+
+bool Progress::sent(const Pending& pending, MPI_Request request) {
+  // What MPI copied ahead is complete, and the next poll has one request less to look at. Larger ones are
+  // not asked about: MPI might take the occasion to copy what comes in, while compute waits to begin.
+  if (pending.bytes <= surely_ahead) {
+    int done = 0;
+    check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), "MPI_Isend", rank_,
+          [&] { return pending.endpoint->describe(pending.slot); });
+    if (done) {
+      ++statistics_.completions;
+      return true;
+    }
+  }
+  post(pending, request);
+  return false;
 }
 
 void Progress::receive(Endpoint* endpoint, std::size_t slot, void* data, std::size_t bytes, int peer, int tag) {
   check_usable();
   MPI_Request request;
   check(MPI_Irecv(data, static_cast<int>(bytes), MPI_BYTE, peer, tag, comm_, &request), "MPI_Irecv", rank_,
-        endpoint->describe(slot));
+        [&] { return endpoint->describe(slot); });
   post({endpoint, slot, Kind::receive, bytes}, request);
   most_received_ = std::max(most_received_, bytes);
 }
@@ -125,6 +169,10 @@ void Progress::receive(Endpoint* endpoint, std::size_t slot, void* data, std::si
 void Progress::collective(Endpoint* endpoint, std::size_t slot, MPI_Request request) {
   // Of several steps, however many bytes.
   post({endpoint, slot, Kind::collective, std::numeric_limits<std::size_t>::max()}, request);
+}
+
+void Progress::watch(Endpoint* endpoint, std::size_t slot, const cuda::Event* event) {
+  watched_.push_back({endpoint, slot, event});
 }
 
 void Progress::attend(Endpoint* endpoint) {
@@ -155,6 +203,8 @@ void Progress::ended(const Pending& pending) {
 }
 
 microseconds Progress::pause() const {
+  // The next copy, or a message, waits for the event; chunks follow each other within tens of microseconds.
+  if (!watched_.empty()) return while_copying;
   const microseconds shortest = pushing_ > 0 ? while_pushing : while_idle;
   if (large_ > 0 || most_received_ > most_in_few_pieces) return shortest;
   // Between two calls at once there is next to no compute: the longest of the last few phases counts.
@@ -162,41 +212,43 @@ microseconds Progress::pause() const {
   return std::clamp(phase / pauses_per_phase, shortest, longest_pause);
 }
 
-void Progress::wait(const std::function<bool()>& done, double limit_s,
-                    const std::function<std::exception_ptr(double)>& stalled,
-                    const std::function<void()>& interrupted) {
-  Lock held = lock();
-  main_waits_ = true;
-  const Clock::time_point began = Clock::now();
-  phases_[waits_++ % phases_.size()] = std::chrono::duration_cast<microseconds>(began - computing_since_);
-  struct Over {
+void Progress::computed_until_now() {
+  const Clock::time_point now = Clock::now();
+  phases_[waits_++ % phases_.size()] = std::chrono::duration_cast<microseconds>(now - computing_since_);
+  computing_since_ = now;
+}
+
+void Progress::wait_on(Lock& held, const std::function<bool()>& done, const Waiting& waiting,
+                       const std::function<std::exception_ptr(double)>& stalled) {
+  struct Waits {
     Progress& progress;
     Lock& held;
-    ~Over() {
+    Waits(Progress& of, Lock& lock) : progress(of), held(lock) { ++progress.waiting_; }
+    ~Waits() {
       if (!held.owns_lock()) held.lock();
-      progress.main_waits_ = false;
+      --progress.waiting_;
       progress.computing_since_ = Clock::now();
     }
-  } over{*this, held};
+  } waits{*this, held};
 
-  // Messages of a busy pipeline come soon: look out for those first, then sleep, in steps that stay
-  // short against any forward.
+  // Messages of a busy pipeline come soon: look out for those first, then leave the core to others, then
+  // sleep, in steps that stay short against any forward.
+  for (int spin = 0; spin < (crowded_ ? 0 : spins_if_not); ++spin) {
+    if (polled(done)) return;
+  }
   Patience patience(crowded_ ? yields_if_crowded : yields_if_not, microseconds(10), microseconds(100));
+  const Clock::time_point began = computing_since_;
   Clock::time_point asked = began;
-  while (true) {
-    check_usable();
-    poll();
-    ++statistics_.polls_waiting;
-    if (done()) return;
+  while (!polled(done)) {
     held.unlock();
     patience.rest();
     const Clock::time_point now = Clock::now();
     if (now - asked > std::chrono::milliseconds(50)) {
       asked = now;
-      interrupted();
+      waiting.interrupted();
       // Who has waited this long does not mind a millisecond, and the others get the core.
       patience.relax(microseconds(1000));
-      if (const double waited = seconds_since(began); waited > limit_s) {
+      if (const double waited = seconds_since(began); waited > waiting.stall_limit_s) {
         held.lock();
         std::rethrow_exception(stalled(waited));
       }
@@ -214,6 +266,11 @@ void Progress::poll_once() {
 void Progress::forget(Endpoint* endpoint) {
   Lock held = lock();
   attended_.erase(std::remove(attended_.begin(), attended_.end(), endpoint), attended_.end());
+  for (std::size_t index = watched_.size(); index-- > 0;) {
+    if (watched_[index].endpoint != endpoint) continue;
+    settle(watched_[index]);
+    watched_.erase(watched_.begin() + static_cast<std::ptrdiff_t>(index));
+  }
   if (closed_) return;
   for (std::size_t index = requests_.size(); index-- > 0;) {
     Pending& pending = pending_[index];
@@ -226,6 +283,14 @@ void Progress::forget(Endpoint* endpoint) {
       pending.memory = endpoint->memory(pending.slot);
       pending.endpoint = nullptr;
     }
+  }
+}
+
+void Progress::settle(const Watched& watched) {
+  // A copy ends by itself, and soon; the memory it is about is freed after that.
+  const Clock::time_point began = Clock::now();
+  while (!watched.event->happened() && seconds_since(began) < longest_goodbye_s) {
+    std::this_thread::sleep_for(microseconds(50));
   }
 }
 
@@ -250,7 +315,8 @@ bool Progress::settle(std::size_t index) {
 
 bool Progress::poll() {
   try {
-    return poll_or_throw();
+    const bool some = !requests_.empty() && poll_requests();
+    return (!watched_.empty() && poll_events()) || some;
   } catch (...) {
     // What else this poll completed is lost: nothing that waits may go on.
     failure_ = std::current_exception();
@@ -258,8 +324,7 @@ bool Progress::poll() {
   }
 }
 
-bool Progress::poll_or_throw() {
-  if (requests_.empty()) return false;
+bool Progress::poll_requests() {
   int count = 0;
   const int code =
       MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &count, finished_.data(), statuses_.data());
@@ -268,8 +333,7 @@ bool Progress::poll_or_throw() {
   statistics_.completions += static_cast<std::uint64_t>(count);
 
   // Take the finished ones out first: completed() may post new requests.
-  std::vector<Pending> complete;
-  complete.reserve(static_cast<std::size_t>(count));
+  complete_.clear();
   for (int i = 0; i < count; ++i) {
     const Pending& pending = pending_[static_cast<std::size_t>(finished_[static_cast<std::size_t>(i)])];
     if (code == MPI_ERR_IN_STATUS) {
@@ -279,7 +343,7 @@ bool Progress::poll_or_throw() {
       check(statuses_[static_cast<std::size_t>(i)].MPI_ERROR, call, rank_,
             pending.endpoint ? pending.endpoint->describe(pending.slot) : "a channel that is gone");
     }
-    complete.push_back(pending);
+    complete_.push_back(pending);
   }
   std::size_t kept = 0;
   for (std::size_t index = 0; index < requests_.size(); ++index) {
@@ -290,29 +354,51 @@ bool Progress::poll_or_throw() {
   }
   requests_.resize(kept);
   pending_.resize(kept);
-  for (const Pending& pending : complete) ended(pending);
-  for (const Pending& pending : complete) {
+  for (const Pending& pending : complete_) ended(pending);
+  for (const Pending& pending : complete_) {
     if (pending.endpoint) pending.endpoint->completed(pending.slot);
   }
   return true;
 }
 
+bool Progress::poll_events() {
+  bool some = false;
+  for (std::size_t index = 0; index < watched_.size();) {
+    const Watched watched = watched_[index];
+    // Those of one endpoint in the order they were recorded, even if another happens during this round:
+    // what is posted then is matched by its order.
+    const auto waits = [&](const Watched& earlier) { return earlier.endpoint == watched.endpoint; };
+    const auto here = watched_.begin() + static_cast<std::ptrdiff_t>(index);
+    if (std::any_of(watched_.begin(), here, waits) || !watched.event->happened()) {
+      ++index;
+      continue;
+    }
+    some = true;
+    watched_.erase(watched_.begin() + static_cast<std::ptrdiff_t>(index));
+    watched.endpoint->happened(watched.slot);  // may watch for more, behind these
+  }
+  return some;
+}
+
 void Progress::run() {
   // Sleeps of microseconds are otherwise rounded up by 50.
   prctl(PR_SET_TIMERSLACK, 1000UL);
-  Lock held = lock();
-  while (!closing_) {
-    if (!main_waits_ && !failure_) {
-      try {
-        ++statistics_.polls_computing;
-        poll();
-      } catch (...) {
-        // kept in failure_, for the main thread at its next call
-      }
+  if (device_ >= 0) cuda::use_device(device_);
+  std::unique_lock<std::mutex> asleep(sleeping_);
+  microseconds rest = while_idle;
+  // Nobody but close() wakes this thread: to be woken at every send would cost the main thread more than
+  // the send.
+  while (!wake_.wait_for(asleep, rest, [this] { return closing_; })) {
+    if (waiting_ > 0) continue;
+    const Lock held(mutex_, std::try_to_lock);
+    if (!held || failure_) continue;
+    try {
+      ++statistics_.polls_computing;
+      poll();
+    } catch (...) {
+      // kept in failure_, for the main thread at its next call
     }
-    // Nobody but close() wakes this thread: to be woken at every send would cost the main thread
-    // more than the send.
-    wake_.wait_for(held, pause(), [this] { return closing_; });
+    rest = pause();
   }
 }
 

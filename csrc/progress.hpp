@@ -7,9 +7,11 @@
 //   main       | forward 3 ........ | wait: poll poll poll | backward 1 ......... |
 //   progress   | poll   poll   poll |                      | poll   poll   poll   |    time ->
 //
-// A poll is one MPI_Testsome over all requests, behind one mutex. Between polls the progress thread
-// sleeps, so that it never takes a core from compute; the main thread has its core to itself while
-// it waits and polls on, unless ranks are crowded and another rank's compute could use the core.
+// A poll is one MPI_Testsome over all requests, behind one mutex, and a look at the events of copies
+// between host and device. Between polls the progress thread sleeps, so that it never takes a core from
+// compute; the main thread has its core to itself while it waits and polls on, unless ranks are crowded
+// and another rank's compute could use the core. The progress thread never waits for the mutex: whoever
+// has it is calling MPI just now.
 #pragma once
 
 #include <mpi.h>
@@ -27,6 +29,9 @@
 #include <thread>
 #include <vector>
 
+#include "memory.hpp"
+#include "streams.hpp"
+
 namespace pipedream {
 
 // Something that has requests under way: one end of a channel.
@@ -37,10 +42,18 @@ class Endpoint {
   virtual std::shared_ptr<void> memory(std::size_t slot) const = 0;
   // One request of `slot` is complete. Called with the lock held, maybe on the progress thread.
   virtual void completed(std::size_t slot) = 0;
+  // The event that `slot` was watched for has happened. Called likewise.
+  virtual void happened(std::size_t) {}
   // What the request was for, in an error's text.
   virtual std::string describe(std::size_t slot) const = 0;
   // MPI is about to end: give back what only MPI can free.
   virtual void close() {}
+};
+
+// How long to wait, and what to do meanwhile.
+struct Waiting {
+  double stall_limit_s;
+  std::function<void()> interrupted;  // runs now and then, without the lock, and may throw
 };
 
 struct ProgressStatistics {
@@ -54,8 +67,9 @@ class Progress {
   using Clock = std::chrono::steady_clock;
 
   // Collective over `parent`, which is duplicated: no message of anybody else's can be mistaken for
-  // one of ours. `crowded`: whether the ranks of this node want more cores than there are.
-  Progress(MPI_Comm parent, bool crowded);
+  // one of ours. `crowded`: whether the ranks of this node want more cores than there are. `device`: the
+  // index of the one that this process uses, or -1.
+  Progress(MPI_Comm parent, bool crowded, int device = -1);
   ~Progress();
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
@@ -71,8 +85,11 @@ class Progress {
   using Lock = std::unique_lock<std::mutex>;
   Lock lock() { return Lock(mutex_); }
 
-  // With the lock held: post a request for `endpoint`. `call` is the MPI call's name.
-  void send(Endpoint* endpoint, std::size_t slot, const void* data, std::size_t bytes, int peer, int tag);
+  // With the lock held: post a request for `endpoint`. A send may be complete at once, then this returns
+  // true and completed() is not called.
+  bool send(Endpoint* endpoint, std::size_t slot, const void* data, std::size_t bytes, int peer, int tag);
+  // Likewise: one message of several runs of bytes, which stay where they are.
+  bool send(Endpoint* endpoint, std::size_t slot, const std::vector<View>& runs, int peer, int tag);
   void receive(Endpoint* endpoint, std::size_t slot, void* data, std::size_t bytes, int peer, int tag);
 
   // Likewise: throws what broke this, if anything did, or CoreError once it is closed.
@@ -81,14 +98,26 @@ class Progress {
   // Likewise: a collective call's request, started by the endpoint.
   void collective(Endpoint* endpoint, std::size_t slot, MPI_Request request);
 
+  // Likewise: watch for an event in the memory of `slot`; it is recorded already.
+  void watch(Endpoint* endpoint, std::size_t slot, const cuda::Event* event);
+
   // Close this endpoint when everything is closed, until it is forgotten.
   void attend(Endpoint* endpoint);
 
-  // Polls until `done()`, called with the lock held, is true. `stalled(seconds)` makes the exception
-  // to throw after `limit_s`; `interrupted()` runs now and then without the lock and may throw. Once
-  // an MPI call has failed, on whichever thread, this and every later call throws that MpiError.
-  void wait(const std::function<bool()>& done, double limit_s, const std::function<std::exception_ptr(double)>& stalled,
-            const std::function<void()>& interrupted);
+  // Polls until `done()`, called with the lock held, is true. `stalled(seconds)` makes the exception to
+  // throw after the limit. Once an MPI call has failed, on whichever thread, this and every later call
+  // throws that MpiError. With or without the lock, which is given back now and then.
+  template <typename Done, typename Stalled>
+  void wait(Lock& held, const Done& done, const Waiting& waiting, const Stalled& stalled) {
+    computed_until_now();
+    // In a busy pipeline it is here already: nothing is allocated for that.
+    if (!polled(done)) wait_on(held, done, waiting, stalled);
+  }
+  template <typename Done, typename Stalled>
+  void wait(const Done& done, const Waiting& waiting, const Stalled& stalled) {
+    Lock held = lock();
+    wait(held, done, waiting, stalled);
+  }
 
   // One poll, for a question that does not wait.
   void poll_once();
@@ -109,21 +138,43 @@ class Progress {
     bool in_many_pieces() const;             // and may need a poll for each
   };
 
+  struct Watched {
+    Endpoint* endpoint;
+    std::size_t slot;
+    const cuda::Event* event;
+  };
+
+  template <typename Done>
+  bool polled(const Done& done) {
+    check_usable();
+    poll();
+    ++statistics_.polls_waiting;
+    return done();
+  }
+  void wait_on(Lock& held, const std::function<bool()>& done, const Waiting& waiting,
+               const std::function<std::exception_ptr(double)>& stalled);
   bool poll();  // with the lock held; whether anything was completed
-  bool poll_or_throw();
+  bool poll_requests();
+  bool poll_events();
   void post(const Pending& pending, MPI_Request request);
+  bool sent(const Pending& pending, MPI_Request request);  // whether it is complete at once
+  void computed_until_now();                               // the main thread comes to wait
   void began(const Pending& pending);
   void ended(const Pending& pending);
+  void settle(const Watched& watched);      // waits for its event
   bool settle(std::size_t index);           // cancels a receive; whether MPI is done with the request
   std::chrono::microseconds pause() const;  // of the progress thread, until its next poll
   void run();                               // the progress thread
 
   std::mutex mutex_;
+  std::mutex sleeping_;  // of the progress thread only, and before the other one where both are held
   std::condition_variable wake_;
   std::vector<MPI_Request> requests_;
   std::vector<Pending> pending_;  // parallel to requests_
-  std::vector<int> finished_;     // indices, scratch of poll
+  std::vector<int> finished_;     // indices, scratch of poll_requests, like the next two
   std::vector<MPI_Status> statuses_;
+  std::vector<Pending> complete_;
+  std::vector<Watched> watched_;
   std::size_t pushing_ = 0;        // of requests_: those that move only when MPI is called here
   std::size_t large_ = 0;          // of those: that go in many pieces
   std::size_t most_received_ = 0;  // bytes of the largest receive ever posted
@@ -133,14 +184,15 @@ class Progress {
   std::vector<Endpoint*> attended_;
   std::exception_ptr failure_;
   ProgressStatistics statistics_;
-  bool main_waits_ = false;
-  bool closing_ = false;
+  std::atomic<int> waiting_{0};  // threads in wait(), which poll
+  bool closing_ = false;         // guarded by sleeping_
   bool closed_ = false;
   bool unread_ = false;  // a message came for an endpoint that had gone
 
   MPI_Comm comm_ = MPI_COMM_NULL;
   int rank_ = -1;
   const bool crowded_;
+  const int device_;
   std::thread thread_;
 };
 

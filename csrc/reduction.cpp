@@ -178,13 +178,12 @@ bool Reduction::done(std::size_t index) {
 
 void Reduction::wait(std::size_t index, const Waiting& waiting) {
   Bucket& bucket = *buckets_.at(index);
-  progress_->wait([&] { return bucket.state == State::finished; }, waiting.stall_limit_s,
+  progress_->wait([&] { return bucket.state == State::finished; }, waiting,
                   [&](double waited) {
                     return std::make_exception_ptr(StallError(
                         "rank " + std::to_string(progress_->rank()) + " has waited " +
                         std::to_string(static_cast<int>(waited)) + " s for the other replicas: " + describe(index)));
-                  },
-                  waiting.interrupted);
+                  });
   bucket.state = State::resting;
 }
 

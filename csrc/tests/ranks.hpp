@@ -62,7 +62,7 @@ inline void meet(Progress& progress) {
     progress.collective(&meeting, 0, request);
   }
   const auto stalled = [](double) { return std::make_exception_ptr(StallError("not all ranks came")); };
-  progress.wait([&] { return meeting.done; }, 60, stalled, [] {});
+  progress.wait([&] { return meeting.done; }, soon(), stalled);
 }
 
 // Likewise when there is no Progress, or none that works.
@@ -112,29 +112,55 @@ inline bool page_untouched(const View& view) {
   return all(view.data + view.bytes, view.data + view.bytes + rest, std::byte{0});
 }
 
+inline Part part(std::size_t capacity) {
+  return {"the test's bytes", "uint8", 1, {static_cast<std::int64_t>(capacity)}};
+}
+inline Line line(int peer, int tag, std::size_t capacity) { return {peer, tag, {part(capacity)}}; }
+
 // The two ends a rank has on a ring: to the next rank, and from the one before.
-struct Ring {
-  SendChannel out;
-  ReceiveChannel in;
+class Ring {
+ private:
+  std::unique_ptr<SendChannel> out_;
+  std::unique_ptr<ReceiveChannel> in_;
 
-  Ring(const std::shared_ptr<Progress>& progress, std::size_t capacity, std::size_t slots = 2,
-       const std::string& dtype = "uint8", Shape shape = {})
-      : Ring(progress, capacity, slots, dtype, shape.empty() ? Shape{std::int64_t(capacity)} : shape, next_tag()) {}
+ public:
+  SendChannel& out;
+  ReceiveChannel& in;
 
+  Ring(const std::shared_ptr<Progress>& progress, std::size_t capacity, std::size_t slots = 2)
+      : Ring(progress, Line{0, 0, {part(capacity)}}, slots) {}
+  Ring(const std::shared_ptr<Progress>& progress, const Line& both, std::size_t slots)
+      : Ring(progress, both, both, slots) {}
+  // The ends do not agree.
+  Ring(const std::shared_ptr<Progress>& progress, Line sends, Line receives, std::size_t slots)
+      : out_(SendChannel::make(progress, to(sends, next(), next_tag()))),
+        in_(ReceiveChannel::make(progress, to(receives, previous(), tag()), slots)),
+        out(*out_),
+        in(*in_) {}
+
+  void send(std::int64_t minibatch, const std::byte* data, std::size_t size, const Waiting& waiting) {
+    out.send(minibatch, {{data, {static_cast<std::int64_t>(size)}}}, waiting);
+  }
   void send(std::int64_t minibatch, const std::vector<std::byte>& payload) {
-    out.send(minibatch, payload.data(), payload.size(), "uint8", {std::int64_t(payload.size())}, soon());
+    send(minibatch, payload.data(), payload.size(), soon());
   }
 
  private:
-  Ring(const std::shared_ptr<Progress>& progress, std::size_t capacity, std::size_t slots, const std::string& dtype,
-       const Shape& shape, int tag)
-      : out(progress, {next(), tag, capacity, Where::host, "the test's bytes"}),
-        in(progress, {previous(), tag, capacity, Where::host, "the test's bytes"}, slots, dtype, shape) {}
-
-  static int next_tag() {
-    static int tag = 100;
-    return tag++;
+  static Line to(Line line, int peer, int tag) {
+    line.peer = peer;
+    line.tag = tag;
+    return line;
   }
+  static int& tag() {
+    static int tag = 100;
+    return tag;
+  }
+  static int next_tag() { return ++tag(); }
 };
+
+// The shape of the only tensor that arrived on a channel with `planned`.
+inline Shape shape_of(const Arrived& arrived, const Shape& planned) {
+  return arrived.whole ? planned : arrived.shapes.at(0);
+}
 
 }  // namespace pipedream

@@ -26,10 +26,12 @@ class Receiver {
       in_.release(held_[index]);
       held_.erase(held_.begin() + static_cast<std::ptrdiff_t>(index));
     }
-    const auto [index, shape] = in_.receive(minibatch, soon());
+    const Arrived arrived = in_.receive(minibatch, soon());
+    const std::size_t index = arrived.slot;
     const View slot = in_.slot(index);
     const std::vector<std::byte> expected = pattern(minibatch, size);
-    REQUIRE(shape == Shape{static_cast<std::int64_t>(size)});
+    REQUIRE(arrived.whole == (size == slot.bytes));
+    if (!arrived.whole) REQUIRE(arrived.shapes == std::vector<Shape>{{static_cast<std::int64_t>(size)}});
     REQUIRE(std::equal(expected.begin(), expected.end(), slot.data));
     REQUIRE(all(slot.data + size, slot.data + slot.bytes, left_in_[index]));
     REQUIRE(page_untouched(slot));
@@ -62,8 +64,7 @@ TEST_CASE("Channel: random sizes with guard bytes, small and large, slots given 
     for (std::size_t minibatch = 0; minibatch < sizes.size(); ++minibatch) {
       const std::size_t size = sizes[minibatch];
       sent.emplace_back(pattern(static_cast<std::int64_t>(minibatch), size));
-      const Shape shape{static_cast<std::int64_t>(size)};
-      ring.out.send(static_cast<std::int64_t>(minibatch), sent.back().data(), size, "uint8", shape, soon());
+      ring.send(static_cast<std::int64_t>(minibatch), sent.back().data(), size, soon());
       receiver.receive(static_cast<std::int64_t>(minibatch), size);
       bytes += size;
     }
@@ -120,21 +121,19 @@ TEST_CASE("Channel: the third send under way waits") {
   std::vector<std::vector<std::byte>> data;
   for (int minibatch = 0; minibatch < 4; ++minibatch) data.push_back(pattern(minibatch, large));
   ring.send(0, data[0]);
-  std::size_t slot = ring.in.receive(0, soon()).first;
+  std::size_t slot = ring.in.receive(0, soon()).slot;
   ring.send(1, data[1]);
   ring.send(2, data[2]);
   CHECK(ring.out.in_flight() == 2);
-  const Shape shape{static_cast<std::int64_t>(large)};
   const std::string words = " s to send minibatch 3: the test's bytes to " + name_of_next() +
                             "; 3 messages sent so far, of which " + name_of_next() + " has not taken the last";
-  CHECK_THROWS_WITH_AS(ring.out.send(3, data[3].data(), large, "uint8", shape, up_to(0.2)),
-                       doctest::Contains(words.c_str()), StallError);
+  CHECK_THROWS_WITH_AS(ring.send(3, data[3].data(), large, up_to(0.2)), doctest::Contains(words.c_str()), StallError);
   CHECK(ring.out.in_flight() == 2);
   meet(*progress);  // nobody gives a slot back before all have seen that
   auto sending = std::async(std::launch::async, [&] { ring.send(3, data[3]); });
   for (int minibatch = 1; minibatch < 4; ++minibatch) {
     ring.in.release(slot);
-    slot = ring.in.receive(minibatch, soon()).first;
+    slot = ring.in.receive(minibatch, soon()).slot;
     CHECK(std::equal(data[minibatch].begin(), data[minibatch].end(), ring.in.slot(slot).data));
   }
   sending.get();
@@ -152,7 +151,7 @@ TEST_CASE("Channel: the same slots again and again, nothing is allocated") {
     std::set<const void*> addresses;
     for (int minibatch = 0; minibatch < 20; ++minibatch) {
       ring.send(minibatch, data);
-      const std::size_t slot = ring.in.receive(minibatch, soon()).first;
+      const std::size_t slot = ring.in.receive(minibatch, soon()).slot;
       addresses.insert(ring.in.slot(slot).data);
       ring.in.release(slot);
     }
@@ -192,9 +191,11 @@ TEST_CASE("Channel: a message that was not planned is refused, and says what it 
   };
   const auto progress = make_progress();
   for (const Fault& fault : faults) {
-    Ring ring(progress, 64, 1, "float32", {4, 3});
-    const std::vector<std::byte> data(24);
-    ring.out.send(fault.minibatch, data.data(), data.size(), fault.dtype, fault.shape, soon());
+    const Part expects{"the test's bytes", "float32", 4, {4, 3}},
+        sends{"the test's bytes", fault.dtype, 1, fault.shape};
+    Ring ring(progress, {0, 0, {sends}}, {0, 0, {expects}}, 1);
+    const std::vector<std::byte> data(64);
+    ring.out.send(fault.minibatch, {{data.data(), fault.shape}}, soon());
     const std::string words = name_of_this() + fault.words + "the test's bytes from " + name_of_previous();
     CHECK_THROWS_WITH_AS(ring.in.receive(4, soon()), words.c_str(), MessageError);
     ring.out.drain(soon());
@@ -210,24 +211,60 @@ TEST_CASE("Channel: a message that does not fit never leaves") {
       name_of_this() + ": the test's bytes of minibatch 3 is uint8 [11], 11 bytes, but the channel was planned for 10";
   CHECK_THROWS_WITH_AS(ring.send(3, data), words.c_str(), MessageError);
   const Shape nine(9, 1), eight(8, 1);
-  CHECK_THROWS_AS(ring.out.send(3, data.data(), 1, "uint8", nine, soon()), MessageError);
-  CHECK_THROWS_AS(ring.out.send(3, data.data(), 1, std::string(41, 'x'), {1}, soon()), MessageError);
+  CHECK_THROWS_AS(ring.out.send(3, {{data.data(), nine}}, soon()), MessageError);
+  CHECK_THROWS_AS(ring.out.send(3, {}, soon()), MessageError);
   CHECK(ring.out.traffic().messages == 0);
   CHECK(ring.out.in_flight() == 0);
 
-  Ring longest(progress, 10, 1, std::string(40, 'x'), eight);
-  longest.out.send(0, data.data(), 1, std::string(40, 'x'), eight, soon());
-  CHECK(longest.in.receive(0, soon()).second == eight);
+  const std::string forty(40, 'x');
+  CHECK_THROWS_AS(Ring(progress, Line{0, 0, {{"the test's bytes", forty + 'x', 1, {10}}}}, 1), MessageError);
+  CHECK_THROWS_AS(Ring(progress, Line{0, 0, {{"the test's bytes", forty, 1, nine}}}, 1), MessageError);
+  CHECK_THROWS_AS(Ring(progress, Line{0, 0, {}}, 1), std::invalid_argument);
+  Ring longest(progress, Line{0, 0, {{"the test's bytes", forty, 1, eight}}}, 1);
+  longest.out.send(0, {{data.data(), eight}}, soon());
+  CHECK(longest.in.receive(0, soon()).whole);
+  meet(*progress);
+}
+
+// Three tensors, the second smaller than planned or empty: every tensor begins on a cache line.
+TEST_CASE("Channel: several tensors are one message") {
+  const auto progress = make_progress();
+  for (const std::int64_t scale : {1, 1000}) {
+    CAPTURE(scale);
+    const Line line{
+        0, 0, {{"a", "int8", 1, {7 * scale}}, {"b", "float32", 4, {5, 3 * scale}}, {"c", "bool", 1, {scale}}}};
+    Ring ring(progress, line, 2);
+    for (std::int64_t minibatch = 0; minibatch < 6; ++minibatch) {
+      const std::int64_t rows = 5 - minibatch;
+      const std::vector<std::byte> a = pattern(1, 7 * scale), b = pattern(2, rows * 3 * scale * 4),
+                                   c = pattern(3, scale);
+      ring.out.send(minibatch, {{a.data(), {7 * scale}}, {b.data(), {rows, 3 * scale}}, {c.data(), {scale}}}, soon());
+      const Arrived arrived = ring.in.receive(minibatch, soon());
+      CHECK(arrived.whole == (rows == 5));
+      if (!arrived.whole) CHECK(arrived.shapes == std::vector<Shape>{{7 * scale}, {rows, 3 * scale}, {scale}});
+      const std::vector<Place> places = arrived.whole ? line.places() : arrived.places;
+      const std::byte* const slot = ring.in.slot(arrived.slot).data;
+      for (const auto& [place, expected] :
+           {std::pair(places[0], &a), std::pair(places[1], &b), std::pair(places[2], &c)}) {
+        CHECK(place.offset % tensor_alignment == 0);
+        CHECK(place.bytes == expected->size());
+        CHECK(std::equal(expected->begin(), expected->end(), slot + place.offset));
+      }
+      ring.in.release(arrived.slot);
+      ring.out.drain(soon());  // before the tensors go
+    }
+    CHECK(ring.out.traffic().messages == 6);
+  }
   meet(*progress);
 }
 
 TEST_CASE("Channel: more than one MPI message takes is refused when the channel is made") {
   const auto progress = make_progress();
-  const Line line{next(), 1, std::size_t{1} << 31, Where::host, "the test's bytes"};
+  const Line large_line = line(next(), 1, std::size_t{1} << 31);
   const char* const words =
       "the test's bytes: 2147483648 bytes are more than one MPI message takes (2 GiB): use smaller minibatches";
-  CHECK_THROWS_WITH_AS(SendChannel(progress, line), words, MessageError);
-  CHECK_THROWS_WITH_AS(ReceiveChannel(progress, line, 1, "uint8", {1}), words, MessageError);
+  CHECK_THROWS_WITH_AS(SendChannel::make(progress, large_line), words, MessageError);
+  CHECK_THROWS_WITH_AS(ReceiveChannel::make(progress, large_line, 1), words, MessageError);
   meet(*progress);
 }
 
@@ -252,7 +289,7 @@ TEST_CASE("Channel: slots run out") {
   const auto progress = make_progress();
   Ring ring(progress, 10, 1);
   ring.send(0, pattern(0, 10));
-  const std::size_t slot = ring.in.receive(0, soon()).first;
+  const std::size_t slot = ring.in.receive(0, soon()).slot;
   const std::string words =
       name_of_this() + ": all 1 slots are in use, so minibatch 1 has none: the test's bytes from " + name_of_previous();
   CHECK_THROWS_WITH_AS(ring.in.receive(1, soon()), words.c_str(), MessageError);
@@ -271,16 +308,14 @@ TEST_CASE("Channel: what was sent arrives although its channel has gone") {
   for (const std::size_t capacity : {1000u, 16384u, unsigned{large}}) {
     CAPTURE(capacity);
     const std::vector<std::byte> data = pattern(0, capacity);
-    const Line out{next(), 1, capacity, Where::host, "the test's bytes"};
-    const Line in{previous(), 1, capacity, Where::host, "the test's bytes"};
     const Shape shape{static_cast<std::int64_t>(capacity)};
-    SendChannel(progress, out).send(0, data.data(), capacity, "uint8", shape, soon());
+    SendChannel::make(progress, line(next(), 1, capacity))->send(0, {{data.data(), shape}}, soon());
     const std::vector<std::vector<std::byte>> others(20, std::vector<std::byte>(16384 + sizeof(Header), guard));
     meet(*progress);
-    ReceiveChannel channel(progress, in, 1, "uint8", shape);
-    const auto [slot, got] = channel.receive(0, soon());
-    CHECK(got == shape);
-    CHECK(std::equal(data.begin(), data.end(), channel.slot(slot).data));
+    const auto channel = ReceiveChannel::make(progress, line(previous(), 1, capacity), 1);
+    const Arrived arrived = channel->receive(0, soon());
+    CHECK(arrived.whole);
+    CHECK(std::equal(data.begin(), data.end(), channel->slot(arrived.slot).data));
     meet(*progress);  // `data` stays until everybody has it
   }
 }
@@ -290,12 +325,12 @@ TEST_CASE("Channel: ends that go away leave nothing behind for the next") {
   const std::vector<std::byte> data = pattern(0, 1000);
   for (int again = 0; again < 20; ++again) {
     {
-      ReceiveChannel receiver(progress, {previous(), 1, 1000, Where::host, "the test's bytes"}, 3, "uint8", {1000});
-      SendChannel sender(progress, {next(), 1, 1000, Where::host, "the test's bytes"});
-      sender.send(again, data.data(), data.size(), "uint8", {1000}, soon());
-      const std::size_t slot = receiver.receive(again, soon()).first;
-      CHECK(std::equal(data.begin(), data.end(), receiver.slot(slot).data));
-      sender.drain(soon());
+      const auto receiver = ReceiveChannel::make(progress, line(previous(), 1, 1000), 3);
+      const auto sender = SendChannel::make(progress, line(next(), 1, 1000));
+      sender->send(again, {{data.data(), {1000}}}, soon());
+      const std::size_t slot = receiver->receive(again, soon()).slot;
+      CHECK(std::equal(data.begin(), data.end(), receiver->slot(slot).data));
+      sender->drain(soon());
     }
     meet(*progress);  // all receivers have gone before the next message leaves
   }
@@ -310,7 +345,7 @@ TEST_CASE("Channel: both ends go away in the middle of a large message") {
   Ring ring(progress, large, 2);
   meet(*progress);
   ring.send(7, data);
-  const std::size_t slot = ring.in.receive(7, soon()).first;
+  const std::size_t slot = ring.in.receive(7, soon()).slot;
   CHECK(std::equal(data.begin(), data.end(), ring.in.slot(slot).data));
   ring.out.drain(soon());
   progress->close();

@@ -40,13 +40,14 @@ TEST_CASE("Progress: a large message goes and comes while the main thread comput
   const auto progress = make_progress();
   Ring ring(progress, large);
   const std::vector<std::byte> data = pattern(1, large);
+  const std::uint64_t before = progress->statistics().completions;
   meet(*progress);
+  const std::uint64_t polls_waiting = progress->statistics().polls_waiting;
   ring.send(0, data);
-  const ProgressStatistics before = progress->statistics();
-  while (progress->statistics().completions < 4) sleep_a_little();  // headers and payloads
-  CHECK(progress->statistics().polls_waiting == before.polls_waiting);
+  while (progress->statistics().completions < before + 5) sleep_a_little();  // to meet; headers and payloads
+  CHECK(progress->statistics().polls_waiting == polls_waiting);
   CHECK(progress->statistics().polls_computing > 0);
-  const std::size_t slot = ring.in.receive(0, up_to(0)).first;
+  const std::size_t slot = ring.in.receive(0, up_to(0)).slot;
   CHECK(std::equal(data.begin(), data.end(), ring.in.slot(slot).data));
   meet(*progress);
 }
@@ -83,16 +84,15 @@ TEST_CASE("Progress: a call that fails names rank, call, purpose and peer") {
   const auto progress = make_progress();
   const std::string who = name_of_this() + ": ";
   const std::vector<std::byte> data(10);
-  SendChannel channel(progress, {99, 0, 1 << 20, Where::host, "the test's bytes"});
+  const auto channel = SendChannel::make(progress, line(99, 0, 1 << 20));
   const std::string words = who + "MPI_Isend failed for the test's bytes, minibatch ";
-  CHECK_THROWS_WITH_AS(channel.send(7, data.data(), 10, "uint8", {10}, soon()), doctest::Contains(words.c_str()),
+  CHECK_THROWS_WITH_AS(channel->send(7, {{data.data(), {10}}}, soon()), doctest::Contains(words.c_str()), MpiError);
+  CHECK_THROWS_WITH_AS(channel->send(7, {{data.data(), {10}}}, soon()), doctest::Contains("to rank 99: MPI_ERR_RANK"),
                        MpiError);
-  CHECK_THROWS_WITH_AS(channel.send(7, data.data(), 10, "uint8", {10}, soon()),
-                       doctest::Contains("to rank 99: MPI_ERR_RANK"), MpiError);
   const std::string receive =
       who + "MPI_Irecv failed for the test's bytes from rank 99, after 0 messages: MPI_ERR_RANK";
-  const Line line{99, 0, 10, Where::host, "the test's bytes"};
-  CHECK_THROWS_WITH_AS(ReceiveChannel(progress, line, 1, "uint8", {10}), doctest::Contains(receive.c_str()), MpiError);
+  CHECK_THROWS_WITH_AS(ReceiveChannel::make(progress, line(99, 0, 10), 1), doctest::Contains(receive.c_str()),
+                       MpiError);
   meet(*progress);
 }
 
@@ -103,9 +103,9 @@ TEST_CASE("Progress: a failure stays, whichever thread met it") {
     CAPTURE(somebody_waits);
     const auto progress = make_progress();
     Ring other(progress, 10);
-    SendChannel out(progress, {next(), 0, 1000, Where::host, "the test's bytes"});
+    const auto out = SendChannel::make(progress, line(next(), 0, 1000));
     const std::vector<std::byte> data(1000);
-    out.send(0, data.data(), data.size(), "uint8", {1000}, soon());
+    out->send(0, {{data.data(), {1000}}}, soon());
     meet(*progress);
     std::promise<void> begun;
     std::future<void> waits;
@@ -113,7 +113,7 @@ TEST_CASE("Progress: a failure stays, whichever thread met it") {
       waits = std::async(std::launch::async, [&] { other.in.receive(0, telling(begun)); });
       begun.get_future().get();
     }
-    ReceiveChannel in(progress, {previous(), 0, 500, Where::host, "the test's bytes"}, 2, "uint8", {500});
+    const auto in = ReceiveChannel::make(progress, line(previous(), 0, 500), 2);
     const std::string words =
         name_of_this() + ": MPI_Irecv failed for the test's bytes from " + name_of_previous() + ", after 0 messages: ";
     if (somebody_waits) {
@@ -121,8 +121,8 @@ TEST_CASE("Progress: a failure stays, whichever thread met it") {
     } else {
       while (!failed(*progress)) sleep_a_little();
     }
-    CHECK_THROWS_WITH_AS(in.receive(0, soon()), doctest::Contains(words.c_str()), MpiError);
-    CHECK_THROWS_WITH_AS(in.receive(0, soon()), doctest::Contains("MPI_ERR_TRUNCATE"), MpiError);
+    CHECK_THROWS_WITH_AS(in->receive(0, soon()), doctest::Contains(words.c_str()), MpiError);
+    CHECK_THROWS_WITH_AS(in->receive(0, soon()), doctest::Contains("MPI_ERR_TRUNCATE"), MpiError);
     CHECK_THROWS_AS(other.in.receive(0, soon()), MpiError);
     CHECK_THROWS_AS(other.in.ready(), MpiError);
     meet();
@@ -182,16 +182,16 @@ TEST_CASE("Progress: a foreign message is refused") {
     std::string describe(std::size_t) const override { return "a foreign message"; }
   } foreign;
   const auto progress = make_progress();
-  ReceiveChannel in(progress, {previous(), 3, 10, Where::host, "the test's bytes"}, 1, "uint8", {10});
+  const auto in = ReceiveChannel::make(progress, line(previous(), 3, 10), 1);
   {
     const Progress::Lock held = progress->lock();
-    progress->send(&foreign, 0, foreign.bytes->data(), foreign.bytes->size(), next(), 6);
+    foreign.done += progress->send(&foreign, 0, foreign.bytes->data(), foreign.bytes->size(), next(), 6);
   }
   const std::string words = name_of_this() +
                             ": a message that is none of ours came on the channel for the test's bytes from " +
                             name_of_previous();
-  CHECK_THROWS_WITH_AS(in.receive(0, soon()), words.c_str(), MessageError);
-  progress->wait([&] { return foreign.done == 1; }, 60, [](double) { return std::exception_ptr(); }, [] {});
+  CHECK_THROWS_WITH_AS(in->receive(0, soon()), words.c_str(), MessageError);
+  progress->wait([&] { return foreign.done == 1; }, up_to(60), [](double) { return std::exception_ptr(); });
   meet(*progress);
   progress->forget(&foreign);
 }

@@ -230,7 +230,7 @@ TEST_CASE("Reduction: beside channels, and while the main thread computes") {
     reduction.start(0);
     ring.send(minibatch, data);
     reduction.start(1);
-    const std::size_t slot = ring.in.receive(minibatch, soon()).first;
+    const std::size_t slot = ring.in.receive(minibatch, soon()).slot;
     CHECK(std::equal(data.begin(), data.end(), ring.in.slot(slot).data));
     ring.in.release(slot);
     while (!reduction.done(1) || !reduction.done(0)) std::this_thread::yield();
