@@ -45,14 +45,14 @@ class HostSender final : public SendChannel {
       }
     }
     const std::size_t ahead = static_cast<std::size_t>(to - turn.staging.data());
-    turn.requests += !progress_->send(this, index, turn.staging.data(), ahead, line_.peer, line_.header_tag());
-    if (line_.small()) return;
-    if (message.runs.size() == 1) {
+    // The tensors first: the headers then come while these are on their way.
+    if (!line_.small() && message.runs.size() == 1) {
       const View& run = message.runs[0];
       turn.requests += !progress_->send(this, index, run.data, run.bytes, line_.peer, line_.payload_tag());
-    } else {
+    } else if (!line_.small()) {
       turn.requests += !progress_->send(this, index, message.runs, line_.peer, line_.payload_tag());
     }
+    turn.requests += !progress_->send(this, index, turn.staging.data(), ahead, line_.peer, line_.header_tag());
   }
 
   bool busy(std::size_t turn) const override { return turns_[turn]->requests > 0; }

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <limits>
 #include <utility>
 
 #include "mpi_error.hpp"
@@ -26,12 +25,15 @@ constexpr int yields_if_crowded = 50;
 // How long a receive that cannot be cancelled is waited for.
 constexpr double longest_goodbye_s = 1.0;
 
-// Between two polls of the progress thread, which cost about 10 µs each: 200 µs hides any transfer behind
-// compute. Nothing of ours to push, or a compute phase that is long against a moment's delay, allows for more.
-constexpr microseconds while_copying(20), while_pushing(200), while_idle(500), longest_pause(2000);
+// Between two polls of the progress thread, which cost about 10 µs each with waking up and going to sleep.
+// A poll that took longer than an empty one has moved bytes, and more are likely to follow: whether MPI copies
+// a message at once or in a thousand pieces, this finds out. Otherwise it rests for twice as long each time;
+// something of ours to push, or a compute phase that is short against a moment's delay, allows for less.
+constexpr microseconds while_copying(20), while_moving(50), while_pushing(200), while_idle(500), longest_pause(2000);
+constexpr microseconds empty_poll(3);
 constexpr int pauses_per_phase = 64;
-// Messages of more bytes go in many pieces, and each may need a poll.
-constexpr std::size_t most_in_few_pieces = 4 << 20;
+// While the main thread polls, to wake up is only to find that out, at 10 µs of the core that polls.
+constexpr microseconds while_waiting(1000);
 
 // Messages of so few bytes every MPI copies and is done with, on shared memory and on any network.
 constexpr std::size_t surely_ahead = 2048;
@@ -163,12 +165,10 @@ void Progress::receive(Endpoint* endpoint, std::size_t slot, void* data, std::si
   check(MPI_Irecv(data, static_cast<int>(bytes), MPI_BYTE, peer, tag, comm_, &request), "MPI_Irecv", rank_,
         [&] { return endpoint->describe(slot); });
   post({endpoint, slot, Kind::receive, bytes}, request);
-  most_received_ = std::max(most_received_, bytes);
 }
 
 void Progress::collective(Endpoint* endpoint, std::size_t slot, MPI_Request request) {
-  // Of several steps, however many bytes.
-  post({endpoint, slot, Kind::collective, std::numeric_limits<std::size_t>::max()}, request);
+  post({endpoint, slot, Kind::collective, 0}, request);
 }
 
 void Progress::watch(Endpoint* endpoint, std::size_t slot, const cuda::Event* event) {
@@ -181,7 +181,7 @@ void Progress::attend(Endpoint* endpoint) {
 }
 
 void Progress::post(const Pending& pending, MPI_Request request) {
-  began(pending);
+  pushing_ += pending.pushes();
   requests_.push_back(request);
   pending_.push_back(pending);
   finished_.resize(requests_.size());
@@ -190,26 +190,14 @@ void Progress::post(const Pending& pending, MPI_Request request) {
 
 bool Progress::Pending::pushes() const { return kind != Kind::receive; }
 
-bool Progress::Pending::in_many_pieces() const { return pushes() && bytes > most_in_few_pieces; }
-
-void Progress::began(const Pending& pending) {
-  pushing_ += pending.pushes();
-  large_ += pending.in_many_pieces();
-}
-
-void Progress::ended(const Pending& pending) {
-  pushing_ -= pending.pushes();
-  large_ -= pending.in_many_pieces();
-}
-
-microseconds Progress::pause() const {
+microseconds Progress::pause(microseconds last, microseconds polled) const {
   // The next copy, or a message, waits for the event; chunks follow each other within tens of microseconds.
   if (!watched_.empty()) return while_copying;
+  if (polled > empty_poll) return while_moving;
   const microseconds shortest = pushing_ > 0 ? while_pushing : while_idle;
-  if (large_ > 0 || most_received_ > most_in_few_pieces) return shortest;
   // Between two calls at once there is next to no compute: the longest of the last few phases counts.
   const microseconds phase = *std::max_element(phases_.begin(), phases_.end());
-  return std::clamp(phase / pauses_per_phase, shortest, longest_pause);
+  return std::min(2 * last, std::clamp(phase / pauses_per_phase, shortest, longest_pause));
 }
 
 void Progress::computed_until_now() {
@@ -276,7 +264,7 @@ void Progress::forget(Endpoint* endpoint) {
     Pending& pending = pending_[index];
     if (pending.endpoint != endpoint) continue;
     if (settle(index)) {
-      ended(pending);
+      pushing_ -= pending.pushes();
       requests_.erase(requests_.begin() + static_cast<std::ptrdiff_t>(index));
       pending_.erase(pending_.begin() + static_cast<std::ptrdiff_t>(index));
     } else {
@@ -354,7 +342,7 @@ bool Progress::poll_requests() {
   }
   requests_.resize(kept);
   pending_.resize(kept);
-  for (const Pending& pending : complete_) ended(pending);
+  for (const Pending& pending : complete_) pushing_ -= pending.pushes();
   for (const Pending& pending : complete_) {
     if (pending.endpoint) pending.endpoint->completed(pending.slot);
   }
@@ -389,16 +377,20 @@ void Progress::run() {
   // Nobody but close() wakes this thread: to be woken at every send would cost the main thread more than
   // the send.
   while (!wake_.wait_for(asleep, rest, [this] { return closing_; })) {
-    if (waiting_ > 0) continue;
+    if (waiting_ > 0) {
+      rest = while_waiting;
+      continue;
+    }
     const Lock held(mutex_, std::try_to_lock);
     if (!held || failure_) continue;
+    const Clock::time_point began = Clock::now();
     try {
       ++statistics_.polls_computing;
       poll();
     } catch (...) {
       // kept in failure_, for the main thread at its next call
     }
-    rest = pause();
+    rest = pause(rest, std::chrono::duration_cast<microseconds>(Clock::now() - began));
   }
 }
 

@@ -135,7 +135,6 @@ class Progress {
     std::size_t bytes;
     std::shared_ptr<void> memory = nullptr;  // of an endpoint that has gone
     bool pushes() const;                     // moves only when MPI is called here
-    bool in_many_pieces() const;             // and may need a poll for each
   };
 
   struct Watched {
@@ -159,12 +158,11 @@ class Progress {
   void post(const Pending& pending, MPI_Request request);
   bool sent(const Pending& pending, MPI_Request request);  // whether it is complete at once
   void computed_until_now();                               // the main thread comes to wait
-  void began(const Pending& pending);
-  void ended(const Pending& pending);
-  void settle(const Watched& watched);      // waits for its event
-  bool settle(std::size_t index);           // cancels a receive; whether MPI is done with the request
-  std::chrono::microseconds pause() const;  // of the progress thread, until its next poll
-  void run();                               // the progress thread
+  void settle(const Watched& watched);                     // waits for its event
+  bool settle(std::size_t index);                          // cancels a receive; whether MPI is done with the request
+  // Of the progress thread until its next poll, by what it did last and how long the poll took.
+  std::chrono::microseconds pause(std::chrono::microseconds last, std::chrono::microseconds polled) const;
+  void run();  // the progress thread
 
   std::mutex mutex_;
   std::mutex sleeping_;  // of the progress thread only, and before the other one where both are held
@@ -175,9 +173,7 @@ class Progress {
   std::vector<MPI_Status> statuses_;
   std::vector<Pending> complete_;
   std::vector<Watched> watched_;
-  std::size_t pushing_ = 0;        // of requests_: those that move only when MPI is called here
-  std::size_t large_ = 0;          // of those: that go in many pieces
-  std::size_t most_received_ = 0;  // bytes of the largest receive ever posted
+  std::size_t pushing_ = 0;  // of requests_: those that move only when MPI is called here
   Clock::time_point computing_since_ = Clock::now();
   std::array<std::chrono::microseconds, 8> phases_{};  // that the main thread last computed between two waits
   std::size_t waits_ = 0;

@@ -37,36 +37,52 @@ class Progress:
     Args:
         comm: an mpi4py communicator; duplicated (collective).
         crowded: whether the node's ranks want more cores than there are; who waits then soon sleeps.
+        device: index of the GPU that this process uses, or -1.
     """
 
-    def __init__(self, comm: Any, *, crowded: bool = False) -> None: ...
+    def __init__(self, comm: Any, *, crowded: bool = False, device: int = -1) -> None: ...
     def close(self) -> None:
         """Cancel what is posted and free the communicator. Collective; harmless when called twice."""
     def statistics(self) -> dict[str, int]:
         """Polls by the main thread, polls by the progress thread, requests completed."""
 
+#: One tensor of a line as planned: label for messages to people, dtype, bytes of an element, largest shape.
+Part = tuple[str, str, int, Sequence[int]]
+
+def places(parts: Sequence[Part]) -> list[int]:
+    """Offsets in a slot of tensors as large as planned, in bytes: each begins on a cache line."""
+
 @final
 class SendChannel:
-    """Sending end of one direction of a boundary: zero-copy, at most two sends under way.
+    """Sending end of one direction of a link: zero-copy, at most two sends under way.
 
     Args:
         peer: rank of the receiver in the communicator.
         tag: the same on both ends, and of no other channel between the two ranks in this direction.
-        capacity: bytes of the largest payload.
-        label: what it carries, for messages to people.
-        memory: kind of the payload's memory.
+        parts: the tensors of one message.
+        memory: kind of the tensors' memory.
+        staged: of device memory that MPI cannot reach: through two pinned buffers, chunk by chunk.
+        chunk: bytes of each of these.
     """
 
     def __init__(
-        self, progress: Progress, peer: int, tag: int, capacity: int, label: str, memory: Memory = "host"
+        self,
+        progress: Progress,
+        peer: int,
+        tag: int,
+        parts: Sequence[Part],
+        memory: Memory = "host",
+        staged: bool = False,
+        chunk: int = ...,
     ) -> None: ...
     def send(
-        self, minibatch: int, address: int, nbytes: int, dtype: str, shape: Sequence[int], stall_limit_s: float
+        self, minibatch: int, tensors: Sequence[tuple[int, Sequence[int]]], stall_limit_s: float, stream: int = 0
     ) -> None:
-        """Send `nbytes` bytes at `address`. Waits while two sends are under way.
+        """Send tensors, each an address and a shape, as one message. Waits while two sends are under way.
 
-        When send number k returns, send number k - 2 is complete: keep the last two tensors alive.
-        Raises MessageError (larger than the capacity), MpiError, StallError.
+        When send number k returns, send number k - 2 is complete: keep the last two alive. Device memory is
+        read when everything put on `stream` so far is done; this call waits for none of it.
+        Raises MessageError (larger than planned), MpiError, StallError.
         """
     def drain(self, stall_limit_s: float) -> None:
         """Wait until everything sent is complete."""
@@ -80,12 +96,9 @@ class SendChannel:
 
 @final
 class ReceiveChannel:
-    """Receiving end of one direction of a boundary: persistent slots, receives posted ahead.
+    """Receiving end, with `slots` persistent slots; receives are posted ahead into every free one.
 
-    Args:
-        slots: how many tensors can be held or under way at once.
-        dtype: planned dtype, such as `float32`.
-        shape: planned shape; a message may be smaller in any dimension.
+    Args: like SendChannel's; `parts`, `memory` and `staged` are the same at both ends.
     """
 
     def __init__(
@@ -93,26 +106,27 @@ class ReceiveChannel:
         progress: Progress,
         peer: int,
         tag: int,
-        capacity: int,
+        parts: Sequence[Part],
         slots: int,
-        dtype: str,
-        shape: Sequence[int],
-        label: str,
         memory: Memory = "host",
+        staged: bool = False,
+        chunk: int = ...,
     ) -> None: ...
     def ready(self) -> bool:
-        """Whether `receive` would return at once."""
-    def receive(self, minibatch: int, stall_limit_s: float) -> tuple[int, tuple[int, ...]]:
-        """Wait for the next message, which must be that of `minibatch`; returns (slot, shape).
+        """Whether receive() would return at once."""
+    def receive(self, minibatch: int, stall_limit_s: float) -> tuple[int, list[tuple[int, tuple[int, ...]]] | None]:
+        """Wait for the next message, which must be that of `minibatch`.
 
+        Returns its slot, and None if every tensor is as large as planned and stands where `places` says;
+        otherwise the offset in bytes and the shape of each.
         Raises MessageError, MpiError, StallError.
         """
     def slot(self, index: int) -> View:
-        """Memory of a slot's payload."""
+        """Memory of a slot's tensors."""
     def __len__(self) -> int:
-        """Slots."""
-    def release(self, index: int) -> None:
-        """Give a slot back; the next receive into it is posted at once."""
+        """Number of slots."""
+    def release(self, index: int, stream: int = 0) -> None:
+        """Give a slot back: the next receive into it is posted, on a device once `stream` has come so far."""
     @property
     def messages(self) -> int: ...
     @property

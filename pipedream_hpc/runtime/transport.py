@@ -6,9 +6,8 @@
     outbox activation ────────────► inbox activation     slots: in-flight + 1
     inbox  gradient   ◄──────────── outbox gradient      slots: 2
 
-A link between two stages carries one tensor or several; each has a channel of its own, and an inbox
-or outbox is all of a link's channels in one direction. Gradients come back only for tensors that
-have one.
+A link between two stages carries one tensor or several, which travel as one message. Gradients come back
+only for tensors that have one.
 
 An inbox owns a fixed number of slots, allocated once. `receive` returns the tensors in the slot
 itself; the slot is given back with `release`, after the unit's backward. An outbox sends the given
@@ -74,187 +73,197 @@ class Boundary:
             )
 
 
-class _Out(Protocol):
-    def ready(self) -> bool: ...
-    def send(self, unit: int, tensor: torch.Tensor) -> None: ...
-    def drain(self) -> None: ...
-
-
-class _In(Protocol):
-    def ready(self, unit: int) -> bool: ...
-    def receive(self, unit: int) -> torch.Tensor: ...
-    def release(self, unit: int) -> None: ...
-
-
-class Outbox:
+class Outbox(Protocol):
     """The sending end of one link, one direction."""
-
-    def __init__(self, channels: Sequence[_Out]) -> None:
-        self._channels = channels
 
     def ready(self) -> bool:
         """Whether `send` would return at once."""
-        return all(channel.ready() for channel in self._channels)
+        ...
 
     def send(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Send `tensors`; waits while two units are under way."""
-        for channel, tensor in zip(self._channels, tensors, strict=True):
-            channel.send(unit, tensor)
+        """Send `tensors`, one for each boundary; waits while two units are under way."""
+        ...
 
     def drain(self) -> None:
         """Wait until everything sent has gone."""
-        for channel in self._channels:
-            channel.drain()
+        ...
 
 
-class Inbox:
+class Inbox(Protocol):
     """The receiving end of one link, one direction."""
-
-    def __init__(self, channels: Sequence[_In]) -> None:
-        self._channels = channels
 
     def ready(self, unit: int) -> bool:
         """Whether `receive` would return at once."""
-        return all(channel.ready(unit) for channel in self._channels)
+        ...
 
     def receive(self, unit: int) -> list[torch.Tensor]:
         """Wait for this unit's tensors; they live in a slot until `release`."""
-        return [channel.receive(unit) for channel in self._channels]
+        ...
 
     def release(self, unit: int) -> None:
         """Give the slot of this unit back."""
-        for channel in self._channels:
-            channel.release(unit)
+        ...
 
 
-class _Slots:
-    """Slots of a channel as flat tensors over given memory; which unit stands in which."""
+class NoBox:
+    """Both ends of a link that carries nothing in this direction: no tensor of it has a gradient."""
 
-    def __init__(self, flat: list[torch.Tensor]) -> None:
-        self._flat = flat
-        self._holder: dict[int, int] = {}
+    def ready(self, unit: int = 0) -> bool:
+        return True
 
-    def hold(self, unit: int, slot: int, shape: Sequence[int]) -> torch.Tensor:
-        self._holder[unit] = slot
-        size = torch.Size(shape)
-        return self._flat[slot][: size.numel()].view(size)
+    def send(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
+        return None
 
-    def free(self, unit: int) -> int:
-        return self._holder.pop(unit)
+    def drain(self) -> None:
+        return None
+
+    def receive(self, unit: int) -> list[torch.Tensor]:
+        return []
+
+    def release(self, unit: int) -> None:
+        return None
 
 
-class LocalChannel:
-    """Both ends of a channel within one process: the emulator's transport.
+class LocalInbox:
+    """The receiving end of a link within one process: the emulator's transport.
 
     Like the MPI channel it copies into a slot, so that a stage which writes into its input does
     not write into what the sending stage has stashed.
     """
 
-    def __init__(self, boundary: Boundary, slots: int, what: str) -> None:
-        self._boundary, self._what = boundary, what
-        count = torch.Size(boundary.shape).numel()
-        self._flat = [torch.empty(count, dtype=boundary.dtype) for _ in range(slots)]
-        self._slots = _Slots(self._flat)
+    def __init__(self, boundaries: Sequence[Boundary], slots: int, what: str) -> None:
+        self._boundaries, self._what = boundaries, what
+        self._slots = [
+            [torch.empty(each.shape, dtype=each.dtype).flatten() for each in boundaries] for _ in range(slots)
+        ]
         self._free = deque(range(slots))
-        self._arrived: deque[tuple[int, int, torch.Size]] = deque()
+        self._arrived: deque[tuple[int, int, list[torch.Tensor]]] = deque()
+        self._holder: dict[int, int] = {}
 
     def sendable(self) -> bool:
+        """Whether there is a free slot."""
         return bool(self._free)
 
-    def put(self, unit: int, tensor: torch.Tensor) -> None:
-        self._boundary.check(tensor, self._what)
+    def put(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
+        """What the sending end does: copy the tensors into a free slot."""
         slot = self._free.popleft()
-        # Detached: autograd would note every copy down in the slot's history, which never ends.
-        self._flat[slot][: tensor.numel()].view(tensor.shape).copy_(tensor.detach())
-        self._arrived.append((unit, slot, tensor.shape))
+        landed = []
+        for boundary, flat, tensor in zip(self._boundaries, self._slots[slot], tensors, strict=True):
+            boundary.check(tensor, self._what)
+            # Detached: autograd would note every copy down in the slot's history, which never ends.
+            landed.append(flat[: tensor.numel()].view(tensor.shape).copy_(tensor.detach()))
+        self._arrived.append((unit, slot, landed))
 
     def ready(self, unit: int) -> bool:
         return bool(self._arrived)
 
-    def receive(self, unit: int) -> torch.Tensor:
-        arrived, slot, shape = self._arrived.popleft()
+    def receive(self, unit: int) -> list[torch.Tensor]:
+        arrived, slot, tensors = self._arrived.popleft()
         if arrived != unit:
             raise PipedreamError(f"minibatch {unit} was to be received, but {arrived} came: {self._what}")
-        return self._slots.hold(unit, slot, shape)
+        self._holder[unit] = slot
+        return tensors
 
     def release(self, unit: int) -> None:
-        self._free.append(self._slots.free(unit))
+        self._free.append(self._holder.pop(unit))
 
 
-class LocalSender:
-    """Sending end of a LocalChannel, which itself is the receiving end."""
+class LocalOutbox:
+    """The sending end of a link within one process."""
 
-    def __init__(self, channel: LocalChannel) -> None:
-        self._channel = channel
+    def __init__(self, inbox: LocalInbox) -> None:
+        self._inbox = inbox
 
     def ready(self) -> bool:
-        return self._channel.sendable()
+        return self._inbox.sendable()
 
-    def send(self, unit: int, tensor: torch.Tensor) -> None:
-        self._channel.put(unit, tensor)
+    def send(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
+        self._inbox.put(unit, tensors)
 
     def drain(self) -> None:
         return None
 
 
-class MpiSender:
-    """Sends one tensor of a link to one rank through the core's double-buffered channel."""
+def _parts(boundaries: Sequence[Boundary], what: str) -> list[tuple[str, str, int, tuple[int, ...]]]:
+    return [
+        (f"{what} of layer '{each.layer}' (stage {each.stage})", each.dtype_name, each.dtype.itemsize, each.shape)
+        for each in boundaries
+    ]
+
+
+class MpiOutbox:
+    """Sends to one rank through the core's double-buffered channel."""
 
     def __init__(
-        self, progress: Progress, peer: int, tag: int, boundary: Boundary, what: str, stall_limit_s: float
+        self,
+        progress: Progress,
+        peer: int,
+        tag: int,
+        boundaries: Sequence[Boundary],
+        what: str,
+        stall_limit_s: float,
     ) -> None:
-        label = f"{what} of layer '{boundary.layer}' (stage {boundary.stage})"
-        self._channel: SendChannel = load_core().SendChannel(progress, peer, tag, boundary.nbytes, label)
-        self._boundary, self._what, self._stall_limit_s = boundary, what, stall_limit_s
+        self._channel: SendChannel = load_core().SendChannel(progress, peer, tag, _parts(boundaries, what))
+        self._boundaries, self._what, self._stall_limit_s = boundaries, what, stall_limit_s
         # When send number k returns, send number k - 2 has gone: the last two must be kept alive.
-        self._under_way: deque[torch.Tensor] = deque(maxlen=2)
+        self._under_way: deque[list[torch.Tensor]] = deque(maxlen=2)
 
     def ready(self) -> bool:
         return self._channel.in_flight < 2
 
-    def send(self, unit: int, tensor: torch.Tensor) -> None:
-        self._boundary.check(tensor, self._what)
-        tensor = tensor.detach().contiguous()
-        self._channel.send(
-            unit,
-            tensor.data_ptr(),
-            tensor.nbytes,
-            self._boundary.dtype_name,
-            tuple(tensor.shape),
-            self._stall_limit_s,
-        )
-        self._under_way.append(tensor)
+    def send(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
+        leaving = []
+        for boundary, tensor in zip(self._boundaries, tensors, strict=True):
+            boundary.check(tensor, self._what)
+            leaving.append(tensor.detach().contiguous())
+        self._channel.send(unit, [(each.data_ptr(), each.shape) for each in leaving], self._stall_limit_s)
+        self._under_way.append(leaving)
 
     def drain(self) -> None:
         self._channel.drain(self._stall_limit_s)
         self._under_way.clear()
 
 
-class MpiReceiver:
-    """Receives one tensor of a link from one rank into persistent slots."""
+class MpiInbox:
+    """Receives from one rank into persistent slots."""
 
     def __init__(
-        self, progress: Progress, peer: int, tag: int, boundary: Boundary, what: str, slots: int, stall_limit_s: float
+        self,
+        progress: Progress,
+        peer: int,
+        tag: int,
+        boundaries: Sequence[Boundary],
+        what: str,
+        slots: int,
+        stall_limit_s: float,
     ) -> None:
-        label = f"{what} of layer '{boundary.layer}' (stage {boundary.stage})"
-        self._channel: ReceiveChannel = load_core().ReceiveChannel(
-            progress, peer, tag, boundary.nbytes, slots, boundary.dtype_name, boundary.shape, label=label
-        )
-        self._slots = _Slots([self._flat(index, boundary) for index in range(slots)])
-        self._stall_limit_s = stall_limit_s
+        core, parts = load_core(), _parts(boundaries, what)
+        self._channel: ReceiveChannel = core.ReceiveChannel(progress, peer, tag, parts, slots)
+        self._boundaries, self._stall_limit_s = boundaries, stall_limit_s
+        offsets = core.places(parts)
+        # The usual case, units as large as planned: their views are made once.
+        self._whole = [
+            [self._view(slot, *each) for each in zip(boundaries, offsets, (b.shape for b in boundaries), strict=True)]
+            for slot in range(slots)
+        ]
+        self._holder: dict[int, int] = {}
 
-    def _flat(self, index: int, boundary: Boundary) -> torch.Tensor:
-        count = torch.Size(boundary.shape).numel()
-        if not count:
-            return torch.empty(0, dtype=boundary.dtype)
-        return torch.frombuffer(self._channel.slot(index), dtype=boundary.dtype, count=count)
+    def _view(self, slot: int, boundary: Boundary, offset: int, shape: Sequence[int]) -> torch.Tensor:
+        size = torch.Size(shape)
+        if not size.numel():
+            return torch.empty(size, dtype=boundary.dtype)
+        flat = torch.frombuffer(self._channel.slot(slot), dtype=boundary.dtype, count=size.numel(), offset=offset)
+        return flat.view(size)
 
     def ready(self, unit: int) -> bool:
         return self._channel.ready()
 
-    def receive(self, unit: int) -> torch.Tensor:
-        slot, shape = self._channel.receive(unit, self._stall_limit_s)
-        return self._slots.hold(unit, slot, shape)
+    def receive(self, unit: int) -> list[torch.Tensor]:
+        slot, smaller = self._channel.receive(unit, self._stall_limit_s)
+        self._holder[unit] = slot
+        if smaller is None:
+            return self._whole[slot]
+        return [self._view(slot, boundary, *each) for boundary, each in zip(self._boundaries, smaller, strict=True)]
 
     def release(self, unit: int) -> None:
-        self._channel.release(self._slots.free(unit))
+        self._channel.release(self._holder.pop(unit))

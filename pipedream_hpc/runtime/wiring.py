@@ -1,7 +1,7 @@
 """Wiring: make the channels and reductions between the ranks of a plan.
 
-Every tensor of every link has two tags, one for each direction; between replicas there is a channel
-for each pair that shares a unit::
+Every link has two tags, one for each direction; between replicas there is a channel for each pair that
+shares a unit::
 
     2-1      stage 0 a ──┐                     rank 0 ─── tag 0 ──► rank 2     rank 0 ◄── tag 1 ─── rank 2
              stage 0 b ──┴── stage 1           rank 1 ─── tag 0 ──► rank 2     rank 1 ◄── tag 1 ─── rank 2
@@ -21,15 +21,7 @@ from pipedream_hpc.cluster.world import World
 from pipedream_hpc.core import load_core
 from pipedream_hpc.runtime.reduction import Buckets, Meeting, MpiReduction, Reduction
 from pipedream_hpc.runtime.stage import Port, Ports
-from pipedream_hpc.runtime.transport import (
-    Boundary,
-    Inbox,
-    LocalChannel,
-    LocalSender,
-    MpiReceiver,
-    MpiSender,
-    Outbox,
-)
+from pipedream_hpc.runtime.transport import Boundary, LocalInbox, LocalOutbox, MpiInbox, MpiOutbox, NoBox
 from pipedream_hpc.schedule.actions import Layout, Payload, Schedule
 from pipedream_hpc.schedule.play import activation_slots, gradient_slots
 
@@ -66,7 +58,7 @@ class _Pipe:
     target: Place
     payload: Payload
     boundaries: tuple[Boundary, ...]
-    tags: tuple[int, ...]
+    tag: int
     slots: int
 
     @property
@@ -91,20 +83,12 @@ def _pipes(schedule: Schedule, lines: Lines) -> Iterator[_Pipe]:
             for j, b in enumerate(layout[target])
             if (i - j) % apart == 0
         ]
-        tags = tuple(range(tag, tag + 2 * len(boundaries), 2))
-        tag += 2 * len(boundaries)
-        returning = [index for index, boundary in enumerate(boundaries) if boundary.gradient]
+        returning = tuple(boundary for boundary in boundaries if boundary.gradient)
+        forth, back = activation_slots(schedule, source, target), gradient_slots(schedule, source, target)
         for near, far in pairs:
-            slots = activation_slots(schedule, source, target)
-            yield _Pipe(near, far, "activation", boundaries, tags, slots)
-            yield _Pipe(
-                far,
-                near,
-                "gradient",
-                tuple(boundaries[index] for index in returning),
-                tuple(tags[index] + 1 for index in returning),
-                gradient_slots(schedule, source, target),
-            )
+            yield _Pipe(near, far, "activation", boundaries, tag, forth)
+            yield _Pipe(far, near, "gradient", returning, tag + 1, back)
+        tag += 2
 
 
 def local_wiring(schedule: Schedule, lines: Lines) -> Wiring:
@@ -123,9 +107,9 @@ def local_wiring(schedule: Schedule, lines: Lines) -> Wiring:
 
 def _join(pipe: _Pipe, ports: dict[Place, Ports]) -> None:
     """Both ends in this process."""
-    channels = [LocalChannel(boundary, pipe.slots, pipe.payload) for boundary in pipe.boundaries]
-    ports[pipe.source].outboxes[pipe.sends_as] = Outbox([LocalSender(each) for each in channels])
-    ports[pipe.target].inboxes[pipe.arrives_as] = Inbox(channels)
+    inbox = LocalInbox(pipe.boundaries, pipe.slots, pipe.payload)
+    ports[pipe.source].outboxes[pipe.sends_as] = LocalOutbox(inbox)
+    ports[pipe.target].inboxes[pipe.arrives_as] = inbox
 
 
 def mpi_wiring(world: World, schedule: Schedule, lines: Lines, stall_limit_s: float, *, ordered: bool) -> Wiring:
@@ -138,18 +122,16 @@ def mpi_wiring(world: World, schedule: Schedule, lines: Lines, stall_limit_s: fl
             _join(pipe, own)
         elif pipe.target in own:
             # Receives are posted before anybody sends: a message never waits for its receiver.
-            own[pipe.target].inboxes[pipe.arrives_as] = Inbox(
-                [
-                    MpiReceiver(progress, pipe.source[1], tag, boundary, pipe.payload, pipe.slots, stall_limit_s)
-                    for tag, boundary in zip(pipe.tags, pipe.boundaries, strict=True)
-                ]
+            own[pipe.target].inboxes[pipe.arrives_as] = (
+                MpiInbox(progress, pipe.source[1], pipe.tag, pipe.boundaries, pipe.payload, pipe.slots, stall_limit_s)
+                if pipe.boundaries
+                else NoBox()
             )
         elif pipe.source in own:
-            own[pipe.source].outboxes[pipe.sends_as] = Outbox(
-                [
-                    MpiSender(progress, pipe.target[1], tag, boundary, pipe.payload, stall_limit_s)
-                    for tag, boundary in zip(pipe.tags, pipe.boundaries, strict=True)
-                ]
+            own[pipe.source].outboxes[pipe.sends_as] = (
+                MpiOutbox(progress, pipe.target[1], pipe.tag, pipe.boundaries, pipe.payload, stall_limit_s)
+                if pipe.boundaries
+                else NoBox()
             )
     offset_ns = _clock_offset_ns(world)
 

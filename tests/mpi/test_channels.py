@@ -28,24 +28,34 @@ def progress() -> Any:
     made.close()
 
 
+def part(dtype: str, shape: Any) -> tuple[str, str, int, Any]:
+    # Bytes, whatever the dtype: only sizes and names are compared.
+    return "the test's bytes", dtype, 1, shape
+
+
 class Pair:
     """Rank 0 sends, rank 1 receives; both call the same methods and each does its part."""
 
     tags = iter(range(1000))
 
-    def __init__(self, progress: Any, capacity: int, slots: int = 2, dtype: str = "uint8", shape: Any = None) -> None:
+    def __init__(
+        self, progress: Any, capacity: int, slots: int = 2, dtype: str = "uint8", shape: Any = None, sends: Any = None
+    ) -> None:
         tag, shape = next(self.tags), shape or (capacity,)
         if comm.rank == 0:
-            self.out = core.SendChannel(progress, 1, tag, capacity, "the test's bytes")
+            self.out = core.SendChannel(progress, 1, tag, [part(*(sends or (dtype, shape)))])
         else:
-            self.inn = core.ReceiveChannel(progress, 0, tag, capacity, slots, dtype, shape, "the test's bytes")
+            self.inn = core.ReceiveChannel(progress, 0, tag, [part(dtype, shape)], slots)
+            self.shape = shape
         comm.Barrier()
 
-    def send(self, minibatch: int, data: np.ndarray, dtype: str = "uint8", shape: Any = None) -> None:
-        self.out.send(minibatch, data.ctypes.data, data.nbytes, dtype, shape or data.shape, SOON)
+    def send(self, minibatch: int, data: np.ndarray, shape: Any = None) -> None:
+        self.out.send(minibatch, [(data.ctypes.data, shape or data.shape)], SOON)
 
     def receive(self, minibatch: int) -> tuple[int, np.ndarray]:
-        slot, shape = self.inn.receive(minibatch, SOON)
+        slot, smaller = self.inn.receive(minibatch, SOON)
+        (offset, shape), *_ = smaller or [(0, self.shape)]
+        assert offset == 0
         return slot, np.frombuffer(self.inn.slot(slot), np.uint8)[: int(np.prod(shape))]
 
 
@@ -152,7 +162,7 @@ FAULTS = {
     "minibatch": ((5, "float32", (2, 3)), r"expected minibatch 4 but got minibatch 5: the test's bytes from rank 0"),
     "dtype": ((4, "float64", (2, 3)), EXPECTED + r"float64 \[2, 3\] for minibatch 4: the test's bytes from rank 0"),
     "width": ((4, "float32", (2, 4)), EXPECTED + r"float32 \[2, 4\]"),
-    "samples": ((4, "float32", (5, 3)), EXPECTED + r"float32 \[5, 3\]"),
+    "samples": ((4, "float32", (5, 1)), EXPECTED + r"float32 \[5, 1\]"),
     "dimensions": ((4, "float32", (6,)), EXPECTED + r"float32 \[6\]"),
 }
 
@@ -160,9 +170,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_message_that_was_not_planned_is_refused_on_arrival(progress: Any, fault: str) -> None:
     (minibatch, dtype, shape), expected = FAULTS[fault]
-    pair = Pair(progress, 64, dtype="float32", shape=(4, 3))
+    pair = Pair(progress, 64, dtype="float32", shape=(4, 3), sends=(dtype, shape))
     if comm.rank == 0:
-        pair.send(minibatch, np.zeros(24, np.uint8), dtype, shape)
+        pair.send(minibatch, np.zeros(24, np.uint8), shape)
         pair.out.drain(SOON)
     else:
         with pytest.raises(core.MessageError, match=expected):
@@ -231,6 +241,33 @@ def test_a_transfer_goes_on_behind_compute(progress: Any) -> None:
     comm.Barrier()
 
 
+def test_several_tensors_are_one_message(progress: Any) -> None:
+    """The second is smaller than planned in every other message, and the last has no elements then."""
+    parts = [("a", "int8", 1, (7,)), ("b", "float32", 4, (5, 30)), ("c", "uint8", 1, (2000,))]
+    assert core.places(parts) == [0, 64, 64 + 640]
+    tag = next(Pair.tags)
+    out = core.SendChannel(progress, 1, tag, parts) if comm.rank == 0 else None
+    inn = core.ReceiveChannel(progress, 0, tag, parts, 2) if comm.rank == 1 else None
+    for minibatch in range(6):
+        rows, rest = (5, 2000) if minibatch % 2 else (3, 0)
+        a, b, c = pattern(1, 7), pattern(2, rows * 120), pattern(3, rest)
+        if out is not None:
+            sent = [(a.ctypes.data, (7,)), (b.ctypes.data, (rows, 30)), (c.ctypes.data, (rest,))]
+            out.send(minibatch, sent, SOON)
+            out.drain(SOON)  # before the arrays go
+            assert out.messages == minibatch + 1
+        if inn is not None:
+            slot, smaller = inn.receive(minibatch, SOON)
+            assert (smaller is None) == (rows == 5)
+            assert not smaller or [shape for _, shape in smaller] == [(7,), (3, 30), (0,)]
+            offsets = core.places(parts) if smaller is None else [offset for offset, _ in smaller]
+            whole = np.frombuffer(inn.slot(slot), np.uint8)
+            for offset, expected in zip(offsets, (a, b, c), strict=True):
+                assert np.array_equal(whole[offset : offset + expected.size], expected)
+            inn.release(slot)
+    comm.Barrier()
+
+
 def test_slots_run_out(progress: Any) -> None:
     pair = Pair(progress, 10, slots=1)
     if comm.rank == 0:
@@ -248,11 +285,11 @@ def test_slots_run_out(progress: Any) -> None:
 
 def test_a_failed_call_names_rank_call_peer_and_minibatch() -> None:
     progress = core.Progress(comm)
-    channel = core.SendChannel(progress, 99, 0, 1 << 20, "the test's bytes")
+    channel = core.SendChannel(progress, 99, 0, [part("uint8", (1 << 20,))])
     words = rf"rank {comm.rank}: MPI_Isend failed for the test's bytes, minibatch 7, to rank 99: MPI_ERR_RANK"
     data = np.zeros(10, np.uint8)
     with pytest.raises(core.MpiError, match=words):
-        channel.send(7, data.ctypes.data, 10, "uint8", (10,), SOON)
+        channel.send(7, [(data.ctypes.data, (10,))], SOON)
     progress.close()
 
 
@@ -261,11 +298,11 @@ def test_a_failure_on_the_progress_thread_reaches_the_main_thread() -> None:
     progress = core.Progress(comm)
     data = np.zeros(1000, np.uint8)
     if comm.rank == 0:
-        channel = core.SendChannel(progress, 1, 0, 1000, "the test's bytes")
-        channel.send(0, data.ctypes.data, data.nbytes, "uint8", data.shape, SOON)
+        channel = core.SendChannel(progress, 1, 0, [part("uint8", (1000,))])
+        channel.send(0, [(data.ctypes.data, data.shape)], SOON)
         comm.Barrier()
     else:
-        channel = core.ReceiveChannel(progress, 0, 0, 500, 2, "uint8", (500,), "the test's bytes")
+        channel = core.ReceiveChannel(progress, 0, 0, [part("uint8", (500,))], 2)
         time.sleep(0.5)  # the progress thread meets the failure
         with pytest.raises(core.MpiError, match=r"rank 1: MPI_Irecv failed for the test's bytes from rank 0.*TRUNCATE"):
             channel.receive(0, SOON)
