@@ -30,7 +30,7 @@ constexpr double longest_goodbye_s = 1.0;
 // a message at once or in a thousand pieces, this finds out. Otherwise it rests for twice as long each time;
 // something of ours to push, or a compute phase that is short against a moment's delay, allows for less.
 constexpr microseconds while_copying(20), while_moving(50), while_pushing(200), while_idle(500), longest_pause(2000);
-constexpr microseconds empty_poll(3);
+constexpr microseconds empty_poll(3), short_phase(1000);
 constexpr int pauses_per_phase = 64;
 // While the main thread polls, to wake up is only to find that out, at 10 µs of the core that polls.
 constexpr microseconds while_waiting(1000);
@@ -196,7 +196,10 @@ microseconds Progress::pause(microseconds last, microseconds polled) const {
   if (polled > empty_poll) return while_moving;
   const microseconds shortest = pushing_ > 0 ? while_pushing : while_idle;
   // Between two calls at once there is next to no compute: the longest of the last few phases counts.
-  const microseconds phase = *std::max_element(phases_.begin(), phases_.end());
+  const auto current = std::chrono::duration_cast<microseconds>(Clock::now() - computing_since_);
+  const microseconds phase = std::max(current, *std::max_element(phases_.begin(), phases_.end()));
+  // The main thread polls often enough by itself.
+  if (phase < short_phase) return longest_pause;
   return std::min(2 * last, std::clamp(phase / pauses_per_phase, shortest, longest_pause));
 }
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.capture import arguments_of
@@ -40,13 +40,20 @@ def cut(value: Any, pieces: int) -> list[Any]:
             "first dimension, and leave away a last minibatch that is too short (DataLoader(drop_last=True))"
         )
 
-    def piece(index: int) -> Any:
-        return tree_map(
-            lambda each: each.tensor_split(pieces)[index] if isinstance(each, torch.Tensor) and each.dim() else each,
-            value,
-        )
+    return list(_pieces(value, pieces))
 
-    return [piece(index) for index in range(pieces)]
+
+def _pieces(value: Any, count: int) -> Sequence[Any]:
+    # Every tensor is split once: microbatches are made in microseconds.
+    if isinstance(value, torch.Tensor):
+        return value.tensor_split(count) if value.dim() else [value] * count
+    if type(value) is tuple:
+        return list(zip(*(_pieces(each, count) for each in value), strict=True)) if value else [()] * count
+    leaves, structure = tree_flatten(value)
+    if len(leaves) == 1 and leaves[0] is value:
+        return [value] * count
+    columns = [_pieces(leaf, count) for leaf in leaves]
+    return [tree_unflatten([column[index] for column in columns], structure) for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -235,5 +242,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _samples(arguments: Any) -> int:
+    if isinstance(arguments, tuple) and arguments and isinstance(arguments[0], torch.Tensor) and arguments[0].dim():
+        return int(arguments[0].shape[0])
     first = next(iter(_tensors(arguments)), None)
     return int(first.shape[0]) if first is not None and first.dim() else 1

@@ -29,6 +29,7 @@ from pipedream_hpc.runtime.checkpoint import Checkpoints, Position
 from pipedream_hpc.runtime.deployment import Manner, deploy, given, resolve
 from pipedream_hpc.runtime.emulator import carry_out, emulate
 from pipedream_hpc.runtime.feed import Feed, cut
+from pipedream_hpc.runtime.garbage import no_stalls
 from pipedream_hpc.runtime.handshake import agree
 from pipedream_hpc.runtime.reading import start_workers_apart
 from pipedream_hpc.runtime.stage import Stage
@@ -36,7 +37,7 @@ from pipedream_hpc.runtime.stall import is_stall, report
 from pipedream_hpc.runtime.step import Clip, SchedulerFactory
 from pipedream_hpc.runtime.wiring import Wiring, local_wiring, mpi_wiring
 from pipedream_hpc.runtime.worker import Worker
-from pipedream_hpc.schedule.actions import Action, Backward, Schedule
+from pipedream_hpc.schedule.actions import Action, Backward, Schedule, Update
 from pipedream_hpc.schedule.kinds import AnySchedule
 from pipedream_hpc.schedule.trace import Span, Trace
 from pipedream_hpc.schedule.verifier import verify_around
@@ -323,8 +324,11 @@ class Pipeline:
                     trace=training and self._tracing,
                 )
             began_ns = self._wiring.common_epoch_ns()
-            for worker, action in self._execute(schedule):
-                finished(worker, action)
+            with no_stalls() as collector:
+                for worker, action in self._execute(schedule):
+                    finished(worker, action)
+                    if isinstance(action, Update):
+                        collector.between_updates()
             for worker in self._workers:
                 worker.end()
             if training:

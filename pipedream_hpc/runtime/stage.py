@@ -16,7 +16,7 @@ transport's business::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,7 @@ class _Live:
     inputs: list[Any] = field(default_factory=list)
     exits: tuple[torch.Tensor, ...] = ()
     loss: torch.Tensor | None = None
+    weight: torch.Tensor | None = None  # the gradient that backward begins with at the loss
 
 
 @dataclass
@@ -127,6 +128,7 @@ class Stage:
         self._training = True
         self._unit_base = self._trained = self._version_base = 0
         self._current = 0
+        self._weights: dict[float, torch.Tensor] = {}
         self.tally = Tally()
         #: Shown ("gradient", round, names and tensors) before every update, and ("weight", ...) after it.
         self.watch: Callable[[str, int, Iterable[tuple[str, torch.Tensor | None]]], None] | None = None
@@ -201,7 +203,7 @@ class Stage:
         keep = self._training and not self._recompute
         live.exits, output = self._run(unit, live, gradients=keep)
         if self.output:
-            live.loss = self._finish_forward(unit, output, gradients=keep)
+            self._finish_forward(unit, live, output, gradients=keep)
             if not self._training:
                 self._leave(unit)
 
@@ -216,7 +218,7 @@ class Stage:
         gradients: list[torch.Tensor | None] = []
         if live.loss is not None and live.loss.requires_grad:
             tensors.append(live.loss)
-            gradients.append(None)
+            gradients.append(live.weight)
         for far, received in live.gradients.items():
             wanted = [value for value in self._outgoing[far] if value.needs_gradient]
             for value, gradient in zip(wanted, received, strict=True):
@@ -251,10 +253,12 @@ class Stage:
         outbox = self.ports.outboxes[action.payload, action.far, action.peer]
         if action.payload == "activation":
             exits = [live.exits[self._exit_of[value.name]] for value in self._outgoing[action.far]]
-            slots = {_storage(entry) for entries in live.entries.values() for entry in entries}
-            # Without a gradient to come back, a slot may be given back before the send has gone.
-            free = [exit if exit.requires_grad else _apart(exit, slots) for exit in exits]
-            outbox.send(self._unit_base + unit, [tensor for tensor in free if tensor is not None])
+            if not all(exit.requires_grad for exit in exits):
+                # Without a gradient to come back, a slot may be given back before the send has gone.
+                slots = {_storage(entry) for entries in live.entries.values() for entry in entries}
+                free = [exit if exit.requires_grad else _apart(exit, slots) for exit in exits]
+                exits = [tensor for tensor in free if tensor is not None]
+            outbox.send(self._unit_base + unit, exits)
             if not self._training and action.far == self._last_target:
                 self._leave(unit)
             return
@@ -331,15 +335,15 @@ class Stage:
                 arguments[position] = argument.clone()  # the data set's own
             elif argument.requires_grad:
                 arguments[position] = enter(argument)
-        with torch.set_grad_enabled(gradients), self._precision():
+        with _grad(gradients), self._precision():
             returned = self.part.run(arguments, self._call)
         count = len(self.part.exits)
         return returned[:count], returned[count] if self.output else None
 
-    def _finish_forward(self, unit: int, output: Any, *, gradients: bool) -> torch.Tensor:
+    def _finish_forward(self, unit: int, live: _Live, output: Any, *, gradients: bool) -> None:
         """Score the model's output; the loss is weighted by the unit's part in its round."""
         assert self._feed is not None
-        with torch.set_grad_enabled(gradients), self._precision():
+        with _grad(gradients), self._precision():
             score = self._score(output, self._feed.target(unit))
         if not isinstance(score, torch.Tensor) or score.dim() != 0:
             what = "loss" if self._training else "metric"
@@ -349,8 +353,18 @@ class Stage:
                 "take its mean (reduction='mean')"
             )
         self.tally.add(unit, score.detach(), self._feed.samples(unit))
-        weight = self._feed.weight(unit) * self.step.loss_scale if self._training else 1.0
-        return score if weight == 1.0 else score * weight
+        if self._training:
+            live.loss, live.weight = score, self._weight(self._feed.weight(unit) * self.step.loss_scale, score)
+
+    def _weight(self, weight: float, score: torch.Tensor) -> torch.Tensor:
+        """The gradient of weight * score to score: as good as the product, without computing it."""
+        made = self._weights.get(weight)
+        if made is None or made.dtype != score.dtype:
+            # Few at a time: units of full size have the same, until the loss scale changes.
+            if len(self._weights) > 16:
+                self._weights.clear()
+            made = self._weights[weight] = torch.full_like(score, weight, requires_grad=False)
+        return made
 
     def _run_again(self, unit: int, live: _Live) -> None:
         """Recompute what backward needs, on the weights of the unit's forward, with the same random numbers."""
@@ -359,7 +373,7 @@ class Stage:
             live.exits, output = self._run(unit, live, gradients=True)
         if self.output:
             tally, self.tally = self.tally, Tally()
-            live.loss = self._finish_forward(unit, output, gradients=True)
+            self._finish_forward(unit, live, output, gradients=True)
             self.tally = tally
 
     def _meets(self, port: Port, unit: int) -> bool:
@@ -384,6 +398,14 @@ class Stage:
         held = self.stash.version_of(self._unit_base + unit) - self._version_base
         if held != action.version:
             raise RuntimeError(f"runs on version {held}, planned was {action.version}")
+
+
+_AS_IT_IS = nullcontext()
+
+
+def _grad(enabled: bool) -> AbstractContextManager[Any]:
+    """Gradients on or off; to set what is set already takes microseconds."""
+    return _AS_IT_IS if torch.is_grad_enabled() == enabled else torch.set_grad_enabled(enabled)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class Worker:
             PipedreamError: bad input, with rank, stage and action before its sentence.
             ActionError: whatever else went wrong, likewise; the cause is chained.
         """
-        began = time.perf_counter_ns()
+        began = time.perf_counter_ns() if self._spans is not None else 0
         try:
             self._do[type(action)](action)
         except PipedreamError as error:
