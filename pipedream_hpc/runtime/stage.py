@@ -121,6 +121,7 @@ class Stage:
         self._exit_of = {value.name: position for position, value in enumerate(part.exits)}
         self._live: dict[int, _Live] = {}
         self._sum: list[torch.Tensor | None] = []  # of the units of a round so far
+        self._adding: int | None = None  # the slab on whose leaves they stand meanwhile
         self._whole: list[torch.Tensor | None] | None = None  # of a round, averaged
         self._score: Loss = loss
         self._feed: Feed | None = None
@@ -228,14 +229,16 @@ class Stage:
                     gradients.append(gradient)
         if self.averager is not None and self._last_of_round(unit):
             self.averager.last_backward()
+        if self._adding not in (None, self.stash.slab_of(self._unit_base + unit)):
+            self._add(self.stash.take(self._adding))
+            self._adding = None
         if tensors:
             torch.autograd.backward(tensors, gradients)
         live.loss, live.exits = None, ()
         slots = {_storage(tensor) for received in live.gradients.values() for tensor in received}
-        own = self.stash.release(self._unit_base + unit)
         if self.averager is None:
-            # A parameter's gradient may stand in the slot, which is given back before the update.
-            self._add([_apart(gradient, slots) for gradient in own])
+            self._collect(unit, slots)
+        self.stash.let_go(self._unit_base + unit)
         for entries in live.entries.values():
             for entry in entries:
                 # A stage of views hands the very gradient on that came in; that send may still be
@@ -304,6 +307,22 @@ class Stage:
     def _last_target(self) -> int:
         assert self._schedule is not None
         return self._schedule.targets(self.index)[-1]
+
+    def _collect(self, unit: int, slots: set[int]) -> None:
+        """Keep the gradients of a unit until its round is over.
+
+        As long as a round's units run on one version, autograd itself adds them up on its leaves, while each
+        gradient is still in the caches. The sums are the same, bit for bit.
+        """
+        slab = self.stash.slab_of(self._unit_base + unit)
+        if slots:
+            # A parameter's gradient may stand in the slot, which is given back before the update.
+            self.stash.keep_apart(slab, slots)
+        if self._sum or self._last_of_round(unit):
+            self._add(self.stash.take(slab))
+            self._adding = None
+        else:
+            self._adding = slab
 
     def _add(self, gradients: list[torch.Tensor | None]) -> None:
         if not self._sum:

@@ -130,15 +130,34 @@ class WeightStash:
         """The version that `unit` holds."""
         return self._pool.version_of(unit)
 
+    def slab_of(self, unit: int) -> int:
+        """The slab of the version that `unit` holds."""
+        return self._pool.slab_of(unit)
+
     def release(self, unit: int) -> list[torch.Tensor | None]:
         """Let go of the version of `unit` after its backward; returns its gradients."""
-        leaves = self._leaves[self._pool.slab_of(unit)]
+        slab = self._pool.slab_of(unit)
         self._pool.release(unit)
-        gradients = []
+        return self.take(slab)
+
+    def let_go(self, unit: int) -> None:
+        """Likewise, but the gradients stay where they are until `take`."""
+        self._pool.release(unit)
+
+    def take(self, slab: int) -> list[torch.Tensor | None]:
+        """The gradients that backwards have left on the leaves of a slab, added up in their order."""
+        leaves, gradients = self._leaves[slab], []
         for index in self._trained:
             gradients.append(leaves[index].grad)
             leaves[index].grad = None
         return gradients
+
+    def keep_apart(self, slab: int, storages: set[int]) -> None:
+        """Copy gradients on the leaves of a slab that stand in one of `storages`, by address."""
+        for index in self._trained:
+            leaf = self._leaves[slab][index]
+            if leaf.grad is not None and leaf.grad.untyped_storage().data_ptr() in storages:
+                leaf.grad = leaf.grad.clone()
 
     def when_ready(self, ready: Callable[[int, torch.Tensor], None]) -> None:
         """Call `ready(position, gradient)` during backward, as soon as a parameter's gradient is whole.

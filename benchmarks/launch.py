@@ -1,0 +1,35 @@
+"""Two ranks of a benchmark, started by the benchmark itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+#: Freed activations otherwise go back to the kernel and are faulted in again; the same for everybody.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": 1 << 30, "MALLOC_TRIM_THRESHOLD_": 1 << 32, "MALLOC_TOP_PAD_": 1 << 26}
+
+
+def on_two_ranks(program: Sequence[str], timeout_s: float = 1200.0) -> list[dict[str, Any]]:
+    """Run `program` on two ranks with a thread each; the JSON objects that it printed, one per line.
+
+    Exits with a sentence when there are fewer than two cores, or the ranks fail.
+    """
+    if len(os.sched_getaffinity(0)) < 2:
+        sys.exit("two ranks want a core each, and there is one")
+    environment = os.environ | {key: str(value) for key, value in MALLOC.items()}
+    environment |= {"OMP_NUM_THREADS": "1", "OMPI_MCA_btl": "^ofi"}
+    environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    # Here cores and ranks are equal: who waits has its core to itself.
+    environment.pop("OMPI_MCA_mpi_yield_when_idle", None)
+    command = [str(Path(sys.executable).parent / "mpirun"), "-n", "2", "--bind-to", "none", *program]
+    done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, timeout=timeout_s, check=False)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not found:
+        sys.exit(f"the ranks failed (exit {done.returncode}):\n{done.stdout[-2000:]}")
+    return found

@@ -1,0 +1,187 @@
+"""pipedream_hpc beside its peers: torch.distributed.pipelining and DDP over gloo, and the bound of two copies.
+
+    python benchmarks/peers.py                    all models, some ten minutes
+    python benchmarks/peers.py --only mlp --rounds 5 --plot peers.png
+
+Starts two ranks itself. The same models, cut at the same place, on the same cores with one thread each, take
+turns in one run; medians of milliseconds per global batch. What should come out: asynchronous 1F1B at least
+1.15 times as fast as torch's 1F1B at its best number of microbatches (1.4 times on the MLP), and at least
+0.95 of the two-copies bound where the cut is balanced within 5 %; 1F1B-flush and GPipe at least 1.05 times
+as fast as torch's same schedule at the same number of microbatches, with the gradients of one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from launch import on_two_ranks
+
+TORCH = (
+    "ScheduleGPipe",
+    "Schedule1F1B",
+    "ScheduleInterleaved1F1B",
+    "ScheduleLoopedBFS",
+    "ScheduleInterleavedZeroBubble",
+    "ScheduleZBVZeroBubble",
+    "ScheduleDualPipeV",
+)
+OURS = ("1f1b-flush", "gpipe")
+SAME = {"1f1b-flush": "Schedule1F1B", "gpipe": "ScheduleGPipe"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("mlp", "vgg", "gpt"), action="append", help="one of the models")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every way")
+    parser.add_argument("--batches", type=int, default=6, help="batches per turn")
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--plot", type=Path, help="write a picture")
+    parser.add_argument("--json", type=Path, help="write all samples, in seconds")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        run(options)
+        return
+    every = [measured(name, options) for name in options.only or ("mlp", "vgg", "gpt")]
+    console = Console(width=110, highlight=False)
+    for one in every:
+        report(one, console)
+    if options.json:
+        options.json.write_text(json.dumps(every, indent=1))
+    if options.plot:
+        draw(every, options.plot)
+
+
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Start two ranks for one model; what they found."""
+    mine = [sys.executable, __file__, "--rank", "--only", name, "--rounds", str(options.rounds)]
+    more = ["--batches", str(options.batches), "--microbatches", *map(str, options.microbatches)]
+    return on_two_ranks([*mine, *more])[-1]
+
+
+def run(options: argparse.Namespace) -> None:
+    """One rank."""
+    import contenders as c
+    import torch.distributed as dist
+
+    rank, _ = c.start_ranks()
+    workload = c.WORKLOADS[options.only[0]]
+    # One rank measures and decides for both.
+    decided: list[Any] = [c.block_seconds(workload) if rank == 0 else None]
+    dist.broadcast_object_list(decided)
+    seconds = decided[0]
+    cuts = c.quarters_of(seconds)
+    first, second = sum(seconds[: cuts[1]]), sum(seconds[cuts[1] :])
+    ways: list[c.Way] = [c.Copies(workload, cuts), c.Ddp(workload, cuts), c.Ours(workload, cuts, "1f1b")]
+    for m in options.microbatches:
+        ways += [c.TorchPipeline(workload, cuts, kind, m) for kind in TORCH]
+        ways += [c.Ours(workload, cuts, kind, m) for kind in OURS]
+    samples: dict[str, list[float]] = defaultdict(list)
+    failed: dict[str, str] = {}
+    differs: dict[str, float] = {}
+    before, after = c.one_process(workload, cuts)
+    for way in c.interleaved(ways, options.rounds):
+        name = f"{way.name}|{way.microbatches}"
+        if name in failed:
+            continue
+        try:
+            dist.barrier()
+            way.open()
+            if name not in differs and way.kind not in ("bound", "ddp", "1f1b"):
+                differs[name] = _difference(way.weights(), before, after)
+            took: list[Any] = [None, None]
+            dist.barrier()
+            dist.all_gather_object(took, way.seconds(2 * options.batches if way.kind == "1f1b" else options.batches))
+            samples[name].append(max(took))
+            way.close()
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if rank == 0:
+        found = {"model": workload.name, "halves": [first, second], "seconds": samples, "failed": failed}
+        print(json.dumps(found | {"differs": differs}), flush=True)
+    dist.destroy_process_group()
+
+
+def _difference(got: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> float:
+    """Largest error of the first update, relative to the largest update of the tensor."""
+    if not got:
+        return 0.0
+    return max(
+        float((got[name] - value).abs().max() / (value - before[name]).abs().max().clamp_min(1e-30))
+        for name, value in after.items()
+    )
+
+
+def _best(found: dict[str, Any], prefix: str) -> tuple[float, str]:
+    """(seconds, name) of the fastest way whose name begins so."""
+    medians = {name: statistics.median(times) for name, times in found["seconds"].items() if name.startswith(prefix)}
+    name = min(medians, key=lambda each: medians[each])
+    return medians[name], name
+
+
+def report(found: dict[str, Any], console: Console) -> None:
+    """Tables of one model."""
+    medians = {name: statistics.median(times) for name, times in found["seconds"].items()}
+    copies, own = medians["two copies|1"], medians["pipedream_hpc 1f1b|1"]
+    table = Table(
+        "way", "microbatches", "ms per batch", "spread", "of the bound", "update differs", title=found["model"]
+    )
+    for name, median in sorted(medians.items(), key=lambda item: item[1]):
+        way, m = name.split("|")
+        times = found["seconds"][name]
+        spread = f"{min(times) * 1e3:.0f} to {max(times) * 1e3:.0f}"
+        differs = found["differs"].get(name)
+        table.add_row(
+            way, m, f"{median * 1e3:.1f}", spread, f"{copies / median:.2f}", "" if differs is None else f"{differs:.0e}"
+        )
+    console.print(table)
+    for name, why in found["failed"].items():
+        console.print(f"did not run: {name.replace('|', ' with m = ')}: {why}")
+    first, second = found["halves"]
+    torch_1f1b, at = _best(found, "torch 1F1B")
+    torch_best, best = _best(found, "torch ")
+    console.print(
+        f"halves by themselves {first * 1e3:.1f} and {second * 1e3:.1f} ms; "
+        f"asynchronous 1F1B is {torch_1f1b / own:.2f} x "
+        f"torch's 1F1B at its best ({at.split('|')[1]} microbatches), {torch_best / own:.2f} x the best of torch "
+        f"({best.replace('|', ', m = ')}), {copies / own:.2f} of the two-copies bound"
+    )
+    for ours, theirs in SAME.items():
+        ratios = [
+            f"m = {name.split('|')[1]}: {medians[other] / median:.2f}"
+            for name, median in medians.items()
+            if name.startswith(f"pipedream_hpc {ours}|")
+            and (other := f"torch {theirs.removeprefix('Schedule')}|{name.split('|')[1]}") in medians
+        ]
+        console.print(f"{ours} beside torch's {theirs}, times as fast: {', '.join(ratios)}")
+
+
+def draw(every: list[dict[str, Any]], path: Path) -> None:
+    """The best of every way, side by side."""
+    figure = Figure(figsize=(4.2 * len(every), 4), layout="constrained")
+    for axes, found in zip(figure.subplots(1, len(every), squeeze=False)[0], every, strict=True):
+        names = list(dict.fromkeys(name.split("|")[0] for name in found["seconds"]))
+        best = sorted((_best(found, f"{name}|") for name in names), reverse=True)
+        labels = [name.replace("|", ", m = ").removesuffix(", m = 1") for _, name in best]
+        colors = [
+            "tab:blue" if "pipedream" in name else "tab:gray" if "copies" in name else "tab:orange" for name in labels
+        ]
+        axes.barh(labels, [median * 1e3 for median, _ in best], color=colors)
+        axes.set_title(found["model"], fontsize="medium")
+        axes.set_xlabel("ms per global batch")
+        axes.tick_params(labelsize="small")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

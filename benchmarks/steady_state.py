@@ -1,0 +1,140 @@
+"""A balanced pipeline of two stages beside its stages by themselves: what communication and schedule cost.
+
+    python benchmarks/steady_state.py             all models; a few minutes
+    python benchmarks/steady_state.py --only mlp --plot steady.png
+
+Starts two ranks itself, with one thread and one core each. Side by side, each rank runs forward, backward and
+update of its own stage, again and again, and no word passes between them: as fast as any pipeline of these
+stages could be. Then the pipeline (asynchronous 1F1B) on the same inputs; the two take turns. Required: at
+least 0.95 of that throughput, and the bottleneck stage idle for at most 3 % of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from launch import on_two_ranks
+
+LEAST_THROUGHPUT, MOST_IDLE = 0.95, 0.03
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("mlp", "vgg", "gpt"), action="append", help="one of the models")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=12, help="minibatches per turn")
+    parser.add_argument("--plot", type=Path, help="write a picture")
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank:
+        run(options)
+        return
+    table = Table(
+        "model",
+        "stages alone (ms)",
+        "side by side (ms)",
+        "pipeline (ms)",
+        "throughput",
+        "bottleneck idle",
+        title="medians",
+    )
+    every = []
+    for name in options.only or ("mlp", "vgg", "gpt"):
+        mine = [sys.executable, __file__, "--rank", "--only", name]
+        (found,) = on_two_ranks([*mine, "--rounds", str(options.rounds), "--batches", str(options.batches)])
+        every.append(found)
+        ratio, idle = throughput(found), statistics.median(found["idle"])
+        table.add_row(
+            found["model"],
+            " and ".join(f"{1e3 * statistics.median(times):.1f}" for times in zip(*found["stages"], strict=True)),
+            f"{1e3 * statistics.median(map(max, found['stages'])):.1f}",
+            f"{1e3 * statistics.median(found['pipeline']):.1f}",
+            f"{ratio:.3f}",
+            f"{idle:.1%}",
+        )
+    Console(width=110, highlight=False).print(table)
+    if options.plot:
+        draw(every, options.plot)
+
+
+def throughput(found: dict[str, Any]) -> float:
+    """Of the pipeline, as part of that of its stages side by side: the median over rounds."""
+    pairs = zip(found["stages"], found["pipeline"], strict=True)
+    return statistics.median(max(alone) / pipeline for alone, pipeline in pairs)
+
+
+def run(options: argparse.Namespace) -> None:
+    """One rank."""
+    import contenders as c
+    import torch
+    import torch.distributed as dist
+
+    rank, _ = c.start_ranks()
+    workload = c.WORKLOADS[options.only[0]]
+    decided: list[Any] = [c.quarters_of(c.block_seconds(workload)) if rank == 0 else None]
+    dist.broadcast_object_list(decided)
+    cuts = decided[0]
+    first, second = c.halves(workload, cuts)
+    x, y = workload.batch()
+    boundary = first(x).detach()
+    gradient = torch.randn_like(boundary)
+    optimizer = torch.optim.SGD((first if rank == 0 else second).parameters(), lr=c.RATE)
+
+    def alone() -> None:
+        optimizer.zero_grad()
+        if rank == 0:
+            first(x).backward(gradient)
+        else:
+            workload.loss(second(boundary.detach().requires_grad_()), y).backward()
+        optimizer.step()
+
+    found: dict[str, Any] = {"model": workload.name, "stages": [], "pipeline": [], "idle": []}
+    alone()
+    for _ in range(options.rounds):
+        dist.barrier()
+        began = time.perf_counter()
+        for _ in range(options.batches):
+            alone()
+        both: list[Any] = [None, None]
+        dist.all_gather_object(both, (time.perf_counter() - began) / options.batches)
+        found["stages"].append(list(both))
+        way = c.Ours(workload, cuts, "1f1b", trace=True)
+        way.open()
+        dist.barrier()
+        dist.all_gather_object(both, way.seconds(options.batches))
+        found["pipeline"].append(max(both))
+        found["idle"].append(way.bottleneck_idle())
+        way.close()
+    if rank == 0:
+        print(json.dumps(found), flush=True)
+    dist.destroy_process_group()
+
+
+def draw(every: list[dict[str, Any]], path: Path) -> None:
+    """Throughput of every round, beside what is required."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for position, found in enumerate(every):
+        pairs = zip(found["stages"], found["pipeline"], strict=True)
+        ratios = [max(alone) / pipeline for alone, pipeline in pairs]
+        axes.plot([position] * len(ratios), ratios, "o", color="tab:blue", alpha=0.4)
+        axes.plot(position, statistics.median(ratios), "_", color="tab:blue", markersize=30, markeredgewidth=2)
+    axes.axhline(LEAST_THROUGHPUT, color="tab:gray", linewidth=1, linestyle="--")
+    axes.axhline(1.0, color="tab:gray", linewidth=1)
+    axes.set_xticks(range(len(every)), [found["model"] for found in every], fontsize="small")
+    axes.set_ylabel("throughput beside the stages alone")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
