@@ -48,13 +48,13 @@ sanitize: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/tests/*.?pp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.* csrc/tests/*.?pp csrc/benchmarks/*
 	$(BIN)/mypy
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.* csrc/tests/*.?pp
+	$(BIN)/clang-format -i csrc/*.* csrc/tests/*.?pp csrc/benchmarks/*
 
 clean:
 	rm -rf $(VENV) build demo-out

@@ -14,7 +14,7 @@ from typing import Any
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": 1 << 30, "MALLOC_TRIM_THRESHOLD_": 1 << 32, "MALLOC_TOP_PAD_": 1 << 26}
 
 
-def on_two_ranks(program: Sequence[str], timeout_s: float = 1200.0) -> list[dict[str, Any]]:
+def on_two_ranks(program: Sequence[str], timeout_s: float = 1200.0, bind: str = "none") -> list[dict[str, Any]]:
     """Run `program` on two ranks with a thread each; the JSON objects that it printed, one per line.
 
     Exits with a sentence when there are fewer than two cores, or the ranks fail.
@@ -27,7 +27,7 @@ def on_two_ranks(program: Sequence[str], timeout_s: float = 1200.0) -> list[dict
     environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     # Here cores and ranks are equal: who waits has its core to itself.
     environment.pop("OMPI_MCA_mpi_yield_when_idle", None)
-    command = [str(Path(sys.executable).parent / "mpirun"), "-n", "2", "--bind-to", "none", *program]
+    command = [str(Path(sys.executable).parent / "mpirun"), "-n", "2", "--bind-to", bind, *program]
     done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, timeout=timeout_s, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not found:

@@ -19,10 +19,9 @@ import sys
 import time
 from typing import Any
 
+from launch import on_two_ranks
 from rich.console import Console
 from rich.table import Table
-
-from launch import on_two_ranks
 
 MOST_US = 60.0
 

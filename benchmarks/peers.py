@@ -20,11 +20,10 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from launch import on_two_ranks
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-
-from launch import on_two_ranks
 
 TORCH = (
     "ScheduleGPipe",

@@ -19,11 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch import on_two_ranks
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-
-from launch import on_two_ranks
 
 LEAST_THROUGHPUT, MOST_IDLE = 0.95, 0.03
 

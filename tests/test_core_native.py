@@ -10,7 +10,7 @@ import ranks
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "tests"
-NAMES = ("host", "ranks-1", "ranks-2", "ranks-3", "ranks-4")
+NAMES = ("host", "ranks-1", "ranks-2", "ranks-3", "ranks-4", "device-1", "device-2")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_in_cpp(built: Path, name: str) -> None:
         "ctest", "--test-dir", built, "--tests-regex", f"^{name}$", "--no-tests=error", "--verbose", timeout=280
     )
     assert finished.status == 0, finished.output
-    processes = int(name.removeprefix("ranks-")) if name != "host" else 1
+    processes = 1 if name == "host" else int(name.partition("-")[2])
     assert finished.output.count("Status: SUCCESS!") == processes, finished.output
 
 
