@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "channel.hpp"
 #include "mpi_error.hpp"
 #include "progress.hpp"
@@ -111,12 +113,14 @@ PYBIND11_MODULE(_core, module) {
            py::arg("staged") = false, py::arg("chunk") = usual_chunk)
       .def(
           "send",
-          [](SendChannel& channel, std::int64_t minibatch, const std::vector<std::pair<std::uintptr_t, Shape>>& tensors,
-             double stall_limit_s, std::uintptr_t stream) {
+          [](SendChannel& channel, std::int64_t minibatch,
+             const std::vector<std::pair<std::uintptr_t, std::optional<Shape>>>& tensors, double stall_limit_s,
+             std::uintptr_t stream) {
             std::vector<Piece> pieces;
             pieces.reserve(tensors.size());
             for (const auto& [address, shape] : tensors) {
-              pieces.push_back({reinterpret_cast<const void*>(address), shape});
+              const auto* const data = reinterpret_cast<const void*>(address);
+              pieces.push_back({data, shape ? *shape : channel.planned(pieces.size())});
             }
             py::gil_scoped_release released;
             channel.send(minibatch, pieces, waiting(stall_limit_s), handle(stream));

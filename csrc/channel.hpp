@@ -57,6 +57,9 @@ class SendChannel : public Endpoint {
   std::size_t in_flight();
   Traffic traffic() const { return traffic_; }
 
+  // The planned shape of a tensor. Throws std::out_of_range.
+  const Shape& planned(std::size_t part) const { return line_.parts.at(part).shape; }
+
   std::string describe(std::size_t slot) const override;
 
  protected:

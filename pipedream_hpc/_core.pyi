@@ -76,9 +76,11 @@ class SendChannel:
         chunk: int = ...,
     ) -> None: ...
     def send(
-        self, minibatch: int, tensors: Sequence[tuple[int, Sequence[int]]], stall_limit_s: float, stream: int = 0
+        self, minibatch: int, tensors: Sequence[tuple[int, Sequence[int] | None]], stall_limit_s: float, stream: int = 0
     ) -> None:
         """Send tensors, each an address and a shape, as one message. Waits while two sends are under way.
+
+        None is for the shape as planned.
 
         When send number k returns, send number k - 2 is complete: keep the last two alive. Device memory is
         read when everything put on `stream` so far is done; this call waits for none of it.

@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <chrono>
+#include <future>
 #include <thread>
 
 #include "channel.hpp"
@@ -105,12 +106,14 @@ TEST_CASE("Device: a send waits for the kernel that writes the tensor, and would
       fake::ignore_waits(!waits);
       Ring ring(progress, on_device({part(5000)}, route), 1);
       std::vector<std::byte> data(5000, std::byte{1});
+      std::promise<void> too_late;  // nothing waits: the message has arrived before the kernel ends
       fake::launch(compute.handle(), [&] {
-        std::this_thread::sleep_for(std::chrono::milliseconds(50));
+        waits ? std::this_thread::sleep_for(std::chrono::milliseconds(50)) : too_late.get_future().wait();
         std::fill(data.begin(), data.end(), std::byte{7});
       });
       ring.out.send(0, {{data.data(), {5000}}}, soon(), compute.handle());
       const std::size_t slot = ring.in.receive(0, soon()).slot;
+      too_late.set_value();
       const std::byte* const got = ring.in.slot(slot).data;
       CHECK(all(got, got + 5000, waits ? std::byte{7} : std::byte{1}));
       wait_for(compute);

@@ -214,11 +214,15 @@ class MpiOutbox:
         return self._channel.in_flight < 2
 
     def send(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
-        leaving = []
+        leaving, places = [], []
         for boundary, tensor in zip(self._boundaries, tensors, strict=True):
             boundary.check(tensor, self._what)
-            leaving.append(tensor.detach().contiguous())
-        self._channel.send(unit, [(each.data_ptr(), each.shape) for each in leaving], self._stall_limit_s)
+            if tensor.requires_grad:
+                tensor = tensor.detach()  # it outlives the unit, and its graph must not
+            tensor = tensor.contiguous()
+            leaving.append(tensor)
+            places.append((tensor.data_ptr(), None if tensor.shape == boundary.shape else tensor.shape))
+        self._channel.send(unit, places, self._stall_limit_s)
         self._under_way.append(leaving)
 
     def drain(self) -> None:
