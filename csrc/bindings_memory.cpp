@@ -4,10 +4,12 @@
 
 #include <array>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "fused.hpp"
 #include "memory.hpp"
+#include "streams.hpp"
 #include "view_binding.hpp"
 #include "weight_pool.hpp"
 
@@ -79,6 +81,19 @@ PYBIND11_MODULE(_memory, module) {
   module.def("allocations", &allocations);
   module.def("cuda_compiled", &cuda::compiled);
   module.def("cuda_device_count", &cuda::device_count);
+
+  py::class_<Buffer>(module, "Buffer")
+      .def(py::init([](std::size_t bytes, const std::string& memory) { return Buffer(bytes, where_from(memory)); }),
+           py::arg("nbytes"), py::arg("memory") = "host")
+      .def("view", [](const Buffer& buffer) { return buffer.view(); }, py::keep_alive<0, 1>());
+  module.def(
+      "copy",
+      [](View target, View source) {
+        if (target.bytes != source.bytes) throw std::invalid_argument("copies are between views of the same size");
+        copy(target, source, source.bytes);
+      },
+      py::arg("target"), py::arg("source"), py::call_guard<py::gil_scoped_release>());
+  module.def("use_device", &cuda::use_device, py::arg("index"));
 
   py::class_<WeightPool>(module, "WeightPool")
       .def(py::init([](std::size_t bytes, std::size_t slabs, const std::string& memory) {

@@ -66,9 +66,18 @@ class Patience {
   microseconds longest_;
 };
 
+void run_on(const std::vector<int>& cores) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (const int core : cores) CPU_SET(core, &set);
+  // Where the kernel says no, it runs where it was: slower perhaps, but right.
+  if (!cores.empty()) sched_setaffinity(0, sizeof set, &set);
+}
+
 }  // namespace
 
-Progress::Progress(MPI_Comm parent, bool crowded, int device) : crowded_(crowded), device_(device) {
+Progress::Progress(MPI_Comm parent, bool crowded, int device, std::vector<int> cores)
+    : crowded_(crowded), device_(device), cores_(std::move(cores)) {
   check(MPI_Comm_dup(parent, &comm_), "MPI_Comm_dup", -1, "the communicator of the pipeline");
   MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
   MPI_Comm_rank(comm_, &rank_);
@@ -374,6 +383,7 @@ bool Progress::poll_events() {
 void Progress::run() {
   // Sleeps of microseconds are otherwise rounded up by 50.
   prctl(PR_SET_TIMERSLACK, 1000UL);
+  run_on(cores_);
   if (device_ >= 0) cuda::use_device(device_);
   std::unique_lock<std::mutex> asleep(sleeping_);
   microseconds rest = while_idle;

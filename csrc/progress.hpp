@@ -68,8 +68,9 @@ class Progress {
 
   // Collective over `parent`, which is duplicated: no message of anybody else's can be mistaken for
   // one of ours. `crowded`: whether the ranks of this node want more cores than there are. `device`: the
-  // index of the one that this process uses, or -1.
-  Progress(MPI_Comm parent, bool crowded, int device = -1);
+  // index of the one that this process uses, or -1. `cores`: that the progress thread runs on; if there are
+  // none, those that this thread runs on.
+  Progress(MPI_Comm parent, bool crowded, int device = -1, std::vector<int> cores = {});
   ~Progress();
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
@@ -189,6 +190,7 @@ class Progress {
   int rank_ = -1;
   const bool crowded_;
   const int device_;
+  const std::vector<int> cores_;
   std::thread thread_;
 };
 

@@ -38,9 +38,10 @@ class Progress:
         comm: an mpi4py communicator; duplicated (collective).
         crowded: whether the node's ranks want more cores than there are; who waits then soon sleeps.
         device: index of the GPU that this process uses, or -1.
+        cores: that the thread runs on; those of the calling thread if there are none.
     """
 
-    def __init__(self, comm: Any, *, crowded: bool = False, device: int = -1) -> None: ...
+    def __init__(self, comm: Any, *, crowded: bool = False, device: int = -1, cores: Sequence[int] = ()) -> None: ...
     def close(self) -> None:
         """Cancel what is posted and free the communicator. Collective; harmless when called twice."""
     def statistics(self) -> dict[str, int]:

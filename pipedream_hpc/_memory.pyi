@@ -28,6 +28,25 @@ class View:
     def __cuda_array_interface__(self) -> dict[str, Any]: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+def use_device(index: int) -> None:
+    """Make a device the current one of this thread. RuntimeError if there is no such."""
+
+@final
+class Buffer:
+    """Zeroed bytes of any kind of memory.
+
+    Args:
+        nbytes: how many.
+        memory: where.
+    """
+
+    def __init__(self, nbytes: int, memory: Memory = "host") -> None: ...
+    def view(self) -> View:
+        """All of it."""
+
+def copy(target: View, source: View) -> None:
+    """Copy between two kinds of memory, and wait for it. ValueError unless the views are of the same size."""
+
 @final
 class WeightPool:
     """Versioned parameters in a fixed number of flat slabs, allocated once.

@@ -46,6 +46,22 @@ def rich_model() -> nn.Sequential:
     )
 
 
+class Cast(nn.Module):
+    """To another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(self.dtype)
+
+
+def half_model() -> nn.Sequential:
+    """The plain one with weights and boundaries in bfloat16."""
+    return nn.Sequential(Cast(torch.bfloat16), *plain_model().bfloat16(), Cast(torch.float32))
+
+
 class Functional(nn.Module):
     """Dropout as a function, kept whole."""
 
@@ -67,7 +83,7 @@ def attentive_model() -> nn.Sequential:
     )
 
 
-MODELS = {"attentive": attentive_model, "plain": plain_model, "rich": rich_model}
+MODELS = {"attentive": attentive_model, "half": half_model, "plain": plain_model, "rich": rich_model}
 
 
 def minibatches(count: int, last: int = SAMPLES) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -26,9 +26,11 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def pipeline(folder: Path | None, plan: str = "2-1", optimizer: str = "adam", **more: Any) -> Pipeline:
+def pipeline(
+    folder: Path | None, plan: str = "2-1", optimizer: str = "adam", model: str = "rich", **more: Any
+) -> Pipeline:
     return Pipeline(
-        chains.rich_model(),
+        chains.MODELS[model](),
         loss=nn.CrossEntropyLoss(),
         optimizer=chains.OPTIMIZERS[optimizer],
         example=chains.example(),
@@ -45,7 +47,13 @@ def trained(held: Pipeline, epochs: int) -> list[float]:
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize(
-    ("plan", "more"), [("1-1-1", {}), ("2-1", {}), ("1-1", {"schedule": "gpipe", "microbatches": 2})]
+    ("plan", "more"),
+    [
+        ("1-1-1", {}),
+        ("2-1", {}),
+        ("1-1", {"schedule": "gpipe", "microbatches": 2}),
+        ("1-1", {"model": "half", "master_weights": True}),
+    ],
 )
 def test_going_on_is_never_having_stopped(plan: str, more: dict[str, Any], optimizer: str, tmp_path: Path) -> None:
     straight_on = pipeline(None, plan, optimizer, **more)

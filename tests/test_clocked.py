@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.clock import HostClock
 from pipedream_hpc.model.clocked import Clocked
 from pipedream_hpc.model.profiler import one_minibatch
 
@@ -50,7 +51,7 @@ class Takes(nn.Module):
 
 def clocked(model: nn.Module, clock: Clock, loss: Any = None) -> tuple[list[float], list[float]]:
     example = torch.ones(2, 3)
-    found = Clocked(capture(model, example, leaves=[Takes]), loss, clock=clock)
+    found = Clocked(capture(model, example, leaves=[Takes]), loss, clock=HostClock(clock))
     for _ in range(2):
         found.run((example,))
     return found.forward_s, found.backward_s

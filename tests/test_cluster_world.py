@@ -123,7 +123,7 @@ def test_a_launcher_of_another_mpi() -> None:
     [(None, 4, 2), (None, 3, 2), (None, 16, 1), (None, 0, 8), ("3", 4, 3), ("5,2", 4, 5), ("0", 4, 2), ("many", 4, 2)],
 )
 def test_threads_per_rank(monkeypatch: pytest.MonkeyPatch, given: str | None, on_node: int, expected: int) -> None:
-    monkeypatch.setattr(threads, "join", lambda: World(0, 4, 0, 4, "a", node_cores=8))
+    monkeypatch.setattr(threads, "join", lambda: World(0, 4, 0, 4, "a", cpusets=(frozenset(range(8)),) * 4))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
@@ -131,7 +131,7 @@ def test_threads_per_rank(monkeypatch: pytest.MonkeyPatch, given: str | None, on
 
 
 def test_ranks_are_crowded_when_they_want_more_cores_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "join", lambda: World(0, 4, 0, 4, "a", node_cores=8))
+    monkeypatch.setattr(threads, "join", lambda: World(0, 4, 0, 4, "a", cpusets=(frozenset(range(8)),) * 4))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert not threads.crowded(4)
     assert threads.crowded(5)

@@ -446,13 +446,13 @@ def test_the_stash_takes_the_fused_step_where_there_is_one(
 ) -> None:
     taken: list[FusedStep | None] = []
 
-    def ask(*arguments: Any) -> FusedStep | None:
-        taken.append(fused_from(*arguments))
+    def ask(*arguments: Any, **options: Any) -> FusedStep | None:
+        taken.append(fused_from(*arguments, **options))
         return taken[-1]
 
-    monkeypatch.setattr(stash_module, "fused_from", ask)
     module, plain = network(), network()
     stash, optimizer = WeightStash(module, 2, make), make(plain.parameters())
+    monkeypatch.setattr(stash_module, "fused_from", ask)
     for minibatch, inputs in enumerate(drawn(1, [(4, 7)] * 3, spread=0)):
         stash.acquire(minibatch, stash.version)
         module(inputs).sum().backward()

@@ -44,13 +44,16 @@ def cases() -> list[dict[str, Any]]:
     found += [case("2-2", "1f1b-flush", microbatches=4, clip=(0.1, "model"))]
     found += [case(plan, "1f1b", precision="bf16") for plan in ("1-1", "2-1")]
     found += [case("1-1-1", "gpipe", microbatches=2, precision="bf16"), case("1-1-1", "1f1b", recompute=True)]
+    half = {"model": "half", "master_weights": True}
+    found += [case("1-1-1", "1f1b", optimizer, **half) for optimizer in ("sgd", "adam")]
+    found += [case("2-1", "1f1b", **half), case("1-1", "gpipe", "adam", microbatches=2, **half)]
     return found
 
 
 def named(wanted: dict[str, Any]) -> str:
     extra = [
         f"{key}={wanted[key]}"
-        for key in ("microbatches", "accumulate", "clip", "precision", "recompute")
+        for key in ("microbatches", "accumulate", "clip", "precision", "recompute", "master_weights")
         if key in wanted
     ]
     return " ".join([wanted["plan"], wanted["kind"], wanted["optimizer"], *extra])
@@ -64,7 +67,8 @@ def replicas(wanted: dict[str, Any]) -> list[int]:
 
 
 def options(wanted: dict[str, Any]) -> dict[str, Any]:
-    found = {key: wanted[key] for key in ("microbatches", "accumulate", "precision", "recompute") if key in wanted}
+    keys = ("microbatches", "accumulate", "precision", "recompute", "master_weights")
+    found = {key: wanted[key] for key in keys if key in wanted}
     return {**found, "schedule": wanted["kind"]}
 
 
@@ -90,6 +94,7 @@ def by_reference(wanted: dict[str, Any], stage_of: dict[str, int]) -> dict[str, 
             wanted.get("microbatches", 1),
             wanted.get("accumulate", 1),
             wanted.get("clip"),
+            wanted.get("master_weights", False),
         ),
         scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=wanted["decay"]),
         precision=autocast(wanted.get("precision")) or nullcontext,
@@ -148,6 +153,10 @@ def test_fixed_order_or_not_replicas_stay_equal(tmp_path: Path) -> None:
         ({"clip": Clip(1.0, "model")}, "stages cannot agree about gradients .* use 1f1b-flush or gpipe"),
         ({"precision": "fp16"}, "stages cannot agree about gradients"),
         ({"precision": "fp8"}, "precision should be 'bf16' or 'fp16', or left away"),
+        (
+            {"master_weights": True, "optimizer": torch.optim.RMSprop},
+            "master_weights=True needs .* this RMSprop is not",
+        ),
         ({"accumulate": 0}, "at least one minibatch, not of 0"),
         ({"schedule": "2bw", "microbatches": 1}, "2bw needs at least 3 microbatches"),
         ({"schedule": "data-parallel"}, "the plan has 4 stages"),
@@ -159,8 +168,7 @@ def test_what_cannot_be_run_is_said_in_a_sentence(asked: dict[str, Any], words: 
         Pipeline(
             chains.plain_model(),
             loss=nn.CrossEntropyLoss(),
-            optimizer=chains.OPTIMIZERS["sgd"],
             example=chains.example(),
             plan="1-1-1-1",
-            **asked,
+            **{"optimizer": chains.OPTIMIZERS["sgd"], **asked},
         )

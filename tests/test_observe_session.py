@@ -14,7 +14,7 @@ from pipedream_hpc.observe.session import Session
 from pipedream_hpc.observe.trace_file import load_trace
 from pipedream_hpc.planning.plan import COUNTED
 
-ROOT = World(rank=0, size=2, local_rank=0, local_size=2, host="here", node_cores=2)
+ROOT = World(rank=0, size=2, local_rank=0, local_size=2, host="here", cpusets=(frozenset(range(2)),) * 2)
 
 RUN = """
     rank 0  F0 F1 .  .  B0 B0 U  B1 B1 U
@@ -74,7 +74,7 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_says_when_ranks_share_cores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Predictions are for a core per rank: without the word, a laptop's figures look like a bug."""
     for cores, said in ((2, False), (1, True)):
-        session = Session(pictures.plan(1, 1), tmp_path, dataclasses.replace(ROOT, node_cores=cores))
+        session = Session(pictures.plan(1, 1), tmp_path, dataclasses.replace(ROOT, cpusets=(frozenset(range(cores)),)))
         run(session)
         session.finish(pictures.trace(RUN))
         assert ("2 ranks share 1 cores" in capsys.readouterr().out) == said

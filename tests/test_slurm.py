@@ -16,12 +16,10 @@ from pathlib import Path
 
 import pytest
 import ranks
-import torch
 import typer.main
 
 from pipedream_hpc import job
 from pipedream_hpc.cli import app
-from pipedream_hpc.cluster import probe
 from pipedream_hpc.files import load, save
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.profiler import count
@@ -174,26 +172,6 @@ def test_an_srun_that_does_not_know_the_mpi(tmp_path: Path) -> None:
     assert re.search(r"pipedream: srun started 2 tasks, but MPI \(.+\) sees only this one", finished.output)
     assert "use `srun --mpi=pmix`" in finished.output
     assert "`srun --mpi=list` shows what this Slurm has" in finished.output
-
-
-@pytest.mark.parametrize(("seen", "taken"), [(1, [0, 0, 0, 0]), (4, [0, 1, 2, 3]), (2, [0, 1, 0, 1])])
-def test_the_gpu_of_a_rank(seen: int, taken: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """--gpus-per-task=1 shows each task its own alone, --gpus-per-node shows all of them all."""
-    asked = []
-
-    class Properties:
-        name, total_memory = "GPU", 1
-
-    def properties(index: int) -> type[Properties]:
-        asked.append(index)
-        return Properties
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
-    for local_rank in range(4):
-        probe._device(local_rank, 4)
-    assert asked == taken
 
 
 # --- modules -----------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ def run(
         Optional[str],  # noqa: UP045
         typer.Option(help="bf16 or fp16: forwards under autocast, as in training."),
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
     minibatch: Annotated[int, typer.Option(help="With --import: samples per minibatch it was made with.", min=1)] = 1,
 ) -> None:
     """Measure every layer of a model on this device.
@@ -58,18 +59,22 @@ def run(
 
         measured = import_profile(imported, minibatch=minibatch)
     else:
-        import torch
-
-        from pipedream_hpc.cluster.threads import threads_per_rank
+        from pipedream_hpc.cluster.device import choose
+        from pipedream_hpc.cluster.threads import take_cores
         from pipedream_hpc.cluster.world import join
         from pipedream_hpc.job import load
+        from pipedream_hpc.runtime.agreement import agree_on_devices
         from pipedream_hpc.runtime.measuring import profile_of
 
         assert target is not None
         world = join()
-        torch.set_num_threads(threads_per_rank(world.local_size))
+        own = choose(device, world)
+        agree_on_devices(world, own, limit_s=300.0)
+        take_cores(world, world.local_size)
         job = load(target, args or [])
-        measured = profile_of(job, world, minibatches=minibatches, model=Path(target).stem, precision=precision)
+        measured = profile_of(
+            job, world, minibatches=minibatches, model=Path(target).stem, precision=precision, device=own
+        )
         if not world.is_root:
             return
     save(measured, output)

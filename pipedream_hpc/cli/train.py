@@ -37,10 +37,12 @@ def run(
     ] = None,
     chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
     precision: Annotated[Optional[str], typer.Option(help="bf16 or fp16: forwards under autocast.")] = None,  # noqa: UP045
+    master_weights: Annotated[bool, typer.Option(help="Keep a float32 master of every bfloat16 weight.")] = False,
     compiler: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="A backend of torch.compile, such as inductor, to compile every stage with."),
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
     checkpoints: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder, seen by all ranks, for a checkpoint after every epoch."),
@@ -75,7 +77,9 @@ def run(
         microbatches=microbatches,
         chunks=chunks,
         precision=precision,
+        master_weights=master_weights,
         compiler=compiler,
+        device=device,
         seed=seed,
         stall_limit_s=stall_limit,
         trace=trace,
@@ -84,6 +88,7 @@ def run(
     minibatches = length_of(job.train)
     first, last = pipeline.resume() if resume else 0, epochs or job.epochs
     session = Session(pipeline.plan, out, pipeline.world)
+    session.devices(pipeline.devices, pipeline.route)
     if resume:
         session.resumed(first, last)
     if first >= last:
@@ -96,7 +101,7 @@ def run(
         session.say(epoch, loss, accuracy)
         if until_accuracy is not None and accuracy is not None and accuracy >= until_accuracy:
             break
-    session.finish(pipeline.last_trace() if trace else None)
+    session.finish(pipeline.last_trace() if trace else None, pipeline.footprints())
     pipeline.close()
 
 

@@ -25,6 +25,8 @@ def run(
     ] = None,
     chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
     precision: Annotated[Optional[str], typer.Option(help="bf16: forwards under autocast.")] = None,  # noqa: UP045
+    master_weights: Annotated[bool, typer.Option(help="Keep a float32 master of every bfloat16 weight.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
     seed: Annotated[int, typer.Option(help="Order of the data and dropout masks depend on it alone.")] = 0,
     tolerance: Annotated[
         float,
@@ -65,6 +67,8 @@ def run(
         microbatches=microbatches,
         chunks=chunks,
         precision=precision,
+        master_weights=master_weights,
+        device=device,
         seed=seed,
     )
     way = way_of(pipeline, job)

@@ -55,9 +55,9 @@ def measure(world: World, *, repeats: int = 20) -> Topology:
     """Measure α and β of the links within nodes and between them. Collective; the same on all ranks.
 
     Messages are in host memory. At each level pairs of ranks play ping-pong, and all ranks of a node,
-    or of all nodes, do ring all-reduces (float32 sums). The device is the GPU that torch has, if any,
-    with its memory; else the CPU with an even share of its node's physical memory per rank (the
-    smallest share counts).
+    or of all nodes, do ring all-reduces (float32 sums). The device is the GPU that the rank would train
+    on, if any, with what is free of its memory; else the CPU with an even share of its node's physical
+    memory per rank (the smallest share counts).
 
     Args:
         repeats: rounds per pair and size, fewer if they take long; the median counts.
@@ -83,7 +83,7 @@ def measure(world: World, *, repeats: int = 20) -> Topology:
     if len(nodes) > 1:
         links = (*_link(world, pairs_across(nodes), repeats), *_reduction(world, world.comm, repeats))
         levels.append(Level("network", len(nodes), *links))
-    devices: list[tuple[str, str, int]] = world.comm.allgather(_device(world.local_rank, per_node))
+    devices: list[tuple[str, str, int]] = world.comm.allgather(_device(world))
     return Topology(
         levels=tuple(levels),
         device=devices[0][0],
@@ -239,14 +239,14 @@ def _doze(request: Any) -> None:
         time.sleep(1e-3)
 
 
-def _device(local_rank: int, ranks_on_node: int) -> tuple[str, str, int]:
+def _device(world: World) -> tuple[str, str, int]:
     """Kind, name and memory in bytes of the device that this rank would train on."""
-    import torch
+    from pipedream_hpc.cluster.device import choose  # with torch, which takes its time
 
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(local_rank % torch.cuda.device_count())
-        return str(properties.name), str(properties.name), int(properties.total_memory)
-    return "cpu", _cpu(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_on_node
+    device = choose("auto", world)
+    if device.kind == "cuda":
+        return device.name, device.name, device.memory_bytes
+    return "cpu", _cpu(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size
 
 
 def _cpu() -> str:

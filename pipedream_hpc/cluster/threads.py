@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 
-from pipedream_hpc.cluster.world import join
+import torch
+
+from pipedream_hpc.cluster.cores import BIND, Cores, hold, in_order, share
+from pipedream_hpc.cluster.world import World, join
 
 
 def cores() -> int:
@@ -22,6 +25,22 @@ def threads_per_rank(ranks_on_node: int) -> int:
     if given.isdecimal() and int(given) > 0:
         return int(given)
     return max(1, cores() // max(1, ranks_on_node))
+
+
+def take_cores(world: World, ranks_on_node: int) -> Cores:
+    """Let this rank's compute threads be so many, on cores of its own where there are enough.
+
+    Args:
+        world: of the rank.
+        ranks_on_node: among whom cores are shared out; more than the world's if one process has several.
+    """
+    threads = threads_per_rank(ranks_on_node)
+    torch.set_num_threads(threads)
+    if world.size == 1 or os.environ.get(BIND) == "0":
+        return Cores()
+    taken = share(world.cpusets, world.place, threads, in_order())
+    hold(taken)
+    return taken
 
 
 def crowded(ranks_on_node: int) -> bool:

@@ -33,8 +33,8 @@ _LOCAL_RANK = (
 _HEAD_START_S = 5.0
 
 
-def _own_cores() -> int:
-    return len(os.sched_getaffinity(0))
+def _own_cores() -> frozenset[int]:
+    return frozenset(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class World:
         local_size: number of processes on its node.
         host: name of the node.
         comm: mpi4py communicator; None in a process that no launcher started.
-        node_cores: cores that the processes on its node may use between them.
+        cpusets: cores that each of the processes on its node may use.
+        place: of this process among these.
     """
 
     rank: int
@@ -57,7 +58,13 @@ class World:
     local_size: int
     host: str
     comm: Any = None
-    node_cores: int = field(default_factory=_own_cores)
+    cpusets: tuple[frozenset[int], ...] = field(default_factory=lambda: (_own_cores(),))
+    place: int = 0
+
+    @property
+    def node_cores(self) -> int:
+        """Cores that the processes on its node may use between them: all the same, or each its own."""
+        return len(frozenset().union(*self.cpusets))
 
     @property
     def is_root(self) -> bool:
@@ -98,8 +105,6 @@ def join() -> World:
             time.sleep(_HEAD_START_S)
         raise
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    # Ranks may be bound to cores of their own or all share the same: together they have the union.
-    node_cores = len(set().union(*node.allgather(os.sched_getaffinity(0))))
     local_rank = _first(os.environ, _LOCAL_RANK)
     world = World(
         rank=comm.rank,
@@ -108,7 +113,8 @@ def join() -> World:
         local_size=node.size,
         host=socket.gethostname(),
         comm=comm,
-        node_cores=node_cores,
+        cpusets=tuple(node.allgather(_own_cores())),
+        place=node.rank,
     )
     node.Free()
     abort.install(world)

@@ -16,7 +16,6 @@ from afar what forward left. On a small model both errors are as large as the la
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
+from pipedream_hpc.model.clock import Clock, HostClock
 from pipedream_hpc.model.cut import Cut
 from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.model.precision import Precision
@@ -36,7 +36,7 @@ class Clocked:
         graph: the captured model.
         loss: of the model's output; without it backward begins at all that the model puts out.
         precision: what forwards run in.
-        clock: seconds.
+        clock: of the device that the model is on.
 
     Attributes:
         forward_s: of every layer in the last minibatch; the last layer's with the loss.
@@ -48,16 +48,16 @@ class Clocked:
         graph: LayerGraph,
         loss: Callable[[Any], torch.Tensor] | None = None,
         precision: Precision | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Clock | None = None,
     ) -> None:
-        self._loss, self._clock, self._count = loss, clock, len(graph.layers)
+        self._loss, self._clock, self._count = loss, clock or HostClock(), len(graph.layers)
         self._precision = precision or nullcontext
         self._part = Cut(graph, [range(self._count)]).part(0, isolated=False)
         self._number = {layer.name: index for index, layer in enumerate(graph.layers)}
         self._insert()
-        self._marks: list[tuple[int, float]] = []
+        self._forward: list[tuple[int, Any]] = []  # layer, and when its forward ended
+        self._backward: list[tuple[int, Any]] = []  # layer, and when its backward began
         self._hooked: set[tuple[Any, int]] = set()
-        self._began_s = 0.0
         self.forward_s = [0.0] * self._count
         self.backward_s = [0.0] * self._count
 
@@ -67,9 +67,8 @@ class Clocked:
         Args:
             arguments: the model's, in the captured order.
         """
-        self._marks, self._hooked = [], set()
-        self.forward_s, self.backward_s = [0.0] * self._count, [0.0] * self._count
-        self._began_s = self._clock()
+        self._forward, self._backward, self._hooked = [], [], set()
+        began = self._clock.mark()
         given = [arguments[index] for index in self._part.inputs]
         for position in self._part.rewrites:
             given[position] = given[position].clone()
@@ -77,21 +76,35 @@ class Clocked:
             output = self._part.run(given)[-1]
             if self._loss is not None:
                 output = self._loss(output)
-        self.forward_s[-1] += self._clock() - self._began_s
+        self._forward.append((self._count - 1, self._clock.mark()))
         trained = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
         del output
-        if not trained:
-            return
+        ended = None
+        if trained:
+            ended = self._back(trained)
+        self._note_times(began, ended)
+
+    def _back(self, trained: list[torch.Tensor]) -> Any:
+        """Backward from what is `trained`; when it ended."""
         gradients = [torch.full_like(each, 1.0 / max(each.numel(), 1)) for each in trained]
-        began_s = self._clock()
+        self._backward.append((self._count - 1, self._clock.mark()))
         torch.autograd.backward(trained, gradients)
-        ended_s = self._clock()
-        # Autograd goes back in the order of forward: between two marks one layer is at work.
-        marks = [(self._count - 1, began_s), *self._marks, (0, ended_s)]
-        for (layer, since_s), (_, until_s) in itertools.pairwise(marks):
-            self.backward_s[layer] += until_s - since_s
+        ended = self._clock.mark()
         for parameter in self._part.module.parameters():
             parameter.grad = None
+        return ended
+
+    def _note_times(self, began: Any, ended: Any) -> None:
+        """What is between the moments noted down; read only now, for that may wait for the device."""
+        self.forward_s, self.backward_s = [0.0] * self._count, [0.0] * self._count
+        marks = [began, *(mark for _, mark in self._forward), *(mark for _, mark in self._backward)]
+        times = self._clock.read(marks if ended is None else [*marks, ended])
+        count = len(self._forward)
+        for (layer, _), (since_s, until_s) in zip(self._forward, itertools.pairwise(times[: count + 1]), strict=True):
+            self.forward_s[layer] += until_s - since_s
+        # Autograd goes back in the order of forward: between two marks one layer is at work.
+        for (layer, _), (since_s, until_s) in zip(self._backward, itertools.pairwise(times[count + 1 :]), strict=True):
+            self.backward_s[layer] += until_s - since_s
 
     def _insert(self) -> None:
         """Put a mark behind the last operation of every layer; it is shown what the layer puts out."""
@@ -110,7 +123,7 @@ class Clocked:
 
     def _mark(self, layer: int, *values: Any) -> None:
         """A layer's forward has ended."""
-        self.forward_s[layer] += self._clock() - self._began_s
+        self._forward.append((layer, self._clock.mark()))
         for value in tree_flatten(values)[0]:
             if not isinstance(value, torch.Tensor) or value.grad_fn is None:
                 continue
@@ -118,5 +131,4 @@ class Clocked:
             place = value.grad_fn, value.output_nr
             if place not in self._hooked:
                 self._hooked.add(place)
-                value.register_hook(lambda _: self._marks.append((layer, self._clock())))  # type: ignore[no-untyped-call]
-        self._began_s = self._clock()
+                value.register_hook(lambda _: self._backward.append((layer, self._clock.mark())))  # type: ignore[no-untyped-call]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,25 @@ Precision = Callable[[], AbstractContextManager[Any]]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(precision: str | None) -> Precision | None:
-    """torch's autocast to `bf16` or `fp16`; None for the model's own precision.
+@dataclass(frozen=True)
+class Autocast:
+    """torch's autocast, whose lists of operations differ from one kind of device to another.
+
+    Attributes:
+        dtype: what it casts to.
+        kind: of device, `cpu` or `cuda`.
+    """
+
+    dtype: torch.dtype
+    kind: str
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        # Casts of weights are not kept: a weight of the next minibatch is another version.
+        return torch.autocast(self.kind, dtype=self.dtype, cache_enabled=False)
+
+
+def autocast(precision: str | None, kind: str = "cpu") -> Autocast | None:
+    """torch's autocast to `bf16` or `fp16` on a kind of device; None for the model's own precision.
 
     Raises:
         PipedreamError: there is no such precision.
@@ -28,5 +46,4 @@ def autocast(precision: str | None) -> Precision | None:
         raise PipedreamError(
             f"precision should be 'bf16' or 'fp16', or left away for that of the model, not '{precision}'"
         )
-    # Casts of weights are not kept: a weight of the next minibatch is another version.
-    return lambda: torch.autocast("cpu", dtype=_DTYPES[precision], cache_enabled=False)
+    return Autocast(_DTYPES[precision], kind)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.capture import arguments_of
+from pipedream_hpc.model.clock import clock_of
 from pipedream_hpc.model.clocked import Clocked
 from pipedream_hpc.model.cut import Cut, Part, enter
 from pipedream_hpc.model.graph import Layer, LayerGraph
@@ -30,6 +31,8 @@ def measure(
     model: str = "",
     loss: Callable[[Any], torch.Tensor] | None = None,
     precision: Precision | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - as good as a constant
+    name: str = "cpu",
 ) -> Profile:
     """Time forward and backward of every layer (the paper's section 3.1).
 
@@ -45,6 +48,8 @@ def measure(
         model: the name to note down; the model's class by default.
         loss: of the model's output for this example; it is counted with the last layer.
         precision: what forwards run in; the graph was captured for the same.
+        device: where model and example are. Times on a GPU are between events on its stream.
+        name: the device's.
 
     Raises:
         PipedreamError: `minibatches` is less than 1, or the example has not the captured shape.
@@ -55,19 +60,19 @@ def measure(
     forward_s: list[list[float]] = []
     backward_s: list[list[float]] = []
     with untouched(graph.module):
-        clocked = Clocked(graph, loss, precision)
+        clocked = Clocked(graph, loss, precision, clock_of(device))
         for turn in range(warm_up + minibatches):
             clocked.run(arguments)
             if turn >= warm_up:
                 forward_s.append(clocked.forward_s)
                 backward_s.append(clocked.backward_s)
-        stashed = _stashed_by_layer(graph, arguments, precision)
+        stashed = _stashed_by_layer(graph, arguments, loss, precision)
     forward, backward = (
         [statistics.median(of_layer) for of_layer in zip(*rows, strict=True)] for rows in (forward_s, backward_s)
     )
     return Profile(
         model=model or type(graph.module).__name__,
-        device="cpu",
+        device=name,
         minibatch=_minibatch(graph),
         layers=tuple(
             _profile(layer, *figures) for layer, *figures in zip(graph.layers, forward, backward, stashed, strict=True)
@@ -156,8 +161,16 @@ def count(graph: LayerGraph, model: str = "") -> Profile:
     return Profile(name, "counted", _minibatch(graph), tuple(layers), graph.edges)
 
 
-def _stashed_by_layer(graph: LayerGraph, arguments: tuple[Any, ...], precision: Precision | None) -> list[int]:
-    """Run each layer by itself on what the layers before it put out, to see what it stashes."""
+def _stashed_by_layer(
+    graph: LayerGraph,
+    arguments: tuple[Any, ...],
+    loss: Callable[[Any], torch.Tensor] | None,
+    precision: Precision | None,
+) -> list[int]:
+    """Run each layer by itself on what the layers before it put out, to see what it stashes.
+
+    What the loss stashes counts with the last layer: of a language model as much as its output.
+    """
     cut = Cut(graph, [[index] for index in range(len(graph.layers))])
     values: dict[str, torch.Tensor] = {}
     stashed = []
@@ -171,13 +184,15 @@ def _stashed_by_layer(graph: LayerGraph, arguments: tuple[Any, ...], precision: 
         for position in part.rewrites:
             given[position] = enter(given[position]) if given[position].requires_grad else given[position].clone()
         with (precision or nullcontext)():
-            stash_bytes, returned = _stashed_bytes(part, given)
+            stash_bytes, returned = _stashed_bytes(part, given, loss)
         stashed.append(stash_bytes)
         values.update((value.name, exit.detach()) for value, exit in zip(part.exits, returned, strict=False))
     return stashed
 
 
-def _stashed_bytes(part: Part, given: list[Any]) -> tuple[int, tuple[Any, ...]]:
+def _stashed_bytes(
+    part: Part, given: list[Any], loss: Callable[[Any], torch.Tensor] | None
+) -> tuple[int, tuple[Any, ...]]:
     """What autograd keeps from this layer's forward to its backward, without the weights; what it returns."""
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in part.module.parameters()}
@@ -185,12 +200,19 @@ def _stashed_bytes(part: Part, given: list[Any]) -> tuple[int, tuple[Any, ...]]:
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = _allocated(storage)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         returned = part.run(given)
+        if part.output and loss is not None:
+            loss(returned[-1])
     return sum(kept.values()), returned
+
+
+def _allocated(storage: torch.UntypedStorage) -> int:
+    """Bytes that a storage takes: torch gives out a GPU's memory in blocks of 512 bytes."""
+    return -(-storage.nbytes() // 512) * 512 if storage.device.type == "cuda" else storage.nbytes()
 
 
 def _profile(layer: Layer, forward_s: float, backward_s: float, stash_bytes: int) -> LayerProfile:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.graph import flatten, tensors_in
-from pipedream_hpc.model.precision import Precision
+from pipedream_hpc.model.precision import Autocast, Precision
 from pipedream_hpc.model.untouched import untouched
 
 
@@ -26,8 +26,9 @@ def propagate(
     Shapes are propagated without memory. A module kept whole may look at values, which such tensors
     have none of: then the example itself is run, and the model put back as it was.
     """
-    # Autocast goes by the device, so under it tensors have to say that they are on the CPU.
-    device, pretending = ("meta", nullcontext()) if precision is None else ("cpu", FakeTensorMode())
+    # Autocast goes by the device, so under it tensors have to say that they are where they will be.
+    kind = precision.kind if isinstance(precision, Autocast) else "cpu"
+    device, pretending = ("meta", nullcontext()) if precision is None else (kind, FakeTensorMode())
     autocast = precision or nullcontext
     try:
         with pretending:

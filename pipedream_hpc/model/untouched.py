@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from pipedream_hpc.model.randomness import generators_kept
+
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
@@ -16,7 +18,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     held = {module: dict(module._parameters) for module in model.modules()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept(_device_of(model)):
         try:
             model.train()
             for parameter in gradients:
@@ -32,3 +34,8 @@ def untouched(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for buffer, before in buffers.items():
                     buffer.copy_(before)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """The GPU that the model is on, if it is on one."""
+    return next((weight.device for weight in model.parameters() if weight.is_cuda), torch.device("cpu"))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -15,11 +16,16 @@ from pipedream_hpc.cluster.world import World
 from pipedream_hpc.files import make_folder, write_json
 from pipedream_hpc.observe import terminal
 from pipedream_hpc.observe.metrics import bubble, minibatch_s, split
-from pipedream_hpc.observe.tables import human_bytes, human_seconds, plan_table, sent_bytes, split_table
+from pipedream_hpc.observe.tables import human_bytes, human_seconds, memory_table, plan_table, sent_bytes, split_table
 from pipedream_hpc.observe.timeline import draw
 from pipedream_hpc.observe.trace_file import save_trace
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.schedule.trace import Trace
+
+if TYPE_CHECKING:
+    from pipedream_hpc.cluster.device import Device
+    from pipedream_hpc.runtime.footprint import Footprint
+    from pipedream_hpc.runtime.route import Route
 
 
 class Session:
@@ -44,6 +50,14 @@ class Session:
         self._epochs = 0
         self._epoch_s = 0.0
         self._console.print(plan_table(plan))
+
+    def devices(self, devices: Sequence[Device], route: Route) -> None:
+        """One line about the GPU of every rank, and one about how tensors get from one to another; none about CPUs."""
+        for rank, device in enumerate(devices):
+            if device.kind == "cuda":
+                self._console.print(f"rank {rank}: {device}", highlight=False)
+        if route.words:
+            self._console.print(f"between GPUs: {route.words}", highlight=False)
 
     def resumed(self, trained: int, wanted: int) -> None:
         """One line about what a checkpoint spares."""
@@ -75,8 +89,8 @@ class Session:
         tested = "" if accuracy is None else f"  test accuracy {accuracy:.4f}"
         self._console.print(f"epoch {epoch}  loss {loss:.4f}{tested}  {self._epoch_s:.2f} s")
 
-    def finish(self, trace: Trace | None) -> None:
-        """Tables of the last epoch, and the files; without a trace, the summary alone."""
+    def finish(self, trace: Trace | None, footprints: Sequence[Footprint] = ()) -> None:
+        """Tables of the last epoch and of memory, and the files; without a trace, the summary alone."""
         if not self._is_root:
             return
         plan, finite = self._plan, math.isfinite(self._loss)
@@ -93,6 +107,8 @@ class Session:
             "weight_versions": [stage.in_flight for stage in plan.stages],
             "sent_bytes_per_minibatch": sent,
         }
+        if footprints:
+            summary["memory"] = [dataclasses.asdict(each) for each in footprints]
         written = ["summary.json"]
         if trace is not None:
             splits, per_minibatch = split(trace), minibatch_s(trace)
@@ -113,5 +129,7 @@ class Session:
             save_trace(trace, self._out / "trace.json")
             draw(trace, self._out / "timeline.png")
             written = ["trace.json (opens in Perfetto)", "timeline.png", *written]
+        if footprints:
+            self._console.print(memory_table(footprints))
         write_json(self._out / "summary.json", summary)
         self._console.print(f"written to {self._out}: {', '.join(written)}")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from pipedream_hpc.observe.metrics import RankSplit
+from pipedream_hpc.planning.memory import MemoryParts
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.planning.topology import Topology
 
 if TYPE_CHECKING:
+    from pipedream_hpc.runtime.footprint import Footprint
     from pipedream_hpc.verification.comparison import Verdict
 
 
@@ -127,6 +130,24 @@ def split_table(splits: list[RankSplit]) -> Table:
             for together in kinds
         ]
         table.add_row(str(each.rank), ", ".join(map(str, each.stages)), *shares, f"{each.busy:.1%}")
+    return table
+
+
+def memory_table(footprints: Sequence[Footprint]) -> Table:
+    """Two rows per rank: what the plan foresaw, and what was measured."""
+    table = _table("memory", "rank", "", *MemoryParts.PARTS, "sum", "peak")
+    for each in footprints:
+        for what, parts in (("planned", each.planned), ("measured", each.measured)):
+            if parts is None:
+                continue
+            peak = "-" if each.peak_bytes is None or what == "planned" else human_bytes(each.peak_bytes)
+            sizes = [human_bytes(getattr(parts, name)) for name in MemoryParts.PARTS]
+            table.add_row(str(each.rank), what, *sizes, human_bytes(parts.total), peak)
+    known = sorted({each.before_bytes for each in footprints if each.before_bytes is not None})
+    if known:
+        before = " to ".join(human_bytes(size) for size in dict.fromkeys((known[0], known[-1])))
+        table.caption = f"peak: of the process or its GPU; {before} of it from before the first minibatch"
+        table.caption_justify = "left"
     return table
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from pipedream_hpc import __version__
+from pipedream_hpc.cluster import device as devices
+from pipedream_hpc.cluster.device import Device
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.runtime.checksum import checksum
@@ -16,6 +18,15 @@ from pipedream_hpc.runtime.deployment import Deployment
 from pipedream_hpc.runtime.feed import Feed
 from pipedream_hpc.runtime.handshake import agree, same
 from pipedream_hpc.runtime.worker import Worker
+
+
+def agree_on_devices(world: World, device: Device, *, limit_s: float) -> tuple[Device, ...]:
+    """Check that ranks compute all on CPUs or each on a GPU of its own; returns the devices of all ranks.
+
+    Raises:
+        PipedreamError: names two ranks that do not go together; see cluster.device.
+    """
+    return devices.agreed(agree(world, devices.facts(device), limit_s=limit_s))
 
 
 def agree_on_start(world: World, deployment: Deployment, seed: int, *, limit_s: float) -> str:
@@ -57,6 +68,22 @@ def agree_on_data(world: World, minibatches: int, feed: Feed, *, limit_s: float)
             raise PipedreamError(
                 f"ranks {seen[0][0]} and {rank} read different first minibatches: the order of the data must "
                 "depend on torch's random numbers alone (DataLoader(shuffle=True) does), not on the rank"
+            )
+
+
+def agree_on_checkpoints(world: World, positions: Sequence[tuple[int, int]], *, limit_s: float) -> None:
+    """Check that ranks see the same whole checkpoints, given by their epochs and units.
+
+    Raises:
+        PipedreamError: names two ranks that see different ones.
+    """
+    answers = [answer["whole"] for answer in agree(world, {"whole": list(positions)}, limit_s=limit_s)]
+    for rank, seen in enumerate(answers):
+        if seen != answers[0]:
+            first, other = (", ".join(str(epoch) for epoch, _ in each) or "none" for each in (answers[0], seen))
+            raise PipedreamError(
+                f"ranks see different checkpoints: epochs {first} on rank 0, {other} on rank {rank}: give a "
+                "folder that all ranks see, with its full path"
             )
 
 

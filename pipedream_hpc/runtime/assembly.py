@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss, OptimizerFactory
@@ -18,9 +19,11 @@ from pipedream_hpc.runtime.averaging import Averager, Packing
 from pipedream_hpc.runtime.deployment import Deployment
 from pipedream_hpc.runtime.feed import Feed, Taker
 from pipedream_hpc.runtime.stage import Ports, Stage
+from pipedream_hpc.runtime.staging import CopyStream, StagedReduction
 from pipedream_hpc.runtime.stash import WeightStash
 from pipedream_hpc.runtime.statistics import Statistics
 from pipedream_hpc.runtime.step import Clip, LossScale, SchedulerFactory, Step
+from pipedream_hpc.runtime.view import CPU
 from pipedream_hpc.runtime.wiring import Wiring
 from pipedream_hpc.runtime.worker import Worker
 from pipedream_hpc.schedule.actions import Layout
@@ -46,6 +49,8 @@ class Wishes:
     recompute: bool | None
     compiler: str | None
     seed: int
+    device: torch.device = CPU
+    masters: bool = False
 
     def __post_init__(self) -> None:
         autocast(self.precision)  # says what is wrong
@@ -56,7 +61,7 @@ class Wishes:
     @property
     def autocast(self) -> Precision | None:
         """What forwards run in; None for the model's own dtypes."""
-        return autocast(self.precision)
+        return autocast(self.precision, self.device.type)
 
     @property
     def first_scale(self) -> float:
@@ -87,7 +92,7 @@ def assemble(deployment: Deployment, training: AnySchedule, wiring: Wiring, wish
     agreements = {
         rank: wiring.reduce(None, "norms", [(2, torch.float64)]) if training.agree else None for rank in sorted(stages)
     }
-    return [Worker(rank, stages[rank], agreements[rank]) for rank in sorted(stages)]
+    return [Worker(rank, stages[rank], agreements[rank], wishes.device) for rank in sorted(stages)]
 
 
 def shared_statistics(stages: Sequence[Stage], layout: Layout, wiring: Wiring) -> list[Statistics]:
@@ -102,20 +107,32 @@ def shared_statistics(stages: Sequence[Stage], layout: Layout, wiring: Wiring) -
 
 
 def feed_of(
-    deployment: Deployment, stages: Sequence[Stage], loader: Any, *, epoch: int, seed: int, length: int
+    deployment: Deployment, stages: Sequence[Stage], loader: Any, wishes: Wishes, *, epoch: int, length: int
 ) -> Feed:
     """One pass over `loader` for those of the stages that read."""
     return Feed(
         loader,
         epoch=epoch,
-        seed=seed,
+        seed=wishes.seed,
         takers=[Taker(stage.replica, len(deployment.layout[stage.index])) for stage in stages if stage.reads],
         names=[str(node.target) for node in deployment.graph.inputs],
         pieces=deployment.pieces,
         accumulate=deployment.shared,
         length=length,
         example=deployment.graph.example,
+        device=wishes.device,
     )
+
+
+def place_buffers(module: nn.Module, device: torch.device) -> None:
+    """Put on `device` all tensors of a stage that are no parameters, constants of the captured model included."""
+    moved: dict[int, torch.Tensor] = {}
+    for owner in module.modules():
+        for held in (owner._buffers, vars(owner)):
+            for name, value in held.items():
+                if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                    # One that has several names stays one.
+                    held[name] = moved.setdefault(id(value), value.to(device))
 
 
 def _stage(
@@ -128,7 +145,16 @@ def _stage(
     replica: int,
 ) -> Stage:
     ports: Ports = wiring.ports[index, training.layout[index][replica]]
-    stash = WeightStash(part.module, training.versions(index), wishes.optimizer, overwrite=not training.stashes)
+    stash = WeightStash(
+        part.module,
+        training.versions(index),
+        wishes.optimizer,
+        overwrite=not training.stashes,
+        masters=wishes.masters,
+        device=wishes.device,
+    )
+    if wishes.device.type != "cpu":
+        place_buffers(part.module, wishes.device)
     step = Step(
         stash.optimizer,
         wishes.scheduler,
@@ -140,7 +166,11 @@ def _stage(
     averager = None
     if len(training.layout[index]) > 1:
         packing = Packing(stash.trained)
-        averager = Averager(packing, wiring.reduce(index, "gradients", packing.buckets))
+        reduction = wiring.reduce(index, "gradients", packing.buckets)
+        if wishes.device.type == "cuda":
+            # The last bucket says which parameters had a gradient: the host looks at it.
+            reduction = StagedReduction(reduction, packing.buckets, CopyStream(wishes.device), on_host=1)
+        averager = Averager(packing, reduction)
     planned = deployment.plan.stages[index].recompute
     return Stage(
         index,

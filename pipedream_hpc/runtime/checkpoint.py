@@ -101,7 +101,7 @@ class Checkpoints:
         self._run = {
             "plan or schedule": f"{zlib.crc32(str(facts).encode()):08x}",
             "seed": str(wishes.seed),
-            "precision": wishes.precision or "the model's",
+            "precision": (wishes.precision or "the model's") + (" with master weights" if wishes.masters else ""),
         }
 
     def begin(self) -> None:
@@ -233,7 +233,7 @@ def contents_of(stage: Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         PipedreamError: the learning-rate scheduler has a state that is no plain numbers.
     """
     stage.stash.use_newest()
-    tensors = {f"model.{name}": value.clone() for name, value in stage.module.state_dict().items()}
+    tensors = {f"model.{name}": value.to("cpu", copy=True) for name, value in stage.module.state_dict().items()}
     numbers: dict[str, Any] = {"loss_scale": stage.step.scale_state(), "optimizer": None, "scheduler": None}
     optimizer, names = stage.stash.optimizer, stage.stash.trained_names
     if optimizer is not None:
@@ -242,7 +242,7 @@ def contents_of(stage: Stage) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         for index, entries in state["state"].items():
             for key, value in entries.items():
                 if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{names[index]}.{key}"] = value.clone()
+                    tensors[f"optimizer.{names[index]}.{key}"] = value.to("cpu", copy=True)
                 else:
                     kept.setdefault(names[index], {})[key] = value
         numbers["optimizer"] = {"kind": _kind(optimizer), "groups": state["param_groups"], "state": kept}

@@ -11,17 +11,31 @@ whatever the plan. Where minibatches are cut, units are microbatches::
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.capture import arguments_of
 from pipedream_hpc.model.randomness import seed_for, set_seed
 from pipedream_hpc.runtime.checksum import checksum
 from pipedream_hpc.runtime.reading import UNREAD, minibatches
+from pipedream_hpc.runtime.view import CPU
+
+#: Instead of an input's number.
+_TARGET = -1
+
+
+def onto(value: Any, device: torch.device) -> Any:
+    """A tensor copied to a GPU on the current stream, without a wait; anything else as it is."""
+    if not isinstance(value, torch.Tensor) or value.device == device:
+        return value
+    # From memory that is not pinned the host would wait for all that the stream has yet to do. Pinned memory
+    # comes from torch's cache, which gives it out again only when the copy is done.
+    source = value if value.is_pinned() or value.is_cuda else value.pin_memory()
+    return source.to(device, non_blocking=True)
 
 
 def cut(value: Any, pieces: int) -> list[Any]:
@@ -75,6 +89,7 @@ class _Unit:
     samples: int
     weight: float
     readers: int  # that are not done with it
+    placed: dict[int, Any] = field(default_factory=dict)  # on the device: the target, and inputs by their number
 
 
 class Feed:
@@ -93,6 +108,8 @@ class Feed:
         accumulate: minibatches that share an update, where minibatches are cut.
         length: minibatches in the pass.
         example: the model's arguments as captured, against which the first minibatch is held.
+        device: where inputs and targets are wanted. They are copied when they are first asked for, by way of
+            pinned memory, and nobody waits; a DataLoader(pin_memory=True) saves the way there.
     """
 
     def __init__(
@@ -107,7 +124,9 @@ class Feed:
         accumulate: int = 1,
         length: int = 0,
         example: Sequence[Any] = (),
+        device: torch.device = CPU,
     ) -> None:
+        self._device = device
         self._seed = (seed, epoch)
         set_seed(seed_for("epoch", *self._seed))
         set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
@@ -128,11 +147,12 @@ class Feed:
                 f"the model takes input '{self._names[argument]}', but a minibatch of the loader has "
                 f"{len(waiting.inputs)}: let the loader yield ((input, ...), target) as the example has it"
             )
-        return waiting.inputs[argument]
+        return self._placed(waiting, argument, waiting.inputs[argument])
 
     def target(self, unit: int) -> Any:
         """Target of the unit with this number within the epoch."""
-        return self._unit(unit).target
+        waiting = self._unit(unit)
+        return self._placed(waiting, _TARGET, waiting.target)
 
     def samples(self, unit: int) -> int:
         """Samples of the unit."""
@@ -157,6 +177,13 @@ class Feed:
         if self._takers and self._read == 0:
             self._advance()
         return self._fingerprint
+
+    def _placed(self, unit: _Unit, which: int, value: Any) -> Any:
+        if self._device.type == "cpu":
+            return value
+        if which not in unit.placed:
+            unit.placed[which] = tree_map(lambda each: onto(each, self._device), value)
+        return unit.placed[which]
 
     def _unit(self, unit: int) -> _Unit:
         while self._read * self._pieces <= unit:

@@ -11,11 +11,15 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_map
 
+from pipedream_hpc.cluster.device import Device
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.job import Job
 from pipedream_hpc.model.capture import capture
@@ -23,11 +27,22 @@ from pipedream_hpc.model.materialize import whole
 from pipedream_hpc.model.precision import autocast
 from pipedream_hpc.model.profiler import averaged, measure, one_minibatch
 from pipedream_hpc.planning.profile import Profile
+from pipedream_hpc.runtime.assembly import place_buffers
+from pipedream_hpc.runtime.feed import onto
 from pipedream_hpc.runtime.rehearsal import calibrated, rehearse
 from pipedream_hpc.runtime.update_cost import with_updates
+from pipedream_hpc.runtime.view import CPU
 
 
-def profile_of(job: Job, world: World, *, minibatches: int, model: str = "", precision: str | None = None) -> Profile:
+def profile_of(
+    job: Job,
+    world: World,
+    *,
+    minibatches: int,
+    model: str = "",
+    precision: str | None = None,
+    device: Device | None = None,
+) -> Profile:
     """Measure a job; on several ranks all at the same time, and the mean is kept.
 
     Collective. The model is left as it was.
@@ -38,24 +53,57 @@ def profile_of(job: Job, world: World, *, minibatches: int, model: str = "", pre
         minibatches: how many to measure; medians are kept.
         model: the name to note down; the model's class by default.
         precision: as Pipeline takes it.
+        device: to measure on; the CPU by default.
 
     Raises:
         PipedreamError: the model cannot be captured, or `minibatches` is less than 1.
     """
-    forwards = autocast(precision)
-    graph, target = capture(whole(job.model), job.example, job.leaves, forwards), _target(job)
+    place, name = (CPU, "cpu") if device is None or device.kind == "cpu" else (device.torch, device.name)
+    forwards = autocast(precision, place.type)
+    graph = capture(whole(job.model), job.example, job.leaves, forwards)
+    target, example = (_on(value, place) for value in (_target(job), job.example))
     loss = None if target is None else lambda output: job.loss(output, target)
     together = world.comm.Barrier if world.comm is not None else lambda: None
+    with _moved(graph.module, place):
+        together()
+        measured = measure(
+            graph,
+            example,
+            minibatches=minibatches,
+            model=model,
+            loss=loss,
+            precision=forwards,
+            device=place,
+            name=name,
+        )
+        between = one_minibatch(graph, example, loss, forwards)
+        measured = with_updates(measured, graph, job.optimizer, between=between)
+        data, read_s = _read(job, minibatches + 1, between)
+        measured = dataclasses.replace(measured, read_s=read_s)
     together()
-    measured = measure(graph, job.example, minibatches=minibatches, model=model, loss=loss, precision=forwards)
-    between = one_minibatch(graph, job.example, loss, forwards)
-    measured = with_updates(measured, graph, job.optimizer, between=between)
-    data, read_s = _read(job, minibatches + 1, between)
-    measured = dataclasses.replace(measured, read_s=read_s)
-    together()
-    if loss is not None and (rehearsed := rehearse(graph, job, data, precision=precision)):
+    if loss is not None and (rehearsed := rehearse(graph, job, data, precision=precision, device=place)):
         measured = calibrated(measured, rehearsed)
     return averaged(world.comm.allgather(measured)) if world.comm is not None and world.size > 1 else measured
+
+
+def _on(value: Any, place: torch.device) -> Any:
+    return value if place.type == "cpu" else tree_map(lambda each: onto(each, place), value)
+
+
+@contextmanager
+def _moved(model: nn.Module, place: torch.device) -> Iterator[None]:
+    """The model on a GPU for a while; on the CPU it stays as it is."""
+    if place.type == "cpu":
+        yield
+        return
+    model.to(place)
+    place_buffers(model, place)
+    try:
+        yield
+    finally:
+        model.to(CPU)
+        place_buffers(model, CPU)
+        torch.cuda.empty_cache()
 
 
 def _target(job: Job) -> Any:

@@ -15,23 +15,35 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipedream_hpc.cluster.threads import threads_per_rank
+from pipedream_hpc.cluster.cores import Cores
+from pipedream_hpc.cluster.device import choose
+from pipedream_hpc.cluster.threads import take_cores
 from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Job, Loss, OptimizerFactory, accuracy
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.materialize import Factory
 from pipedream_hpc.model.precision import Precision
+from pipedream_hpc.model.randomness import generators_kept
 from pipedream_hpc.planning.plan import Plan
-from pipedream_hpc.runtime.agreement import agree_on_data, agree_on_end, agree_on_start
+from pipedream_hpc.runtime.agreement import (
+    agree_on_checkpoints,
+    agree_on_data,
+    agree_on_devices,
+    agree_on_end,
+    agree_on_start,
+)
 from pipedream_hpc.runtime.assembly import Wishes, assemble, feed_of, shared_statistics
 from pipedream_hpc.runtime.checkpoint import Checkpoints, Position
 from pipedream_hpc.runtime.deployment import Manner, deploy, given, resolve
 from pipedream_hpc.runtime.emulator import carry_out, emulate
 from pipedream_hpc.runtime.feed import Feed, cut
+from pipedream_hpc.runtime.footprint import Footprint, Peak, footprint
 from pipedream_hpc.runtime.garbage import no_stalls
+from pipedream_hpc.runtime.gathering import whole_state
 from pipedream_hpc.runtime.handshake import agree
 from pipedream_hpc.runtime.reading import start_workers_apart
+from pipedream_hpc.runtime.route import choose_route
 from pipedream_hpc.runtime.stage import Stage
 from pipedream_hpc.runtime.stall import is_stall, report
 from pipedream_hpc.runtime.step import Clip, SchedulerFactory
@@ -69,6 +81,8 @@ class Pipeline:
             stepped once per minibatch: `functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)`.
         clip: how gradients are clipped.
         precision: "bf16" or "fp16" to run forwards under autocast; fp16 scales losses.
+        master_weights: keep a float32 master of every bfloat16 weight: it is what SGD, Adam and AdamW step, and
+            the weights are the master, rounded. For models whose weights are bfloat16 (model.bfloat16()).
         recompute: run forwards again before backwards instead of keeping activations; by default what
             the plan says, stage by stage.
         compiler: a backend of torch.compile, such as "inductor", to compile every stage with.
@@ -76,6 +90,9 @@ class Pipeline:
             same bits; otherwise MPI chooses the order.
         leaves: module classes that torch.fx cannot look into and is to keep whole.
         seed: order of the data and dropout masks depend on it and on nothing else.
+        device: what to train on: "cpu", "cuda", or "auto" for a GPU where torch sees one and the core was
+            built for it. A rank takes the GPU of its local rank; two on one GPU are refused unless the
+            environment says PIPEDREAM_SHARE_GPUS=1. The model is given on the CPU.
         stall_limit_s: seconds a rank waits for another before it says for whom, and stops.
         trace: whether `last_trace` is to be had.
         checkpoints: a folder that all ranks see; every epoch's end is written there. See `resume`.
@@ -99,17 +116,26 @@ class Pipeline:
         scheduler: SchedulerFactory | None = None,
         clip: Clip | None = None,
         precision: str | None = None,
+        master_weights: bool = False,
         recompute: bool | None = None,
         compiler: str | None = None,
         deterministic: bool = True,
         leaves: Sequence[type[nn.Module]] = (),
         seed: int = 0,
+        device: str = "auto",
         stall_limit_s: float = 300.0,
         trace: bool = False,
         checkpoints: str | Path | None = None,
     ) -> None:
         self.world: World = join()
-        self._wishes = Wishes(loss, optimizer, scheduler, clip, precision, recompute, compiler, seed)
+        own = choose(device, self.world)
+        #: What every rank trains on.
+        self.devices = agree_on_devices(self.world, own, limit_s=stall_limit_s)
+        #: How boundary tensors travel between ranks.
+        self.route = choose_route(self.world, own, limit_s=stall_limit_s)
+        self._wishes = Wishes(
+            loss, optimizer, scheduler, clip, precision, recompute, compiler, seed, own.torch, master_weights
+        )
         manner = Manner(schedule, microbatches, chunks, accumulate, agree=self._wishes.needs_agreement)
         wanted = given(plan)
         graph = capture(model, cut(example, manner.pieces(wanted))[0], leaves, self._wishes.autocast)
@@ -117,6 +143,7 @@ class Pipeline:
         self._deployment = deploy(resolve(wanted, graph, manner), name, graph, manner, self.world)
         self.plan = self._deployment.plan
         self._stall_limit_s, self._tracing = stall_limit_s, trace
+        self._peak = Peak(own.torch)
         self._epoch = self._units_run = self._units_trained = 0
         self._begun = False
         self._verified: set[AnySchedule] = set()
@@ -124,13 +151,22 @@ class Pipeline:
         self._last_units = 0
         launch = agree_on_start(self.world, self._deployment, seed, limit_s=stall_limit_s)
         ranks = self._deployment.ranks
+        cores = Cores()
         if ranks > 1 or self.world.size > 1:
-            torch.set_num_threads(threads_per_rank(max(ranks, self.world.local_size)))
+            cores = take_cores(self.world, max(ranks, self.world.local_size))
         training, lines = self._deployment.training(0), self._deployment.lines
         self._wiring: Wiring = (
-            mpi_wiring(self.world, training, lines, stall_limit_s, ordered=deterministic)
+            mpi_wiring(
+                self.world,
+                training,
+                lines,
+                stall_limit_s,
+                ordered=deterministic,
+                route=self.route,
+                cores=cores.progress,
+            )
             if self.world.size > 1
-            else local_wiring(training, lines)
+            else local_wiring(training, lines, own.torch)
         )
         self._workers = assemble(self._deployment, training, self._wiring, self._wishes)
         self._statistics = shared_statistics(self.stages, training.layout, self._wiring)
@@ -179,6 +215,11 @@ class Pipeline:
         return self._wishes.autocast
 
     @property
+    def master_weights(self) -> bool:
+        """Whether bfloat16 weights have float32 masters."""
+        return self._wishes.masters
+
+    @property
     def scales_losses(self) -> bool:
         """Whether losses are scaled, as fp16 needs it."""
         return self._wishes.first_scale != 1.0
@@ -196,6 +237,8 @@ class Pipeline:
         """
         if self._checkpoints is not None and not self._begun:
             self._checkpoints.begin()
+        if not self._units_trained:
+            self._peak.begin()
         self._begun = True
         total, pieces = length_of(loader), self._deployment.pieces
 
@@ -216,19 +259,11 @@ class Pipeline:
         return self._pass(loader, total, self._deployment.evaluation(total), metric, lambda *_: None)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Newest weights and buffers of the whole model under the model's own names.
+        """Newest weights and buffers of the whole model, on the CPU, under the model's own names.
 
         Collective. The whole on rank 0, empty elsewhere.
         """
-        own: dict[str, torch.Tensor] = {}
-        for stage in self.stages:
-            if stage.replica == 0:
-                stage.stash.use_newest()
-                own.update((name, value.detach().clone()) for name, value in stage.module.state_dict().items())
-        if self.world.comm is not None and self.world.size > 1:
-            parts = self.world.comm.gather(own, root=0)
-            own = {name: value for part in parts or () for name, value in part.items()}
-        return self._completed(own) if self.rank == 0 else {}
+        return whole_state(self.world, self._deployment.graph, self.stages)
 
     def stage_of_parameters(self) -> dict[str, int]:
         """The stage that each of the model's parameters belongs to, by qualified name."""
@@ -248,6 +283,18 @@ class Pipeline:
             spans = [span for part in self.world.comm.allgather(spans) for span in part]
         return Trace("measured", self._deployment.layout, self._last_units, tuple(spans))
 
+    def footprints(self) -> list[Footprint]:
+        """Memory of every rank, planned and measured, after `fit`. Collective; the same on all ranks."""
+        schedule, lines = self._deployment.training(0), self._deployment.lines
+        peak = self._peak if len(self._workers) == 1 else None
+        own = [
+            footprint(worker, self.plan, schedule, lines, str(self.devices[self.rank]), peak)
+            for worker in self._workers
+        ]
+        return [
+            each for answer in agree(self.world, {"own": own}, limit_s=self._stall_limit_s) for each in answer["own"]
+        ]
+
     def resume(self) -> int:
         """Go on from the newest whole checkpoint, as if training had never stopped; returns its epochs.
 
@@ -260,14 +307,8 @@ class Pipeline:
         if self._checkpoints is None:
             raise PipedreamError("there is nothing to resume from: make the Pipeline with checkpoints=FOLDER")
         positions, passed_over = self._checkpoints.whole()
-        answers = agree(self.world, {"whole": positions}, limit_s=self._stall_limit_s)
-        for rank, answer in enumerate(answers):
-            if answer["whole"] != answers[0]["whole"]:
-                seen = [", ".join(str(each.epoch) for each in answers[r]["whole"]) or "none" for r in (0, rank)]
-                raise PipedreamError(
-                    f"ranks see different checkpoints: epochs {seen[0]} on rank 0, {seen[1]} on rank {rank}: give a "
-                    "folder that all ranks see, with its full path"
-                )
+        seen = [(each.epoch, each.units) for each in positions]
+        agree_on_checkpoints(self.world, seen, limit_s=self._stall_limit_s)
         if self.rank == 0:
             for reason in passed_over:
                 warnings.warn(f"checkpoint passed over: {reason}", stacklevel=2)
@@ -310,7 +351,25 @@ class Pipeline:
         """Run one schedule over one pass of the loader; `metric` None means training."""
         training = metric is None
         self._verify(schedule)
-        rng = torch.random.get_rng_state()
+        with generators_kept(self._wishes.device):
+            mean = self._run(loader, total, schedule, metric, finished)
+        self._units_run += schedule.minibatches
+        if training:
+            self._units_trained += schedule.minibatches
+            self._epoch += 1
+            if self._checkpoints is not None:
+                self._write(self._checkpoints)
+        return mean
+
+    def _run(
+        self,
+        loader: Any,
+        total: int,
+        schedule: AnySchedule,
+        metric: Loss | None,
+        finished: Callable[[Worker, Action], None],
+    ) -> float:
+        training = metric is None
         try:
             feed = self._feed(loader, total)
             agree_on_data(self.world, total, feed, limit_s=self._stall_limit_s)
@@ -338,17 +397,9 @@ class Pipeline:
             if is_stall(error):
                 raise report(self.world, str(error.__cause__ or error)) from None
             raise
-        finally:
-            torch.random.set_rng_state(rng)
         if training and self._tracing:
             self._spans = [span for worker in self._workers for span in worker.spans(began_ns)]
             self._last_units = schedule.minibatches
-        self._units_run += schedule.minibatches
-        if training:
-            self._units_trained += schedule.minibatches
-            self._epoch += 1
-            if self._checkpoints is not None:
-                self._write(self._checkpoints)
         return mean
 
     def _write(self, checkpoints: Checkpoints) -> None:
@@ -367,28 +418,13 @@ class Pipeline:
     def _feed(self, loader: Any, total: int) -> Feed:
         if self.world.size > 1:
             start_workers_apart(loader)
-        return feed_of(self._deployment, self.stages, loader, epoch=self._epoch, seed=self.seed, length=total)
+        return feed_of(self._deployment, self.stages, loader, self._wishes, epoch=self._epoch, length=total)
 
     def _share_statistics(self) -> None:
         for statistics in self._statistics:
             statistics.hand_in()
         for statistics in self._statistics:
             statistics.take()
-
-    def _completed(self, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Also what no stage uses, and further names of weights that have several."""
-        model, recipe = self._deployment.graph.module, self._deployment.graph.recipe
-        names: dict[int, str] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in own:
-                names.setdefault(id(parameter), name)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name not in own and id(parameter) in names:
-                own[name] = own[names[id(parameter)]]
-        whole = {name: own.get(name, value) for name, value in model.state_dict().items()}
-        missing = [name for name, value in whole.items() if value.is_meta]
-        made = recipe.make(missing) if recipe and missing else {}
-        return {**whole, **{name: value.detach() for name, value in made.items()}}
 
     def _verify(self, schedule: AnySchedule) -> None:
         if schedule not in self._verified:

@@ -23,10 +23,12 @@ import torch
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.job import Job
 from pipedream_hpc.model.graph import LayerGraph
+from pipedream_hpc.model.randomness import generators_kept
 from pipedream_hpc.planning.profile import LayerProfile, Profile
 from pipedream_hpc.runtime.assembly import Wishes, assemble, feed_of
 from pipedream_hpc.runtime.deployment import Manner, deploy, resolve
 from pipedream_hpc.runtime.emulator import emulate
+from pipedream_hpc.runtime.view import CPU
 from pipedream_hpc.runtime.wiring import local_wiring
 from pipedream_hpc.schedule.trace import Span
 
@@ -51,7 +53,14 @@ class Rehearsal:
     beside_s: float
 
 
-def rehearse(graph: LayerGraph, job: Job, data: Sequence[Any], *, precision: str | None = None) -> Rehearsal | None:
+def rehearse(
+    graph: LayerGraph,
+    job: Job,
+    data: Sequence[Any],
+    *,
+    precision: str | None = None,
+    device: torch.device = CPU,
+) -> Rehearsal | None:
     """Train minibatches of the job in two even stages; None where there are fewer than two.
 
     A model of a single layer is one stage. Weights are copied, and the model is left as it was.
@@ -61,20 +70,21 @@ def rehearse(graph: LayerGraph, job: Job, data: Sequence[Any], *, precision: str
         job: whose loss and optimizer are taken.
         data: (inputs, target) pairs, already read; the first one is not counted.
         precision: as Pipeline takes it.
+        device: what the stages compute on.
     """
     if len(data) < 2:
         return None
     clip = job.clip if job.clip is not None and job.clip.over == "stage" else None
-    wishes = Wishes(job.loss, job.optimizer, job.scheduler, clip, precision, False, None, seed=0)
+    wishes = Wishes(job.loss, job.optimizer, job.scheduler, clip, precision, False, None, 0, device)
     # Where stages must agree there is no 1F1B: flushing after every minibatch costs as much where all take turns.
     manner = Manner("1f1b-flush" if wishes.needs_agreement else "1f1b", 1, agree=wishes.needs_agreement)
     wanted = tuple([1] * min(len(graph.layers), 2))
     deployment = deploy(resolve(wanted, graph, manner), "the rehearsal", graph, manner, _ALONE)
     training = deployment.training(len(data))
-    workers = assemble(deployment, training, local_wiring(training, deployment.lines), wishes)
+    workers = assemble(deployment, training, local_wiring(training, deployment.lines, device), wishes)
     stages = [stage for worker in workers for stage in worker.stages.values()]
-    with torch.random.fork_rng(devices=[]):
-        feed = feed_of(deployment, stages, data, epoch=0, seed=0, length=len(data))
+    with generators_kept(device):
+        feed = feed_of(deployment, stages, data, wishes, epoch=0, length=len(data))
         for worker in workers:
             worker.begin(training, feed, 0, 0, score=None, trace=True)
         for _ in emulate(workers, training):

@@ -15,13 +15,12 @@ transport's business::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss
@@ -31,8 +30,11 @@ from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.randomness import seed_for, seed_layers, set_seed
 from pipedream_hpc.runtime.averaging import Averager
 from pipedream_hpc.runtime.feed import Feed
+from pipedream_hpc.runtime.footprint import Scales
 from pipedream_hpc.runtime.stash import WeightStash
+from pipedream_hpc.runtime.statistics import statistics_kept
 from pipedream_hpc.runtime.step import Step
+from pipedream_hpc.runtime.tally import Tally
 from pipedream_hpc.runtime.transport import Inbox, Outbox
 from pipedream_hpc.schedule.actions import Backward, Forward, Payload, Receive, Schedule, Send, Update
 
@@ -58,20 +60,6 @@ class _Live:
     exits: tuple[torch.Tensor, ...] = ()
     loss: torch.Tensor | None = None
     weight: torch.Tensor | None = None  # the gradient that backward begins with at the loss
-
-
-@dataclass
-class Tally:
-    """Scores of the output stage's units: (unit, mean over its samples, samples)."""
-
-    parts: list[tuple[int, torch.Tensor, int]] = field(default_factory=list)
-
-    def add(self, unit: int, mean: torch.Tensor, samples: int) -> None:
-        # Read out only at the end of the epoch: reading a number waits for the device.
-        self.parts.append((unit, mean, samples))
-
-    def read(self) -> list[tuple[int, float, int]]:
-        return [(unit, mean.item(), samples) for unit, mean, samples in self.parts]
 
 
 class Stage:
@@ -112,7 +100,7 @@ class Stage:
     ) -> None:
         self.index, self.replica, self.part, self.module = index, replica, part, part.module
         self.stash, self.step, self.averager, self.ports = stash, step, averager, ports
-        self.loss, self._seed, self._recompute, self._precision = loss, seed, recompute, precision
+        self.loss, self._seed, self.recomputes, self._precision = loss, seed, recompute, precision
         self.output = part.output
         #: Whether it takes something from the data set.
         self.reads = bool(part.inputs) or part.output
@@ -131,6 +119,7 @@ class Stage:
         self._current = 0
         self._weights: dict[float, torch.Tensor] = {}
         self.tally = Tally()
+        self.scales = Scales()
         #: Shown ("gradient", round, names and tensors) before every update, and ("weight", ...) after it.
         self.watch: Callable[[str, int, Iterable[tuple[str, torch.Tensor | None]]], None] | None = None
         if averager is not None:
@@ -201,7 +190,8 @@ class Stage:
             version = self._version_base + action.version
             self.stash.acquire(self._unit_base + unit, version)
             self._check_version(unit, action)
-        keep = self._training and not self._recompute
+            self.scales.in_flight = max(self.scales.in_flight, self.stash.holders)
+        keep = self._training and not self.recomputes
         live.exits, output = self._run(unit, live, gradients=keep)
         if self.output:
             self._finish_forward(unit, live, output, gradients=keep)
@@ -213,7 +203,7 @@ class Stage:
         unit = action.minibatch
         live = self._live[unit]
         self._check_version(unit, action)
-        if self._recompute:
+        if self.recomputes:
             self._run_again(unit, live)
         tensors: list[torch.Tensor] = []
         gradients: list[torch.Tensor | None] = []
@@ -227,6 +217,7 @@ class Stage:
                 if exit.requires_grad:
                     tensors.append(exit)
                     gradients.append(gradient)
+        self.scales.unit(tensors, self.module, (entry for each in live.entries.values() for entry in each))
         if self.averager is not None and self._last_of_round(unit):
             self.averager.last_backward()
         if self._adding not in (None, self.stash.slab_of(self._unit_base + unit)):
@@ -279,6 +270,7 @@ class Stage:
         round = action.version - 1
         count = self.step.count(self._schedule, self.index, round)
         gradients, self._whole = self.gradients(count), None
+        self.scales.round(gradients)
         number = self.stash.version
         if self.watch is not None:
             self.watch("gradient", number, zip(self.stash.trained_names, gradients, strict=True))
@@ -388,7 +380,7 @@ class Stage:
     def _run_again(self, unit: int, live: _Live) -> None:
         """Recompute what backward needs, on the weights of the unit's forward, with the same random numbers."""
         self.stash.bind(self._unit_base + unit)
-        with _statistics_kept(self.module):
+        with statistics_kept(self.module):
             live.exits, output = self._run(unit, live, gradients=True)
         if self.output:
             tally, self.tally = self.tally, Tally()
@@ -425,23 +417,6 @@ _AS_IT_IS = nullcontext()
 def _grad(enabled: bool) -> AbstractContextManager[Any]:
     """Gradients on or off; to set what is set already takes microseconds."""
     return _AS_IT_IS if torch.is_grad_enabled() == enabled else torch.set_grad_enabled(enabled)
-
-
-@contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Leave the running statistics of normalisation layers as they are: they have seen this unit.
-
-    The layers get copies meanwhile. To put values back instead would spoil what autograd has stashed.
-    """
-    layers = [each for each in module.modules() if getattr(each, "track_running_stats", False)]
-    held = [dict(layer._buffers) for layer in layers]
-    for layer, buffers in zip(layers, held, strict=True):
-        layer._buffers.update({name: None if each is None else each.clone() for name, each in buffers.items()})
-    try:
-        yield
-    finally:
-        for layer, buffers in zip(layers, held, strict=True):
-            layer._buffers.update(buffers)
 
 
 def _storage(tensor: torch.Tensor) -> int:

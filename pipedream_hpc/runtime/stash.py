@@ -25,7 +25,8 @@ from torch import nn
 from pipedream_hpc.core import load_memory
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import OptimizerFactory
-from pipedream_hpc.runtime.fused import fused_from
+from pipedream_hpc.runtime.fused import FusedStep, fused_from
+from pipedream_hpc.runtime.view import CPU, memory_on, tensor_over
 
 if TYPE_CHECKING:
     from pipedream_hpc._memory import View, WeightPool
@@ -48,13 +49,10 @@ class _Slot:
     trained: bool
     holders: tuple[_Holder, ...]
 
-    def view(self, slab: View) -> nn.Parameter:
+    def view(self, slab: View, device: torch.device) -> nn.Parameter:
         """A leaf over this parameter's place in `slab`, with a version counter of its own."""
-        if not self.shape.numel():
-            return nn.Parameter(torch.empty(self.shape, dtype=self.dtype), requires_grad=self.trained)
-        count = self.shape.numel()
-        values = torch.frombuffer(slab, dtype=self.dtype, count=count, offset=self.offset)
-        return nn.Parameter(values.view(self.shape), requires_grad=self.trained)
+        values = tensor_over(slab, self.shape, self.dtype, offset=self.offset, device=device)
+        return nn.Parameter(values, requires_grad=self.trained)
 
 
 class WeightStash:
@@ -68,16 +66,35 @@ class WeightStash:
         optimizer: called with the stage's trained parameters; not called if there are none.
         overwrite: let an update write over the newest version even while units hold it, which is
             what naive pipelining does.
+        masters: whether bfloat16 weights have float32 masters, which the optimizer steps and keeps with its
+            state; the weights are the masters, rounded.
+        device: where the slabs are. On a GPU all is done on the stream that is current at the call, in its
+            order, and nothing is waited for.
     """
 
-    def __init__(self, module: nn.Module, slabs: int, optimizer: OptimizerFactory, *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        slabs: int,
+        optimizer: OptimizerFactory,
+        *,
+        overwrite: bool = False,
+        masters: bool = False,
+        device: torch.device = CPU,
+    ) -> None:
         self._slots, nbytes = _lay_out(module)
-        self._overwrite = overwrite
-        self._pool: WeightPool = load_memory().WeightPool(nbytes, slabs)
+        self._masters = masters
+        self._overwrite, self._slab_bytes = overwrite, nbytes
+        self._pool: WeightPool = load_memory().WeightPool(nbytes, slabs, memory_on(device))
         self._leaves: list[list[nn.Parameter]] = []
+        # The core copies between versions at once: on a GPU it would have to wait for the stream.
+        self._whole: list[torch.Tensor] = []
         originals = dict(module.named_parameters())
         for index in range(slabs):
-            self._leaves.append([slot.view(self._pool.slab(index)) for slot in self._slots])
+            slab = self._pool.slab(index)
+            self._leaves.append([slot.view(slab, device) for slot in self._slots])
+            if device.type != "cpu":
+                self._whole.append(tensor_over(slab, torch.Size([nbytes]), torch.uint8, device=device))
         with torch.no_grad():
             for index, leaves in enumerate(self._leaves):
                 for slot, leaf in zip(self._slots, leaves, strict=True):
@@ -92,6 +109,8 @@ class WeightStash:
         self._trained = [index for index, slot in enumerate(self._slots) if slot.trained]
         self._cursors = [nn.Parameter(self._leaves[0][index].data) for index in self._trained]
         self.optimizer = _made(optimizer, self._cursors) if self._cursors else None
+        # From here on, since a checkpoint may be loaded before the first step.
+        self._fused([])
 
     @property
     def version(self) -> int:
@@ -102,6 +121,16 @@ class WeightStash:
     def slabs(self) -> int:
         """Versions that can be alive at once."""
         return len(self._leaves)
+
+    @property
+    def holders(self) -> int:
+        """Units that hold a version."""
+        return self._pool.holders
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slabs."""
+        return self._slab_bytes * self.slabs
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -184,8 +213,8 @@ class WeightStash:
         step (SGD, Adam, AdamW), else after a copy. With one slab (the last stage has no other minibatch
         in flight) the newest version is nobody's any more and is updated in place.
         """
-        fused = fused_from(self.optimizer, self._cursors, gradients) if self.optimizer else None
-        source, target = self._pool.begin_update(copy=fused is None, overwrite=self._overwrite)
+        fused = self._fused(gradients)
+        source, target = self._begin_update(copy=fused is None)
         leaves = self._leaves[target]
         for cursor, index in zip(self._cursors, self._trained, strict=True):
             cursor.data = leaves[index].data
@@ -201,12 +230,36 @@ class WeightStash:
 
     def skip_update(self) -> int:
         """Make the next version a copy of the newest: a step left out; returns its number."""
-        self._pool.begin_update(copy=True, overwrite=self._overwrite)
+        self._begin_update(copy=True)
         return self._pool.commit()
 
     def use_newest(self) -> None:
         """Point the module at the newest version, for evaluation and for reading the weights."""
         self._bind(self._pool.newest_slab)
+
+    def _fused(self, gradients: Sequence[torch.Tensor | None]) -> FusedStep | None:
+        """The optimizer's fused step.
+
+        Raises:
+            PipedreamError: there is none, and only such a step knows masters.
+        """
+        if self.optimizer is None:
+            return None
+        found = fused_from(self.optimizer, self._cursors, gradients, master=self._masters)
+        if found is None and self._masters:
+            raise PipedreamError(
+                f"master_weights=True needs weights in float32 or bfloat16 and torch.optim.SGD, Adam or AdamW without "
+                f"amsgrad, hooks and hyperparameters that are tensors, which this {type(self.optimizer).__name__} is "
+                "not, or has: train without it, or with one of these"
+            )
+        return found
+
+    def _begin_update(self, *, copy: bool) -> tuple[int, int]:
+        """Slabs (source, target) of the next version; with `copy` the target begins as the source."""
+        source, target = self._pool.begin_update(copy=copy and not self._whole, overwrite=self._overwrite)
+        if copy and self._whole and source != target:
+            self._whole[target].copy_(self._whole[source])
+        return source, target
 
     def _bind(self, slab: int) -> None:
         if slab == self._bound:

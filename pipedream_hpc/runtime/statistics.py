@@ -7,6 +7,9 @@ replica takes the mean of all, and what is evaluated or saved is the same on eac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -58,7 +61,8 @@ class Statistics:
         if self._reduction is None:
             return
         self._reduction.wait(0)
-        flat, offset = self._reduction.bucket(0), 0
+        place = next(buffer.device for buffer in (*self._means, *self._counts))
+        flat, offset = self._reduction.bucket(0).to(place), 0
         for buffer in self._means:
             buffer.copy_((flat[offset : offset + buffer.numel()] / self._replicas).view(buffer.shape))
             offset += buffer.numel()
@@ -66,3 +70,20 @@ class Statistics:
             buffer.copy_(before + flat[offset : offset + buffer.numel()].to(before.dtype).view(before.shape))
             before.copy_(buffer)
             offset += buffer.numel()
+
+
+@contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of normalisation layers as they are: they have seen this unit.
+
+    The layers get copies meanwhile. To put values back instead would spoil what autograd has stashed.
+    """
+    layers = [each for each in module.modules() if getattr(each, "track_running_stats", False)]
+    held = [dict(layer._buffers) for layer in layers]
+    for layer, buffers in zip(layers, held, strict=True):
+        layer._buffers.update({name: None if each is None else each.clone() for name, each in buffers.items()})
+    try:
+        yield
+    finally:
+        for layer, buffers in zip(layers, held, strict=True):
+            layer._buffers.update(buffers)

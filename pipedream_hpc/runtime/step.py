@@ -107,7 +107,9 @@ class Step:
 
     def measure(self, gradients: Sequence[torch.Tensor | None]) -> tuple[float, bool]:
         """Sum of squares of the round's gradients, and whether one is not finite."""
-        total = math.fsum(float(gradient.double().pow(2).sum()) for gradient in gradients if gradient is not None)
+        squares = [gradient.double().pow(2).sum() for gradient in gradients if gradient is not None]
+        # Read out together: on a GPU every reading waits for the stream.
+        total = math.fsum(torch.stack(squares).tolist()) if squares else 0.0
         return total, not math.isfinite(total)
 
     def agreed(self, squares: float, overflow: bool) -> None:
@@ -140,6 +142,9 @@ class Step:
         if self._clip is None:
             return
         if self._clip.over == "stage":
+            if any(gradient.is_cuda for gradient in present):
+                _clip_on_device(present, self._clip.norm)
+                return
             squares, _ = self.measure(present)
             norm = math.sqrt(squares)
         else:
@@ -147,6 +152,14 @@ class Step:
         if norm > self._clip.norm:
             for gradient in present:
                 gradient.mul_(self._clip.norm / (norm + 1e-6))
+
+
+def _clip_on_device(gradients: Sequence[torch.Tensor], norm: float) -> None:
+    """Scale down what is longer than `norm`, without telling the host how long it was."""
+    squares = torch.stack([gradient.double().pow(2).sum() for gradient in gradients]).sum()
+    factor = (norm / (squares.sqrt() + 1e-6)).where(squares.sqrt() > norm, 1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.dtype))
 
 
 def _units(schedule: Schedule, stage: int, round: int) -> int:

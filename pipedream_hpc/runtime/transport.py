@@ -9,6 +9,8 @@
 A link between two stages carries one tensor or several, which travel as one message. Gradients come back
 only for tensors that have one.
 
+Tensors are in host memory or on a GPU, and go as the Route says.
+
 An inbox owns a fixed number of slots, allocated once. `receive` returns the tensors in the slot
 itself; the slot is given back with `release`, after the unit's backward. An outbox sends the given
 tensors themselves and keeps them alive until they have gone.
@@ -25,6 +27,8 @@ import torch
 
 from pipedream_hpc.core import load_core
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.runtime.route import ON_CPU, Route
+from pipedream_hpc.runtime.view import CPU, memory_on, tensor_over
 
 if TYPE_CHECKING:
     from pipedream_hpc._core import Progress, ReceiveChannel, SendChannel
@@ -133,10 +137,11 @@ class LocalInbox:
     not write into what the sending stage has stashed.
     """
 
-    def __init__(self, boundaries: Sequence[Boundary], slots: int, what: str) -> None:
+    def __init__(self, boundaries: Sequence[Boundary], slots: int, what: str, device: torch.device = CPU) -> None:
         self._boundaries, self._what = boundaries, what
         self._slots = [
-            [torch.empty(each.shape, dtype=each.dtype).flatten() for each in boundaries] for _ in range(slots)
+            [torch.empty(each.shape, dtype=each.dtype, device=device).flatten() for each in boundaries]
+            for _ in range(slots)
         ]
         self._free = deque(range(slots))
         self._arrived: deque[tuple[int, int, list[torch.Tensor]]] = deque()
@@ -204,9 +209,13 @@ class MpiOutbox:
         boundaries: Sequence[Boundary],
         what: str,
         stall_limit_s: float,
+        route: Route = ON_CPU,
     ) -> None:
-        self._channel: SendChannel = load_core().SendChannel(progress, peer, tag, _parts(boundaries, what))
+        self._channel: SendChannel = load_core().SendChannel(
+            progress, peer, tag, _parts(boundaries, what), memory_on(route.device), route.staged
+        )
         self._boundaries, self._what, self._stall_limit_s = boundaries, what, stall_limit_s
+        self._stream = route.stream
         # When send number k returns, send number k - 2 has gone: the last two must be kept alive.
         self._under_way: deque[list[torch.Tensor]] = deque(maxlen=2)
 
@@ -222,7 +231,7 @@ class MpiOutbox:
             tensor = tensor.contiguous()
             leaving.append(tensor)
             places.append((tensor.data_ptr(), None if tensor.shape == boundary.shape else tensor.shape))
-        self._channel.send(unit, places, self._stall_limit_s)
+        self._channel.send(unit, places, self._stall_limit_s, self._stream())
         self._under_way.append(leaving)
 
     def drain(self) -> None:
@@ -242,10 +251,14 @@ class MpiInbox:
         what: str,
         slots: int,
         stall_limit_s: float,
+        route: Route = ON_CPU,
     ) -> None:
         core, parts = load_core(), _parts(boundaries, what)
-        self._channel: ReceiveChannel = core.ReceiveChannel(progress, peer, tag, parts, slots)
+        self._channel: ReceiveChannel = core.ReceiveChannel(
+            progress, peer, tag, parts, slots, memory_on(route.device), route.staged
+        )
         self._boundaries, self._stall_limit_s = boundaries, stall_limit_s
+        self._device, self._stream = route.device, route.stream
         offsets = core.places(parts)
         # The usual case, units as large as planned: their views are made once.
         self._whole = [
@@ -255,11 +268,8 @@ class MpiInbox:
         self._holder: dict[int, int] = {}
 
     def _view(self, slot: int, boundary: Boundary, offset: int, shape: Sequence[int]) -> torch.Tensor:
-        size = torch.Size(shape)
-        if not size.numel():
-            return torch.empty(size, dtype=boundary.dtype)
-        flat = torch.frombuffer(self._channel.slot(slot), dtype=boundary.dtype, count=size.numel(), offset=offset)
-        return flat.view(size)
+        view = self._channel.slot(slot)
+        return tensor_over(view, torch.Size(shape), boundary.dtype, offset=offset, device=self._device)
 
     def ready(self, unit: int) -> bool:
         return self._channel.ready()
@@ -272,4 +282,4 @@ class MpiInbox:
         return [self._view(slot, boundary, *each) for boundary, each in zip(self._boundaries, smaller, strict=True)]
 
     def release(self, unit: int) -> None:
-        self._channel.release(self._holder.pop(unit))
+        self._channel.release(self._holder.pop(unit), self._stream())

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from pipedream_hpc.job import OptimizerFactory
+from pipedream_hpc.model.clock import clock_of
 from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.runtime.stash import WeightStash
@@ -63,7 +63,9 @@ def with_updates(
         measured.append(parameter.detach())
     if not measured:
         return profile
-    smallest_s = update_s([torch.zeros(1, dtype=each.dtype) for each in measured], optimizer, updates, between)
+    smallest_s = update_s(
+        [torch.zeros(1, dtype=each.dtype, device=each.device) for each in measured], optimizer, updates, between
+    )
     whole_s = update_s(measured, optimizer, updates, between)
     per_tensor_s = min(smallest_s, whole_s) / len(measured)
     per_byte_s = max(whole_s - smallest_s, 0.0) / sum(each.nbytes for each in measured)
@@ -77,16 +79,19 @@ def with_updates(
 def update_s(
     weights: Sequence[torch.Tensor], optimizer: OptimizerFactory, updates: int, between: Callable[[], None]
 ) -> float:
-    """Median seconds of an update of a stash of these weights."""
+    """Median seconds of an update of a stash of these weights, on their device."""
+    device = weights[0].device
+    clock = clock_of(device)
     copies = nn.Module()
     for index, weight in enumerate(weights):
         copies.register_parameter(f"p{index}", nn.Parameter(weight))
-    stash = WeightStash(copies, 2, optimizer)
+    stash = WeightStash(copies, 2, optimizer, device=device)
     taken = []
     for _ in range(updates + 2):
         between()
         gradients: list[torch.Tensor | None] = [torch.full_like(each, 1e-3) for each in stash.trained]
-        began_s = time.perf_counter()
+        began = clock.mark()
         stash.update(gradients)
-        taken.append(time.perf_counter() - began_s)
+        began_s, ended_s = clock.read([began, clock.mark()])
+        taken.append(ended_s - began_s)
     return statistics.median(taken[2:])  # the first ones allocate the optimizer's state

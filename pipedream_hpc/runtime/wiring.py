@@ -13,17 +13,25 @@ import atexit
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
 
 from pipedream_hpc.cluster.threads import crowded
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.core import load_core
 from pipedream_hpc.runtime.reduction import Buckets, Meeting, MpiReduction, Reduction
+from pipedream_hpc.runtime.route import ON_CPU, Route
 from pipedream_hpc.runtime.stage import Port, Ports
-from pipedream_hpc.runtime.transport import Boundary, LocalInbox, LocalOutbox, MpiInbox, MpiOutbox, NoBox
+from pipedream_hpc.runtime.transport import Boundary, Inbox, LocalInbox, LocalOutbox, MpiInbox, MpiOutbox, NoBox, Outbox
+from pipedream_hpc.runtime.view import CPU
 from pipedream_hpc.schedule.actions import Layout, Payload, Schedule
 from pipedream_hpc.schedule.play import activation_slots, gradient_slots
+
+if TYPE_CHECKING:
+    from pipedream_hpc._core import Progress
 
 #: (stage, rank): a replica.
 Place = tuple[int, int]
@@ -91,48 +99,59 @@ def _pipes(schedule: Schedule, lines: Lines) -> Iterator[_Pipe]:
         tag += 2
 
 
-def local_wiring(schedule: Schedule, lines: Lines) -> Wiring:
-    """All ranks in this process."""
+def local_wiring(schedule: Schedule, lines: Lines, device: torch.device = CPU) -> Wiring:
+    """All ranks in this process, on one device."""
     ports: dict[Place, Ports] = defaultdict(Ports)
     for stage, ranks in enumerate(schedule.layout):
         for rank in ranks:
             ports[stage, rank] = Ports()
     for pipe in _pipes(schedule, lines):
-        _join(pipe, ports)
+        _join(pipe, ports, device)
     meetings: dict[tuple[int | None, str], Meeting] = defaultdict(Meeting)
     return Wiring(
         ports, lambda stage, what, buckets: meetings[stage, what].join(buckets), time.perf_counter_ns, lambda: None
     )
 
 
-def _join(pipe: _Pipe, ports: dict[Place, Ports]) -> None:
+def _join(pipe: _Pipe, ports: dict[Place, Ports], device: torch.device) -> None:
     """Both ends in this process."""
-    inbox = LocalInbox(pipe.boundaries, pipe.slots, pipe.payload)
+    inbox = LocalInbox(pipe.boundaries, pipe.slots, pipe.payload, device)
     ports[pipe.source].outboxes[pipe.sends_as] = LocalOutbox(inbox)
     ports[pipe.target].inboxes[pipe.arrives_as] = inbox
 
 
-def mpi_wiring(world: World, schedule: Schedule, lines: Lines, stall_limit_s: float, *, ordered: bool) -> Wiring:
-    """This process's rank; the others are other processes. Collective."""
+def mpi_wiring(
+    world: World,
+    schedule: Schedule,
+    lines: Lines,
+    stall_limit_s: float,
+    *,
+    ordered: bool,
+    route: Route = ON_CPU,
+    cores: Collection[int] = (),
+) -> Wiring:
+    """This process's rank; the others are other processes. Collective.
+
+    Args:
+        schedule: of the training.
+        lines: what travels between stages.
+        stall_limit_s: seconds that a rank waits for another.
+        ordered: whether sums over replicas are in the order of the ranks.
+        route: that boundary tensors take.
+        cores: that the progress thread runs on; those of this thread if there are none.
+    """
     layout: Layout = schedule.layout
-    progress = load_core().Progress(world.comm, crowded=crowded(world.local_size))
+    crowd = crowded(world.local_size)
+    progress = load_core().Progress(world.comm, crowded=crowd, device=route.index, cores=sorted(cores))
     own = {(stage, world.rank): Ports() for stage, ranks in enumerate(layout) if world.rank in ranks}
     for pipe in _pipes(schedule, lines):
         if pipe.source in own and pipe.target in own:
-            _join(pipe, own)
+            _join(pipe, own, route.device)
         elif pipe.target in own:
             # Receives are posted before anybody sends: a message never waits for its receiver.
-            own[pipe.target].inboxes[pipe.arrives_as] = (
-                MpiInbox(progress, pipe.source[1], pipe.tag, pipe.boundaries, pipe.payload, pipe.slots, stall_limit_s)
-                if pipe.boundaries
-                else NoBox()
-            )
+            own[pipe.target].inboxes[pipe.arrives_as] = _inbox(progress, pipe, stall_limit_s, route)
         elif pipe.source in own:
-            own[pipe.source].outboxes[pipe.sends_as] = (
-                MpiOutbox(progress, pipe.target[1], pipe.tag, pipe.boundaries, pipe.payload, stall_limit_s)
-                if pipe.boundaries
-                else NoBox()
-            )
+            own[pipe.source].outboxes[pipe.sends_as] = _outbox(progress, pipe, stall_limit_s, route)
     offset_ns = _clock_offset_ns(world)
 
     def common_epoch_ns() -> int:
@@ -152,6 +171,19 @@ def mpi_wiring(world: World, schedule: Schedule, lines: Lines, stall_limit_s: fl
 
     atexit.register(progress.close)  # runs before mpi4py finalises MPI: it was registered later
     return Wiring(own, reduce, common_epoch_ns, progress.close)
+
+
+def _inbox(progress: Progress, pipe: _Pipe, stall_limit_s: float, route: Route) -> Inbox:
+    if not pipe.boundaries:
+        return NoBox()
+    peer = pipe.source[1]
+    return MpiInbox(progress, peer, pipe.tag, pipe.boundaries, pipe.payload, pipe.slots, stall_limit_s, route)
+
+
+def _outbox(progress: Progress, pipe: _Pipe, stall_limit_s: float, route: Route) -> Outbox:
+    if not pipe.boundaries:
+        return NoBox()
+    return MpiOutbox(progress, pipe.target[1], pipe.tag, pipe.boundaries, pipe.payload, stall_limit_s, route)
 
 
 def _clock_offset_ns(world: World, rounds: int = 20) -> int:

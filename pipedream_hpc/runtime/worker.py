@@ -5,15 +5,18 @@ Most ranks hold one stage; with the interleaved schedule a rank holds several.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss
+from pipedream_hpc.model.clock import Mark, clock_of
 from pipedream_hpc.runtime.feed import Feed
 from pipedream_hpc.runtime.reduction import Reduction
 from pipedream_hpc.runtime.stage import Stage
+from pipedream_hpc.runtime.view import CPU
 from pipedream_hpc.schedule.actions import (
     Action,
     Agree,
@@ -40,9 +43,16 @@ class Worker:
         stages: the stages it holds a replica of.
         agreement: over all ranks, of two numbers: the gradients' sum of squares, and how many ranks
             saw an overflow. None where nothing is agreed about.
+        device: that it computes on.
     """
 
-    def __init__(self, rank: int, stages: Sequence[Stage], agreement: Reduction | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        stages: Sequence[Stage],
+        agreement: Reduction | None = None,
+        device: torch.device = CPU,
+    ) -> None:
         self.rank, self.stages = rank, {stage.index: stage for stage in stages}
         self._agreement, self._handed_in = agreement, False
         self._do: dict[type, Callable[[Any], None]] = {
@@ -55,7 +65,8 @@ class Worker:
             Agree: self._agree,
         }
         self._schedule: Schedule | None = None
-        self._spans: list[tuple[int, Kind, int, int, int, int]] | None = None
+        self._device, self._clock = device, clock_of(CPU)
+        self._spans: list[tuple[int, Kind, int, int, Mark, Mark]] | None = None
 
     def begin(
         self, schedule: Schedule, feed: Feed, unit_base: int, trained: int, *, score: Loss | None, trace: bool
@@ -70,6 +81,8 @@ class Worker:
         for stage in self.stages.values():
             stage.begin(schedule, feed, unit_base, trained, score or stage.loss)
         self._spans = [] if trace else None
+        if trace:
+            self._clock = clock_of(self._device)
 
     def end(self) -> None:
         """Wait for the last sends."""
@@ -98,7 +111,7 @@ class Worker:
             PipedreamError: bad input, with rank, stage and action before its sentence.
             ActionError: whatever else went wrong, likewise; the cause is chained.
         """
-        began = time.perf_counter_ns() if self._spans is not None else 0
+        began = self._clock.mark() if self._spans is not None else None
         try:
             self._do[type(action)](action)
         except PipedreamError as error:
@@ -111,13 +124,16 @@ class Worker:
             minibatch = getattr(action, "minibatch", -1)
             version = getattr(action, "version", -1)
             kind: Kind = type(action).__name__.lower()  # type: ignore[assignment]
-            self._spans.append((action.stage, kind, minibatch, version, began, time.perf_counter_ns()))
+            self._spans.append((action.stage, kind, minibatch, version, began, self._clock.mark()))
 
     def spans(self, epoch_ns: int) -> list[Span]:
         """What ran since `begin`, with times in seconds since `epoch_ns` on this process's clock."""
+        spans = self._spans or ()
+        marks = [mark for *_, began, ended in spans for mark in (began, ended)]
+        times = [at_s - epoch_ns * 1e-9 for at_s in self._clock.read(marks)]
         return [
-            Span(self.rank, stage, kind, minibatch, version, (began - epoch_ns) * 1e-9, (ended - epoch_ns) * 1e-9)
-            for stage, kind, minibatch, version, began, ended in self._spans or ()
+            Span(self.rank, stage, kind, minibatch, version, times[2 * index], times[2 * index + 1])
+            for index, (stage, kind, minibatch, version, *_) in enumerate(spans)
         ]
 
     def _reduce(self, action: Reduce) -> None:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Job
 from pipedream_hpc.model.capture import arguments_of, capture
 from pipedream_hpc.model.cut import Cut
 from pipedream_hpc.model.randomness import seed_for, seed_layers, set_seed
+from pipedream_hpc.runtime.assembly import place_buffers
+from pipedream_hpc.runtime.feed import onto
 from pipedream_hpc.runtime.pipeline import Pipeline
 from pipedream_hpc.verification import reference
 from pipedream_hpc.verification.reference import Event, Tensors, Way
@@ -118,7 +122,7 @@ def by_workers(pipeline: Pipeline, epochs: Sequence[Batches]) -> list[Event]:
 def _note(
     events: list[Event], stage: int, kind: str, number: int, tensors: Iterable[tuple[str, torch.Tensor | None]]
 ) -> None:
-    copies = {name: tensor.detach().clone() for name, tensor in tensors if tensor is not None}
+    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors if tensor is not None}
     events.append(Event(kind, stage, number, copies))
 
 
@@ -141,6 +145,12 @@ def by_reference(pipeline: Pipeline, job: Job, model: nn.Module, way: Way, epoch
 
     seed_layers(part.module, lambda name: set_seed(seed_for(pipeline.seed, current, name)))
     part.module.train()
+    place = pipeline.devices[pipeline.rank].torch
+    if place.type != "cpu":
+        # Random masks and roundings are those of the device.
+        part.module.to(place)
+        place_buffers(part.module, place)
+        epochs = [tree_map(lambda each: onto(each, place), batches) for batches in epochs]
     reference.train(
         part.module,
         pipeline.stage_of_parameters(),
@@ -152,9 +162,13 @@ def by_reference(pipeline: Pipeline, job: Job, model: nn.Module, way: Way, epoch
         precision=pipeline.precision or nullcontext,
         forward=forward,
         seeded=seeded,
-        note=events.append,
+        note=lambda event: events.append(_on_host(event)),
     )
     return events
+
+
+def _on_host(event: Event) -> Event:
+    return dataclasses.replace(event, tensors={name: tensor.to("cpu") for name, tensor in event.tensors.items()})
 
 
 def way_of(pipeline: Pipeline, job: Job) -> Way:
@@ -172,7 +186,7 @@ def way_of(pipeline: Pipeline, job: Job) -> Way:
         raise PipedreamError("fp16 scales losses, which the reference does not: verify with --precision bf16, or none")
     clip = None if job.clip is None else (job.clip.norm, job.clip.over)
     replicas = [len(stage.ranks) for stage in pipeline.plan.stages]
-    return Way(kind, replicas, pipeline.pieces, pipeline.accumulate, clip)
+    return Way(kind, replicas, pipeline.pieces, pipeline.accumulate, clip, pipeline.master_weights)
 
 
 def compare(workers: Iterable[Event], expected: Iterable[Event]) -> Verdict:

@@ -40,6 +40,7 @@ class Way:
         microbatches: to a minibatch.
         accumulate: minibatches per replica to an update.
         clip: largest norm of gradients, and whether over each "stage" or the "model".
+        masters: whether bfloat16 weights are float32 masters, rounded after each step.
     """
 
     kind: str = "1f1b"
@@ -47,6 +48,7 @@ class Way:
     microbatches: int = 1
     accumulate: int = 1
     clip: tuple[float, str] | None = None
+    masters: bool = False
 
     @property
     def pieces(self) -> int:
@@ -124,7 +126,8 @@ def train(
     n = max(stage_of.values()) + 1
     way = way or Way(replicas=[1] * n)
     own = [{name: p for name, p in model.named_parameters() if stage_of[name] == s} for s in range(n)]
-    optimizers = [optimizer(each.values()) if each else None for each in own]
+    stepped = [{name: _master(p) if way.masters else p for name, p in each.items()} for each in own]
+    optimizers = [optimizer(each.values()) if each else None for each in stepped]
     schedulers = [scheduler(each) if scheduler and each else None for each in optimizers]
     versions = [[_copy(each)] for each in own]  # versions[s][v]
     run = 0
@@ -157,12 +160,15 @@ def train(
                 sums[s] = [{} for _ in range(way.replicas[s])]
             _clip(averages, way.clip)
             for s in ending:
-                for name, parameter in own[s].items():
-                    parameter.grad = averages[s].get(name)
+                for name, parameter in stepped[s].items():
+                    gradient = averages[s].get(name)
+                    parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
                 stepping = optimizers[s]
                 if stepping is not None:
                     with correct_square_roots():
                         stepping.step()  # acts on the newest version
+                for name, parameter in own[s].items():
+                    parameter.data.copy_(stepped[s][name])
                 versions[s].append(_copy(own[s]))
                 note(Event("weight", s, len(versions[s]) - 2, versions[s][-1]))
                 rates = schedulers[s]
@@ -213,6 +219,10 @@ def _clip(averages: dict[int, Tensors], clip: tuple[float, str] | None) -> None:
         if norm > clip[0]:
             for gradient in found.values():
                 gradient.mul_(clip[0] / (norm + 1e-6))
+
+
+def _master(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().float()) if parameter.dtype == torch.bfloat16 else parameter
 
 
 def _copy(parameters: dict[str, nn.Parameter]) -> Tensors:

@@ -1,0 +1,159 @@
+"""What only a GPU can show; run by all.sh, or by itself: python -m pytest -rs benchmarks/gpu
+
+The same things are tested on every machine with stand-ins for the device (tests/test_on_gpus.py,
+csrc/tests/test_device_channel.cpp).
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+import training
+from torch import nn
+
+from pipedream_hpc.core import load_memory
+from pipedream_hpc.runtime.stash import WeightStash
+
+HERE = Path(__file__).resolve().parent
+GPU = torch.device("cuda", 0)
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or not load_memory().cuda_compiled(), reason="needs a GPU, and a core built with nvcc"
+)
+
+
+@pytest.fixture(autouse=True)
+def sharing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPEDREAM_SHARE_GPUS", "1")
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.SGD, lr=0.1),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
+        partial(torch.optim.Adam, lr=0.01),
+        partial(torch.optim.AdamW, lr=0.01),
+    ],
+)
+def test_pool_steps_as_torch_does(optimizer: Any) -> None:
+    """Ten updates on the GPU beside torch's optimizer on the GPU: equal within some units in the last place."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(301, 77), nn.Linear(77, 1))
+    copies = [nn.Parameter(each.detach().to(GPU)) for each in module.parameters()]
+    stash, plain = WeightStash(module, 3, optimizer, device=GPU), optimizer(copies)
+    for _ in range(10):
+        gradients = [torch.randn_like(each) for each in copies]
+        for copy, gradient in zip(copies, gradients, strict=True):
+            copy.grad = gradient.clone()
+        plain.step()
+        stash.update(list(gradients))
+        for ours, theirs in zip(stash.trained, copies, strict=True):
+            torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=2e-6, atol=1e-7)
+
+
+def test_pool_keeps_masters() -> None:
+    """bfloat16 weights are the float32 master, rounded; the master is stepped by torch's own numbers."""
+    module = nn.Linear(65, 33).bfloat16()
+    master = nn.Parameter(module.weight.detach().float().to(GPU))
+    make = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
+    stash, plain = WeightStash(module, 2, make, masters=True, device=GPU), make([master])
+    for _ in range(10):
+        gradients: list[torch.Tensor | None] = [torch.randn_like(each) for each in stash.trained]
+        assert gradients[0] is not None
+        master.grad = gradients[0].float()
+        plain.step()
+        stash.update(gradients)
+        torch.testing.assert_close(stash.trained[0].detach(), master.detach().bfloat16(), rtol=8e-3, atol=0)
+
+
+def test_pool_allocates_nothing_after_warm_up() -> None:
+    stash = WeightStash(nn.Linear(512, 512), 3, partial(torch.optim.Adam, lr=0.01), device=GPU)
+    gradients: list[torch.Tensor | None] = [torch.ones_like(each) for each in stash.trained]
+    stash.update(gradients)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(), load_memory().allocations()
+    for unit in range(20):
+        stash.acquire(unit)
+        stash.update(gradients)
+        stash.release(unit)
+    assert (torch.cuda.memory_allocated(), load_memory().allocations()) == before
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("route", ["direct", "staged"])
+def test_channel_between_ranks_on_one_gpu(count: int, route: str) -> None:
+    """Random sizes, several tensors of several dtypes, and a kernel that the copy must wait for."""
+    done = ranks.mpirun(count, sys.executable, HERE / "exchange.py", route)
+    if "cannot take device memory" in done.output:
+        pytest.skip(done.output.split("cannot take device memory: ")[1].splitlines()[0])
+    assert done.status == 0, done.output
+    assert done.output.count("all as sent") == count
+
+
+@pytest.mark.parametrize("route", ["direct", "staged"])
+def test_channel_without_the_wait_sends_what_was_there_before(route: str) -> None:
+    """The wait for the compute stream is what makes it right: told of an idle stream, the channel is too early."""
+    done = ranks.mpirun(1, sys.executable, HERE / "exchange.py", route, "no-wait")
+    if "cannot take device memory" in done.output:
+        pytest.skip(done.output.split("cannot take device memory: ")[1].splitlines()[0])
+    assert done.status == 0, done.output
+    assert "too early" in done.output
+
+
+@pytest.mark.parametrize(
+    ("plan", "more"),
+    [
+        ("1-1", {}),
+        ("2-1", {}),
+        ("1-1-1", {"schedule": "gpipe", "microbatches": 2}),
+        ("1-1", {"precision": "bf16"}),
+    ],
+)
+def test_training_on_ranks_as_in_one_process(plan: str, more: dict[str, Any], tmp_path: Path) -> None:
+    order = {
+        "plan": plan,
+        "model": "rich",
+        "optimizer": "adam",
+        "epochs": [9, 7],
+        "options": {"device": "cuda", **more},
+    }
+    count = sum(map(int, plan.split("-")))
+    (report,) = training.on_ranks(count, [order], tmp_path)
+    alone = training.alone(order)
+    for name, value in alone["weights"].items():
+        torch.testing.assert_close(report["weights"][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_masters_on_ranks(tmp_path: Path) -> None:
+    order = {
+        "plan": "1-1",
+        "model": "half",
+        "optimizer": "sgd",
+        "epochs": [9],
+        "options": {"device": "cuda", "master_weights": True},
+    }
+    (report,) = training.on_ranks(2, [order], tmp_path)
+    for name, value in training.alone(order)["weights"].items():
+        torch.testing.assert_close(report["weights"][name], value, rtol=2e-2, atol=1e-3)
+
+
+def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if torch.cuda.device_count() > 1:
+        pytest.skip("there are several GPUs")
+    monkeypatch.setenv("PIPEDREAM_SHARE_GPUS", "0")
+    job = HERE.parents[1] / "examples" / "classifier.py"
+    done = ranks.pipedream(2, "train", job, "--plan", "1-1", "--device", "cuda", "--out", tmp_path)
+    assert done.status == 2
+    assert "would both train on GPU 0" in done.output
+
+
+def test_verify_on_the_gpu() -> None:
+    job = HERE.parents[1] / "examples" / "classifier.py"
+    done = ranks.pipedream(2, "verify", job, "--plan", "1-1", "--device", "cuda", timeout=240)
+    assert done.status == 0, done.output

@@ -1,0 +1,220 @@
+"""Footprint: the memory of a rank, what was planned beside what was measured.
+
+::
+
+    planned     weights │ gradients │ optimizer │ activations │ slots      planning.memory, for the plan
+    measured    weights │ gradients │ optimizer │ activations │ slots      counted here, tensor by tensor
+    peak        ├──────────── the process, or its GPU, at its largest ────────────┤
+
+Counting disturbs nothing: sizes of what lasts are asked for at the end, what autograd keeps of a unit is
+looked up in its graph before the first backward, and how many units are in flight at once is noted down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from pipedream_hpc.planning.memory import MemoryParts
+from pipedream_hpc.schedule.play import activation_slots, gradient_slots
+
+if TYPE_CHECKING:
+    from pipedream_hpc.planning.plan import Plan
+    from pipedream_hpc.runtime.stage import Stage
+    from pipedream_hpc.runtime.transport import Boundary
+    from pipedream_hpc.runtime.worker import Worker
+    from pipedream_hpc.schedule.actions import Schedule
+
+#: (stage it leaves, stage it enters) -> what goes over.
+Lines = Mapping[tuple[int, int], Sequence["Boundary"]]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of one rank.
+
+    Attributes:
+        rank: whose.
+        stages: that it holds.
+        device: where, such as `CPU of node n1`.
+        planned: bytes by part; None where the plan says nothing of memory.
+        measured: bytes by part, at their largest.
+        peak_bytes: of the process, or of its GPU, at the largest since training began; None where the process
+            has other ranks as well.
+        before_bytes: likewise, when training began.
+    """
+
+    rank: int
+    stages: tuple[int, ...]
+    device: str
+    planned: MemoryParts | None
+    measured: MemoryParts
+    peak_bytes: int | None = None
+    before_bytes: int | None = None
+
+
+class Scales:
+    """What a stage's units and rounds weigh.
+
+    Attributes:
+        unit_bytes: that autograd keeps of the first unit from forward to backward, beside weights and slots.
+        gradient_bytes: of the first round's gradients.
+        in_flight: units alive at once, at most.
+    """
+
+    def __init__(self) -> None:
+        self.unit_bytes: int | None = None
+        self.gradient_bytes: int | None = None
+        self.in_flight = 0
+
+    def unit(self, results: Iterable[torch.Tensor], module: nn.Module, slots: Iterable[torch.Tensor]) -> None:
+        """Weigh the first unit, just before its backward.
+
+        Args:
+            results: what backward begins with.
+            module: whose weights do not count.
+            slots: received tensors, which do not count either.
+        """
+        if self.unit_bytes is None:
+            others = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *slots)}
+            self.unit_bytes = kept_bytes(results, others)
+
+    def round(self, gradients: Iterable[torch.Tensor | None]) -> None:
+        """Weigh the first round's gradients."""
+        if self.gradient_bytes is None:
+            self.gradient_bytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
+
+
+def kept_bytes(results: Iterable[torch.Tensor], others: set[int]) -> int:
+    """Bytes of all storages that autograd keeps to go back from `results`.
+
+    Args:
+        results: with a graph behind them.
+        others: addresses of storages that do not count.
+    """
+    kept: dict[int, int] = {}
+    todo: list[Any] = [tensor.grad_fn for tensor in results if tensor.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        for tensor in _saved(node):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in others:
+                kept[storage.data_ptr()] = storage.nbytes()
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return sum(kept.values())
+
+
+def _saved(node: Any) -> list[torch.Tensor]:
+    """Tensors that one operation keeps for its backward."""
+    found: list[torch.Tensor] = []
+    for name in dir(node):
+        if name.startswith("_saved_") or name == "saved_tensors":
+            try:
+                value = getattr(node, name)
+            except RuntimeError:
+                continue  # written over since, or given back: then it is kept no more
+            found.extend(leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return found
+
+
+class Peak:
+    """The most memory that this process, or its GPU, has taken since `begin`.
+
+    Args:
+        device: on a GPU it is the GPU's memory that counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.before_bytes = device, 0
+
+    def begin(self) -> None:
+        """From now on."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self.before_bytes = int(torch.cuda.memory_allocated(self._device))
+            return
+        with contextlib.suppress(OSError):  # then it is that of the whole life of the process
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
+        self.before_bytes = _of_process("VmRSS")
+
+    def read(self, core_bytes: int) -> int:
+        """Bytes; on a GPU with the `core_bytes` that torch does not know of."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device)) + core_bytes
+        return _of_process("VmHWM")
+
+
+def _of_process(what: str) -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith(what):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def footprint(
+    worker: Worker, plan: Plan, schedule: Schedule, lines: Lines, device: str, peak: Peak | None
+) -> Footprint:
+    """The memory of one rank.
+
+    Args:
+        worker: it, after it has trained.
+        plan: which it runs.
+        schedule: of the training.
+        lines: what travels.
+        device: where, in words.
+        peak: of the process; None if it has other ranks as well.
+    """
+    stages = [worker.stages[index] for index in sorted(worker.stages)]
+    planned = [plan.stages[stage.index].memory for stage in stages]
+    parts = [_measured(stage, schedule, lines) for stage in stages]
+    measured = _added(parts)
+    return Footprint(
+        rank=worker.rank,
+        stages=tuple(stage.index for stage in stages),
+        device=device,
+        # A plan by counted operations knows no activations.
+        planned=_added([each for each in planned if each is not None]) if plan.timed and all(planned) else None,
+        measured=measured,
+        peak_bytes=None if peak is None else peak.read(measured.weights),
+        before_bytes=None if peak is None else peak.before_bytes,
+    )
+
+
+def _added(parts: Sequence[MemoryParts]) -> MemoryParts:
+    return MemoryParts(**{name: sum(getattr(each, name) for each in parts) for name in MemoryParts.PARTS})
+
+
+def _measured(stage: Stage, schedule: Schedule, lines: Lines) -> MemoryParts:
+    optimizer, scales = stage.stash.optimizer, stage.scales
+    states = tree_leaves(list(optimizer.state.values())) if optimizer is not None else []
+    return MemoryParts(
+        weights=stage.stash.nbytes,
+        gradients=scales.gradient_bytes or 0,
+        optimizer=sum(state.nbytes for state in states if isinstance(state, torch.Tensor)),
+        activations=(scales.unit_bytes or 0) * (1 if stage.recomputes else scales.in_flight),
+        slots=sum(_slots_bytes(stage.index, port[0], port[1], schedule, lines) for port in stage.ports.inboxes),
+    )
+
+
+def _slots_bytes(stage: int, payload: str, far: int, schedule: Schedule, lines: Lines) -> int:
+    """Of one channel into the stage."""
+    if payload == "activation":
+        return activation_slots(schedule, far, stage) * sum(each.nbytes for each in lines[far, stage])
+    returning = sum(each.nbytes for each in lines[stage, far] if each.gradient)
+    return gradient_slots(schedule, stage, far) * returning

@@ -1,0 +1,26 @@
+"""Each of two ranks makes a pipeline and says where its threads may run."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pipedream_hpc import Pipeline
+from pipedream_hpc.cluster.cores import in_order, share
+
+pipeline = Pipeline(
+    nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+    loss=nn.MSELoss(),
+    optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    example=torch.zeros(1, 2),
+    plan=2,
+)
+world = pipeline.world
+assert world.size == 2
+wanted = share(world.cpusets, world.place, 1, in_order()).progress
+threads = [os.sched_getaffinity(int(task.name)) for task in Path("/proc/self/task").iterdir()]
+compute = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+found = "where it should be" if wanted in threads else f"not on {sorted(wanted)}"
+print(f"rank {world.rank} compute {compute} progress thread is {found}", flush=True)
+pipeline.close()
