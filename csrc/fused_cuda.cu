@@ -22,9 +22,49 @@ struct Batch {
   int count;
 };
 
-__device__ float load(const void* numbers, std::size_t index, bool halves) {
-  if (!halves) return static_cast<const float*>(numbers)[index];
-  return __uint_as_float(static_cast<unsigned>(static_cast<const std::uint16_t*>(numbers)[index]) << 16);
+// Numbers that a thread moves at once: 16 bytes of float32, 8 of bfloat16.
+constexpr int wide = 4;
+
+__device__ float single(std::uint16_t half) { return __uint_as_float(static_cast<unsigned>(half) << 16); }
+
+template <int width>
+__device__ void load(const float* from, float (&to)[width]) {
+  if constexpr (width == wide) {
+    const float4 four = *reinterpret_cast<const float4*>(from);
+    to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+  } else {
+    to[0] = *from;
+  }
+}
+
+template <int width>
+__device__ void load(const std::uint16_t* from, float (&to)[width]) {
+  if constexpr (width == wide) {
+    const ushort4 four = *reinterpret_cast<const ushort4*>(from);
+    to[0] = single(four.x), to[1] = single(four.y), to[2] = single(four.z), to[3] = single(four.w);
+  } else {
+    to[0] = single(*from);
+  }
+}
+
+template <int width>
+__device__ void store(const float (&from)[width], float* to) {
+  if constexpr (width == wide) {
+    *reinterpret_cast<float4*>(to) = make_float4(from[0], from[1], from[2], from[3]);
+  } else {
+    *to = from[0];
+  }
+}
+
+__device__ std::uint16_t half(float number) { return bfloat16_from(__float_as_uint(number)); }
+
+template <int width>
+__device__ void store(const float (&from)[width], std::uint16_t* to) {
+  if constexpr (width == wide) {
+    *reinterpret_cast<ushort4*>(to) = make_ushort4(half(from[0]), half(from[1]), half(from[2]), half(from[3]));
+  } else {
+    *to = half(from[0]);
+  }
 }
 
 template <bool decays, Momentum momentum>
@@ -61,6 +101,36 @@ __device__ float apply(const Adam& rule, float weight, float gradient, float* fi
   }
 }
 
+// What a rule reads of its state; it writes all that it has.
+__device__ bool reads(const Sgd& rule) { return rule.buffer == Momentum::kept; }
+__device__ bool reads(const Adam&) { return true; }
+
+// Numbers [i, i + width) of a piece.
+template <int width, typename Rule>
+__device__ void step_at(const Rule& rule, const Piece& piece, Format format, std::size_t i) {
+  float weights[width], gradients[width], first[width] = {}, second[width] = {};
+  load(piece.weights + i, weights);
+  if (format.half_gradients) {
+    load(static_cast<const std::uint16_t*>(piece.gradient) + i, gradients);
+  } else {
+    load(static_cast<const float*>(piece.gradient) + i, gradients);
+  }
+  if (piece.first && reads(rule)) load(piece.first + i, first);
+  if (piece.second && reads(rule)) load(piece.second + i, second);
+#pragma unroll
+  for (int k = 0; k < width; ++k) weights[k] = apply(rule, weights[k], gradients[k], &first[k], &second[k]);
+  if (piece.first) store(first, piece.first + i);
+  if (piece.second) store(second, piece.second + i);
+  if (format.halves) {
+    store(weights, piece.weights + i);
+    store(weights, static_cast<std::uint16_t*>(piece.target) + i);
+  } else {
+    store(weights, static_cast<float*>(piece.target) + i);
+  }
+}
+
+__device__ bool aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
+
 template <typename Rule>
 __global__ void __launch_bounds__(threads)
     step_kernel(const __grid_constant__ Rule rule, const __grid_constant__ Batch batch,
@@ -68,18 +138,17 @@ __global__ void __launch_bounds__(threads)
   int index = batch.count - 1;
   while (batch.first_block[index] > blockIdx.x) --index;
   const Piece& piece = batch.pieces[index];
-  const std::size_t begin = (blockIdx.x - batch.first_block[index]) * chunk;
+  std::size_t begin = (blockIdx.x - batch.first_block[index]) * chunk;
   const std::size_t end = begin + chunk < piece.count ? begin + chunk : piece.count;
-  for (std::size_t i = begin + threadIdx.x; i < end; i += threads) {
-    const float gradient = load(piece.gradient, i, format.half_gradients);
-    const float weight = apply(rule, piece.weights[i], gradient, piece.first + i, piece.second + i);
-    if (format.halves) {
-      piece.weights[i] = weight;
-      static_cast<std::uint16_t*>(piece.target)[i] = bfloat16_from(__float_as_uint(weight));
-    } else {
-      static_cast<float*>(piece.target)[i] = weight;
+  if (aligned(piece.weights) && aligned(piece.target) && aligned(piece.gradient) && aligned(piece.first) &&
+      aligned(piece.second)) {
+    const std::size_t fours = begin + (end - begin) / wide * wide;
+    for (std::size_t i = begin + threadIdx.x * wide; i < fours; i += threads * wide) {
+      step_at<wide>(rule, piece, format, i);
     }
+    begin = fours;
   }
+  for (std::size_t i = begin + threadIdx.x; i < end; i += threads) step_at<1>(rule, piece, format, i);
 }
 
 template <typename Rule>

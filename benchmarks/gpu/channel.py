@@ -3,9 +3,10 @@
     python benchmarks/gpu/channel.py                    direct (where MPI reaches device memory) and staged
     python benchmarks/gpu/channel.py --device cpu       the same program on host memory, to try it out
 
-Starts two ranks itself. Bandwidth: ping-pong of tensors in device memory, every byte of the last one compared.
-Overlap: each rank sends 64 MiB to the other and multiplies matrices meanwhile for about 200 ms; what both take
-longer than the multiplications alone is not hidden. The routes take turns; medians.
+Starts two ranks itself. Bandwidth: ping-pong of tensors in device memory, every byte of the last one compared,
+beside plain MPI_Send and MPI_Recv of the same memory where MPI reaches it. Overlap: each rank sends 64 MiB to the
+other and multiplies matrices meanwhile; what that takes longer than when both multiply alone is not hidden. All
+take turns; medians. (Two processes on one GPU take turns on it: small messages wait for theirs.)
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,24 +77,36 @@ def run(options: argparse.Namespace) -> None:
         "bandwidth": {route: {size: [] for size in SIZES} for route in routes},
         "overlap": {route: [] for route in routes},
     }
+    if "direct" in routes:
+        found["bandwidth"]["plain MPI"] = {size: [] for size in SIZES}
+    found["computing"] = []
     links = {
         (route, size): Link(progress, comm.rank, 10 * number + tag, size, memory, staged, device)
         for number, (route, staged) in enumerate(routes.items())
         for tag, size in enumerate(SIZES)
     }
-    multiply, alone_s = matrices(device)
+    multiply = matrices(comm, device)
     for turn in range(options.rounds + 1):
+        comm.Barrier()
+        alone = seconds_of(multiply)
+        if turn:
+            found["computing"].append(max(comm.allgather(alone)))
+        for size in SIZES if "direct" in routes else ():
+            tensors = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2)]
+            comm.Barrier()
+            seconds = plain_ping_pong(comm, tensors, rounds_of(size))
+            if turn:
+                found["bandwidth"]["plain MPI"][size].append(size / seconds)
         for route in routes:
             for size in SIZES:
                 comm.Barrier()
-                seconds = links[route, size].ping_pong(max(4, min(200, (32 << 20) // size)))
+                seconds = links[route, size].ping_pong(rounds_of(size))
                 if turn:
                     found["bandwidth"][route][size].append(size / seconds)
             comm.Barrier()
             both = links[route, OVERLAPPED].behind(multiply)
             if turn:
-                found["overlap"][route].append(max(comm.allgather((both, alone_s)))[0])
-    found["compute_s"] = alone_s
+                found["overlap"][route].append(max(comm.allgather(both)))
     for link in links.values():
         assert link.right(), "bytes arrived wrong"
     comm.Barrier()
@@ -160,39 +173,68 @@ class Link:
         return bool((there == 2 - self._rank).all())
 
 
-def matrices(device: Any) -> tuple[Callable[[], None], float]:
-    """Work of about COMPUTE_S, after which the device is idle; and the seconds it takes alone."""
+def rounds_of(size: int) -> int:
+    """Of a ping-pong."""
+    return max(4, min(200, (32 << 20) // size))
+
+
+def plain_ping_pong(comm: Any, tensors: Sequence[Any], rounds: int) -> float:
+    """Seconds for one way, without the core."""
+    leaving, arriving = tensors
+    began = time.perf_counter()
+    for _ in range(rounds):
+        if comm.rank == 0:
+            comm.Send(leaving, 1)
+            comm.Recv(arriving, 1)
+        else:
+            comm.Recv(arriving, 0)
+            comm.Send(leaving, 0)
+    return (time.perf_counter() - began) / rounds / 2
+
+
+def matrices(comm: Any, device: Any) -> Callable[[], None]:
+    """Work of about COMPUTE_S while both ranks are at it, after which the device is idle."""
     import torch
 
     width = 4096 if device.type == "cuda" else 512
     a, b, c = (torch.randn(width, width, device=device) for _ in range(3))
 
-    def times(count: int) -> float:
-        began = time.perf_counter()
+    def times(count: int) -> None:
         for _ in range(count):
             torch.mm(a, b, out=c)
         if device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        return time.perf_counter() - began
 
     times(3)
-    count = max(1, int(COMPUTE_S / (times(10) / 10)))
-    alone = statistics.median(times(count) for _ in range(5))
-    return (lambda: (times(count), None)[1]), alone
+    comm.Barrier()
+    count = comm.bcast(max(1, int(COMPUTE_S / (seconds_of(lambda: times(10)) / 10))))
+    return lambda: times(count)
+
+
+def seconds_of(work: Callable[[], None]) -> float:
+    """How long it takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def show(found: dict[str, Any]) -> None:
+    """Tables."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=110, highlight=False)
     console.print(f"{found['device']}, {found['mpi']}; device memory given to MPI: {found['direct']}")
-    columns = ("64 MiB alone (ms)", "computing alone (ms)", "both (ms)")
-    table = Table("route", *(f"{size >> 10} KiB" for size in SIZES), *columns, title="GB/s one way; medians")
+    table = Table("route", *(f"{size >> 10} KiB" for size in SIZES), title="GB/s and µs one way; medians")
     for route, by_size in found["bandwidth"].items():
-        speeds = [statistics.median(each) for each in by_size.values()]
-        times = (OVERLAPPED / speeds[-1], found["compute_s"], statistics.median(found["overlap"][route]))
-        table.add_row(route, *(f"{each / 1e9:.2f}" for each in speeds), *(f"{each * 1e3:.1f}" for each in times))
+        speeds = {int(size): statistics.median(each) for size, each in by_size.items()}
+        table.add_row(route, *(f"{each / 1e9:.2f}  {size / each * 1e6:.0f}" for size, each in speeds.items()))
+    console.print(table)
+    computing = statistics.median(found["computing"])
+    table = Table("64 MiB each way", "alone (ms)", "computing (ms)", "both (ms)", title="overlap; medians")
+    for route, times in found["overlap"].items():
+        alone = OVERLAPPED / statistics.median(found["bandwidth"][route][str(OVERLAPPED)])
+        table.add_row(route, *(f"{each * 1e3:.1f}" for each in (alone, computing, statistics.median(times))))
     console.print(table)
 
 

@@ -48,15 +48,19 @@ def job(args: list[str]) -> Job:
 
     def model() -> nn.Module:
         torch.manual_seed(0)
-        network = gpt(
-            layers=wanted.layers,
-            width=wanted.width,
-            heads=max(1, wanted.width // 128),
-            vocabulary=wanted.vocabulary,
-            sequence=wanted.sequence,
-            tied=False,
-        )
-        return network.bfloat16()
+        # Made in bfloat16, not turned into it afterwards: so no rank ever holds more than its own stage.
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return gpt(
+                layers=wanted.layers,
+                width=wanted.width,
+                heads=max(1, wanted.width // 128),
+                vocabulary=wanted.vocabulary,
+                sequence=wanted.sequence,
+                tied=False,
+            )
+        finally:
+            torch.set_default_dtype(torch.float32)
 
     return Job(
         model,

@@ -7,6 +7,7 @@ csrc/tests/test_device_channel.cpp).
 from __future__ import annotations
 
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import training
 from torch import nn
 
+from pipedream_hpc import Pipeline
 from pipedream_hpc.core import load_memory
 from pipedream_hpc.runtime.stash import WeightStash
 
@@ -85,6 +87,23 @@ def test_pool_allocates_nothing_after_warm_up() -> None:
     assert (torch.cuda.memory_allocated(), load_memory().allocations()) == before
 
 
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_pool_steps_tensors_that_begin_anywhere(offset: int) -> None:
+    """Four numbers at a time where all tensors begin at multiples of 16 bytes, one by one where they do not."""
+    core, count = load_memory(), 10_007
+    whole = [torch.randn(count + 4, device=GPU) for _ in range(2)]
+    weights, gradient = (each[offset : offset + count] for each in whole)
+    target = torch.full((count + 8,), 99.0, device=GPU)
+    rule = core.Sgd(
+        rate=-0.5, weight_decay=0.0, momentum=0.0, undampened=1.0, first=False, nesterov=False, maximize=False
+    )
+    place = (weights.data_ptr(), target[4:].data_ptr(), gradient.data_ptr(), 0, 0)
+    core.fused_step(rule, [(count, *place)], stream=torch.cuda.current_stream().cuda_stream)
+    assert torch.equal(target[4:-4], torch.addcmul(weights, gradient, torch.tensor(-0.5, device=GPU)))
+    assert (target[:4] == 99).all()
+    assert (target[-4:] == 99).all()
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("route", ["direct", "staged"])
 def test_channel_between_ranks_on_one_gpu(count: int, route: str) -> None:
@@ -128,6 +147,33 @@ def test_training_on_ranks_as_in_one_process(plan: str, more: dict[str, Any], tm
     alone = training.alone(order)
     for name, value in alone["weights"].items():
         torch.testing.assert_close(report["weights"][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_no_minibatch_waits_for_the_gpu() -> None:
+    """torch tells of every call that makes the host wait: an epoch has as many as a longer one."""
+
+    def waits(minibatches: int) -> int:
+        data = [(torch.randn(8, 16), torch.randint(0, 4, (8,))) for _ in range(minibatches)]
+        pipeline = Pipeline(
+            nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 4)),
+            loss=nn.CrossEntropyLoss(),
+            optimizer=partial(torch.optim.Adam, lr=0.01),
+            example=data[0][0],
+            plan="1-1",
+            device="cuda",
+        )
+        pipeline.fit(data)  # allocates, and makes the optimizer's state
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                pipeline.fit(data)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        pipeline.close()
+        return sum("synchroniz" in str(each.message) for each in told)
+
+    assert waits(5) == waits(25)
 
 
 def test_masters_on_ranks(tmp_path: Path) -> None:

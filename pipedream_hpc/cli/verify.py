@@ -45,6 +45,11 @@ def run(
 
     Next: pipedream train with the same plan.
     """
+    import os
+
+    # On a GPU, cuBLAS computes the same thing the same way only in a workspace of one size, set before it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
     from pipedream_hpc.cli.train import stages
     from pipedream_hpc.cluster.world import join
     from pipedream_hpc.errors import PipedreamError
@@ -53,7 +58,14 @@ def run(
     from pipedream_hpc.observe import terminal
     from pipedream_hpc.observe.tables import verdict_table
     from pipedream_hpc.runtime.pipeline import Pipeline
-    from pipedream_hpc.verification.comparison import by_reference, by_workers, compare, first_minibatches, way_of
+    from pipedream_hpc.verification.comparison import (
+        by_reference,
+        by_workers,
+        compare,
+        first_minibatches,
+        repeatable,
+        way_of,
+    )
 
     if not tolerance >= 0:
         raise PipedreamError(f"--tolerance should be 0 or more, not {tolerance:g}")
@@ -73,13 +85,16 @@ def run(
     )
     way = way_of(pipeline, job)
     data = first_minibatches(job, minibatches, epochs, seed)
-    events = by_workers(pipeline, data)
+    with repeatable():
+        events = by_workers(pipeline, data)
     if world.comm is not None and world.size > 1:
         parts = world.comm.gather(events, root=0)
         events = [event for part in parts or () for event in part]
     problem = None
     if model is not None:
-        verdict = compare(events, by_reference(pipeline, job, model, way, data))
+        with repeatable():
+            expected = by_reference(pipeline, job, model, way, data)
+        verdict = compare(events, expected)
         console = terminal.console()
         console.print(verdict_table(verdict))
         if verdict.exact:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.graph import flatten, tensors_in
 from pipedream_hpc.model.precision import Autocast, Precision
+from pipedream_hpc.model.randomness import generators_kept
 from pipedream_hpc.model.untouched import untouched
 
 
@@ -24,7 +25,8 @@ def propagate(
     """Give every node its value's shape (in node.meta) and return its floating-point operations.
 
     Shapes are propagated without memory. A module kept whole may look at values, which such tensors
-    have none of: then the example itself is run, and the model put back as it was.
+    have none of: then the example itself is run, and the model put back as it was; on a GPU, where
+    autocast goes its own ways, by a copy of the model.
     """
     # Autocast goes by the device, so under it tensors have to say that they are where they will be.
     kind = precision.kind if isinstance(precision, Autocast) else "cpu"
@@ -44,6 +46,10 @@ def propagate(
         if any(parameter.is_meta for parameter in model.parameters()):
             remedy = "; given as a function it is captured without values: if it needs them, give the built model"
             raise without_values
+        if kind != "cpu":
+            there = tree_map(lambda x: x.to(kind) if isinstance(x, torch.Tensor) else x, arguments)
+            with generators_kept(torch.device(kind)), autocast():
+                return _interpret(copy.deepcopy(model).to(kind), graph, there)
         with untouched(model), autocast():
             return _interpret(model, graph, arguments)
     except Exception as error:

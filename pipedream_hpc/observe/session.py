@@ -40,7 +40,7 @@ class Session:
     def __init__(self, plan: Plan, out: Path, world: World) -> None:
         self._plan, self._out, self._is_root = plan, out, world.is_root
         crowded = world.size > 1 and world.local_size > world.node_cores
-        self._shared_cores = f"{world.local_size} ranks share {world.node_cores} cores" if crowded else ""
+        self._shared = f"{world.local_size} ranks share {world.node_cores} cores" if crowded else ""
         self._console = terminal.console(quiet=not world.is_root)
         if world.is_root:
             make_folder(out)
@@ -56,6 +56,10 @@ class Session:
         for rank, device in enumerate(devices):
             if device.kind == "cuda":
                 self._console.print(f"rank {rank}: {device}", highlight=False)
+        if devices[0].kind == "cuda":
+            gpus = len({device.uuid for device in devices})
+            shared = "one GPU" if gpus == 1 else f"{gpus} GPUs"
+            self._shared = f"{len(devices)} ranks share {shared}" if gpus < len(devices) else ""
         if route.words:
             self._console.print(f"between GPUs: {route.words}", highlight=False)
 
@@ -122,10 +126,8 @@ class Session:
                 f"({predicted}), {human_bytes(sent)} sent per minibatch, "
                 f"bubble {bubble(splits):.1%}"
             )
-            if self._shared_cores and plan.timed:
-                self._console.print(
-                    f"{self._shared_cores}: predictions take every rank to have a core of its own, so expect more"
-                )
+            if self._shared and plan.timed:
+                self._console.print(f"{self._shared}: predictions take every rank to have its own, so expect more")
             save_trace(trace, self._out / "trace.json")
             draw(trace, self._out / "timeline.png")
             written = ["trace.json (opens in Perfetto)", "timeline.png", *written]

@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,6 +88,18 @@ class Verdict:
     def within(self, tolerance: float) -> bool:
         """Whether no tensor differs by more than such a part of its largest element."""
         return all(each.relative <= tolerance for each in self.differences)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Let a GPU compute the same thing the same way each time, where torch can, as CPUs do anyway."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def first_minibatches(job: Job, count: int, epochs: int, seed: int) -> list[Batches]:
