@@ -46,24 +46,16 @@ def job(args: list[str]) -> Job:
     torch.manual_seed(0)
     tokens = torch.randint(0, wanted.vocabulary, (wanted.batch, wanted.sequence))
 
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        # Made in bfloat16, not turned into it afterwards: so no rank ever holds more than its own stage.
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            return gpt(
-                layers=wanted.layers,
-                width=wanted.width,
-                heads=max(1, wanted.width // 128),
-                vocabulary=wanted.vocabulary,
-                sequence=wanted.sequence,
-                tied=False,
-            )
-        finally:
-            torch.set_default_dtype(torch.float32)
-
+    network = gpt(
+        layers=wanted.layers,
+        width=wanted.width,
+        heads=max(1, wanted.width // 128),
+        vocabulary=wanted.vocabulary,
+        sequence=wanted.sequence,
+        tied=False,
+    ).bfloat16()
     return Job(
-        model,
+        network,
         next_token,
         partial(torch.optim.AdamW, lr=1e-4),
         train=[(tokens, tokens)] * wanted.minibatches,

@@ -150,7 +150,7 @@ def test_training_on_ranks_as_in_one_process(plan: str, more: dict[str, Any], tm
 
 
 def test_no_minibatch_waits_for_the_gpu() -> None:
-    """torch tells of every call that makes the host wait: an epoch has as many as a longer one."""
+    """torch tells of every call that makes the host wait: in an epoch it is the one that reads its losses."""
 
     def waits(minibatches: int) -> int:
         data = [(torch.randn(8, 16), torch.randint(0, 4, (8,))) for _ in range(minibatches)]
@@ -173,7 +173,8 @@ def test_no_minibatch_waits_for_the_gpu() -> None:
         pipeline.close()
         return sum("synchroniz" in str(each.message) for each in told)
 
-    assert waits(5) == waits(25)
+    waits(5)  # a process begins with some of its own
+    assert waits(25) == 1
 
 
 def test_masters_on_ranks(tmp_path: Path) -> None:
