@@ -95,7 +95,7 @@ class Averager:
             self._start(self._next)
 
     def done(self) -> bool:
-        """Whether `average` would return at once."""
+        """Whether `average` would wait for no other replica."""
         return self._finishing and all(self._reduction.done(index) for index in range(len(self._packing.buckets)))
 
     def average(self, count: int) -> list[torch.Tensor | None]:

@@ -37,7 +37,7 @@ class Reduction(Protocol):
         ...
 
     def done(self, index: int) -> bool:
-        """Whether `wait` would return at once."""
+        """Whether `wait` would wait for no other rank."""
         ...
 
     def wait(self, index: int) -> None:

@@ -139,20 +139,24 @@ class StagedReduction:
         self._start_arrived()
 
     def done(self, index: int) -> bool:
-        self._start_arrived()
-        return all(index != leaving for leaving, _ in self._leaving) and self._reduction.done(index)
+        self._arrive(index)
+        return self._reduction.done(index)
 
     def wait(self, index: int) -> None:
-        while any(index == leaving for leaving, _ in self._leaving):
-            moment = self._leaving[0][1]
-            if moment is not None:
-                moment.synchronize()
-            self._start_arrived()
+        self._arrive(index)
         self._reduction.wait(index)
         staged = self._staged.get(index)
         if staged is not None:
             staged.take_out()
             self._lane.back(staged.pinned, staged.near)
+
+    def _arrive(self, index: int) -> None:
+        """Wait for the own copy, which no other rank holds up, and start what has come with it."""
+        while any(index == leaving for leaving, _ in self._leaving):
+            moment = self._leaving[0][1]
+            if moment is not None:
+                moment.synchronize()
+            self._start_arrived()
 
     def _start_arrived(self) -> None:
         """Start what has come to the host, in the order handed in: all ranks start in the same."""
