@@ -96,7 +96,9 @@ class Averager:
 
     def done(self) -> bool:
         """Whether `average` would wait for no other replica."""
-        return self._finishing and all(self._reduction.done(index) for index in range(len(self._packing.buckets)))
+        # Every bucket is asked about: a staged one starts when it is, and others wait for it.
+        here = [self._reduction.done(index) for index in range(len(self._packing.buckets))]
+        return self._finishing and all(here)
 
     def average(self, count: int) -> list[torch.Tensor | None]:
         """The sum over all replicas divided by `count`; None where no replica had a gradient.
