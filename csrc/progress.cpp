@@ -18,7 +18,7 @@ using std::chrono::microseconds;
 // Polls before a waiting main thread begins to sleep. A poll takes a tenth of a microsecond, with a yield
 // about 1 µs on an idle core: with a core of its own a rank looks out for some 20 ms, crowded ones for a
 // moment only.
-constexpr int spins_if_not = 200;
+constexpr int spins_if_not = 2000;
 constexpr int yields_if_not = 20000;
 constexpr int yields_if_crowded = 50;
 
@@ -29,9 +29,9 @@ constexpr double longest_goodbye_s = 1.0;
 // A poll that took longer than an empty one has moved bytes, and more are likely to follow: whether MPI copies
 // a message at once or in a thousand pieces, this finds out. Otherwise it rests for twice as long each time;
 // something of ours to push, or a compute phase that is short against a moment's delay, allows for less.
-constexpr microseconds while_copying(20), while_moving(50), while_pushing(200), while_idle(500), longest_pause(2000);
+constexpr microseconds while_copying(20), while_moving(50), while_pushing(200), while_idle(500), longest_pause(4000);
 constexpr microseconds empty_poll(3), short_phase(1000);
-constexpr int pauses_per_phase = 64;
+constexpr int pauses_per_phase = 12;
 // While the main thread polls, to wake up is only to find that out, at 10 µs of the core that polls.
 constexpr microseconds while_waiting(1000);
 
