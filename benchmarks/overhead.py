@@ -17,9 +17,11 @@ import pstats
 import statistics
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from launch import on_two_ranks
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--microbatches", type=int, default=32)
+    parser.add_argument("--plot", type=Path, help="write a picture")
     parser.add_argument("--profile", type=int, choices=(0, 1), help="a rank whose worker loop is profiled")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -47,6 +50,23 @@ def main() -> None:
         beyond = statistics.median(time - alone for time, alone in zip(times, found["bare"], strict=True))
         table.add_row(name, f"{1e6 * statistics.median(times):.0f}", "" if name == "bare" else f"{1e6 * beyond:.0f}")
     Console(width=100, highlight=False).print(table, f"bare: the slower stage's own compute, {1e6 * bare:.0f} µs")
+    if options.plot:
+        draw(found, options.plot)
+
+
+def draw(found: dict[str, list[float]], path: Path) -> None:
+    """Compute, and what comes on top of it."""
+    figure = Figure(figsize=(7, 1.8), layout="constrained")
+    axes, bare = figure.subplots(), 1e6 * statistics.median(found["bare"])
+    ways = [way for way in found if way != "bare"]
+    axes.barh(ways, bare, color="tab:gray", label="compute")
+    beyond = [1e6 * statistics.median(found[way]) - bare for way in ways]
+    axes.barh(ways, beyond, left=bare, color="tab:blue", label="beyond")
+    axes.axvline(bare + MOST_US, color="tab:gray", linestyle="--", label="required")
+    axes.set(xlabel="µs per microbatch")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(path, dpi=130)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -18,9 +18,11 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from launch import mpirun
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each launch")
+    parser.add_argument("--plot", type=Path, help="write a picture")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.began is not None:
@@ -46,8 +49,9 @@ def main() -> None:
         "weights",
         title=f"on {cores} cores",
     )
+    started = {}
     for ranks in options.ranks:
-        found = launched(ranks, options.timeout)
+        found = started[ranks] = launched(ranks, options.timeout)
         alone = json.loads(_run([sys.executable, __file__, "--ranks", str(ranks), "--began", "0"], options.timeout))
         same = "as in one process" if found["weights"] == alone["weights"] else "DIFFER"
         table.add_row(
@@ -59,6 +63,24 @@ def main() -> None:
             same,
         )
     Console(width=100, highlight=False).print(table)
+    if options.plot:
+        draw(started, options.plot)
+
+
+def draw(started: dict[int, dict[str, Any]], path: Path) -> None:
+    """Start-up and memory over the number of ranks."""
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = [f"{ranks} ranks" for ranks in started]
+    joined = [found["joined_s"] for found in started.values()]
+    left.bar(names, joined, color="tab:gray", label="launcher, imports, MPI")
+    built = [found["ready_s"] - found["joined_s"] for found in started.values()]
+    left.bar(names, built, bottom=joined, color="tab:blue", label="pipeline made and verified")
+    left.set(ylabel="s until training begins")
+    left.legend()
+    right.bar(names, [max(found["rss_mib"]) for found in started.values()], color="tab:blue")
+    right.set(ylabel="MiB per rank, at most")
+    figure.savefig(path, dpi=130)
 
 
 def launched(ranks: int, timeout_s: float) -> dict[str, Any]:
