@@ -65,7 +65,7 @@ def draw(found: dict[str, list[float]], path: Path) -> None:
     axes.axvline(bare + MOST_US, color="tab:gray", linestyle="--", label="required")
     axes.set(xlabel="µs per microbatch")
     axes.invert_yaxis()
-    axes.legend()
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     figure.savefig(path, dpi=130)
 
 
