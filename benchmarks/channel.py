@@ -4,7 +4,8 @@
     python benchmarks/channel.py --plot channel.png
 
 Ping-pong through the core, header checks included, and with MPI_Send and MPI_Recv, in turns in one run;
-medians, and of the ratios too. Plain MPI receives into two buffers in turns, as the channel has two slots. Then 64 MiB each way
+medians of times, and of each turn's ratio. Plain MPI receives into two buffers in turns, as the channel has
+two slots. Then 64 MiB each way
 
     behind a span of compute        both ranks compute until 200 ms are over
     beside an amount of work        both ranks do what takes 200 ms: what copying takes from compute shows

@@ -3,6 +3,9 @@
     python benchmarks/peers.py                    all models, some ten minutes
     python benchmarks/peers.py --only mlp --rounds 5 --plot peers.png
 
+Asynchronous 1F1B is filled once and drained once in an epoch: its time is that from one minibatch's end to another's,
+as many as two turns of the others have. Everybody else fills and drains with every batch, and is timed whole.
+
 Starts two ranks itself. The same models, cut at the same place, on the same cores with one thread each, take
 turns in one run; medians of milliseconds per global batch. What should come out: asynchronous 1F1B at least
 1.15 times as fast as torch's 1F1B at its best number of microbatches (1.4 times on the MLP), and at least

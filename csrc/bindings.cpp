@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "channel.hpp"
@@ -36,6 +37,8 @@ Line line(int peer, int tag, const std::vector<PartOf>& parts, const std::string
           std::size_t chunk) {
   Line made{peer, tag, {}, where_from(memory), staged ? Route::staged : Route::direct, chunk};
   for (const auto& [label, dtype, item, shape] : parts) made.parts.push_back({label, dtype, item, shape});
+  // No more pinned memory than there is to carry; the other end knows the same parts.
+  made.chunk = std::max<std::size_t>(1, std::min(chunk, made.capacity()));
   return made;
 }
 

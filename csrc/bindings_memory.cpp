@@ -23,18 +23,18 @@ using Addresses = std::array<std::uintptr_t, 6>;  // count, weights, target, gra
 template <typename Rule>
 void step(const Rule& rule, const std::vector<Addresses>& tensors, bool halves, bool half_gradients, int threads,
           bool contracted, std::optional<bool> streaming, std::optional<std::uintptr_t> stream) {
-  std::vector<Piece> pieces;
-  pieces.reserve(tensors.size());
+  std::vector<Operand> operands;
+  operands.reserve(tensors.size());
   for (const Addresses& each : tensors) {
-    pieces.push_back({each[0], reinterpret_cast<float*>(each[1]), reinterpret_cast<void*>(each[2]),
-                      reinterpret_cast<const void*>(each[3]), reinterpret_cast<float*>(each[4]),
-                      reinterpret_cast<float*>(each[5])});
+    operands.push_back({each[0], reinterpret_cast<float*>(each[1]), reinterpret_cast<void*>(each[2]),
+                        reinterpret_cast<const void*>(each[3]), reinterpret_cast<float*>(each[4]),
+                        reinterpret_cast<float*>(each[5])});
   }
   const py::gil_scoped_release released;
   const Format format{halves, half_gradients};
-  if (stream) return cuda::fused_step(rule, pieces, format, *stream);
+  if (stream) return cuda::fused_step(rule, operands, format, *stream);
   const Stores stores = !streaming ? Stores::chosen : *streaming ? Stores::streaming : Stores::cached;
-  fused_step(rule, pieces, format, {threads, contracted, stores});
+  fused_step(rule, operands, format, {threads, contracted, stores});
 }
 
 template <typename Rule>

@@ -12,7 +12,8 @@ namespace {
 // What lies between two tensors of one message.
 std::byte padding[tensor_alignment] = {};
 
-// Host memory. What MPI reads is kept in a shared memory block per turn, so that it outlives the channel.
+// Host memory. Headers and small messages are kept in a block per turn, which outlives the channel while MPI reads
+// it; large tensors are the caller's, who keeps the last two.
 class HostSender final : public SendChannel {
  public:
   HostSender(std::shared_ptr<Progress> progress, const Line& line) : SendChannel(std::move(progress), line) {

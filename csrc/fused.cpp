@@ -31,7 +31,7 @@ constexpr std::size_t line = 64;      // bytes
 // system tells: that may be all of a socket's, and ranks share it.
 constexpr std::size_t cached = std::size_t{32} << 20;
 
-// A part of a piece, all float32. `written` may be `weights`.
+// A part of a operand, all float32. `written` may be `weights`.
 struct Range {
   const float* weights;
   float* written;
@@ -151,9 +151,9 @@ void streamed() {
 #endif
 }
 
-// Numbers [begin, end) of a piece.
+// Numbers [begin, end) of a operand.
 template <typename Rule>
-void step_part(const Rule& rule, const Piece& piece, Format format, bool streaming,
+void step_part(const Rule& rule, const Operand& operand, Format format, bool streaming,
                void (*loop)(const Rule&, const Range&), std::size_t begin, std::size_t end) {
   alignas(line) float gradients[block];
   alignas(line) float weights[block];
@@ -163,23 +163,23 @@ void step_part(const Rule& rule, const Piece& piece, Format format, bool streami
   for (std::size_t at = begin; at < end; at += stride) {
     Range range;
     range.count = std::min(stride, end - at);
-    range.weights = piece.weights + at;
-    range.first = piece.first == nullptr ? nullptr : piece.first + at;
-    range.second = piece.second == nullptr ? nullptr : piece.second + at;
+    range.weights = operand.weights + at;
+    range.first = operand.first == nullptr ? nullptr : operand.first + at;
+    range.second = operand.second == nullptr ? nullptr : operand.second + at;
     if (format.half_gradients) {
-      widen(gradients, static_cast<const std::uint16_t*>(piece.gradient) + at, range.count);
+      widen(gradients, static_cast<const std::uint16_t*>(operand.gradient) + at, range.count);
       range.gradient = gradients;
     } else {
-      range.gradient = static_cast<const float*>(piece.gradient) + at;
+      range.gradient = static_cast<const float*>(operand.gradient) + at;
     }
     if (format.halves) {
-      range.written = piece.weights + at;
+      range.written = operand.weights + at;
       loop(rule, range);
-      std::uint16_t* const target = static_cast<std::uint16_t*>(piece.target) + at;
+      std::uint16_t* const target = static_cast<std::uint16_t*>(operand.target) + at;
       narrow(streaming ? halves : target, range.written, range.count);
       if (streaming) stream(target, halves, range.count * sizeof(std::uint16_t));
     } else {
-      float* const target = static_cast<float*>(piece.target) + at;
+      float* const target = static_cast<float*>(operand.target) + at;
       range.written = streaming ? weights : target;
       loop(rule, range);
       if (streaming) stream(target, weights, range.count * sizeof(float));
@@ -187,24 +187,24 @@ void step_part(const Rule& rule, const Piece& piece, Format format, bool streami
   }
 }
 
-// Bytes of one number of a piece, wherever they are.
-std::size_t number_bytes(const Piece& piece, Format format) {
-  const std::size_t state = (piece.first != nullptr ? 1 : 0) + (piece.second != nullptr ? 1 : 0);
+// Bytes of one number of a operand, wherever they are.
+std::size_t number_bytes(const Operand& operand, Format format) {
+  const std::size_t state = (operand.first != nullptr ? 1 : 0) + (operand.second != nullptr ? 1 : 0);
   return (1 + state) * sizeof(float) + (format.halves ? 2 : 4) + (format.half_gradients ? 2 : 4);
 }
 
 template <typename Rule>
-void step(const Rule& rule, const std::vector<Piece>& pieces, Format format, Run run) {
+void step(const Rule& rule, const std::vector<Operand>& operands, Format format, Run run) {
   if (run.contracted && !fused_contracts()) {
     throw std::invalid_argument("this CPU cannot multiply and add with one rounding");
   }
-  // Each piece begins on a multiple of a line's numbers, so that chunks end on lines.
+  // Each operand begins on a multiple of a line's numbers, so that chunks end on lines.
   std::vector<std::size_t> starts;
   std::size_t total = 0, bytes = 0;
-  for (const Piece& piece : pieces) {
+  for (const Operand& operand : operands) {
     starts.push_back(total);
-    bytes += piece.count * number_bytes(piece, format);
-    total += (piece.count + line - 1) / line * line;
+    bytes += operand.count * number_bytes(operand, format);
+    total += (operand.count + line - 1) / line * line;
   }
   const bool streaming = run.stores == Stores::streaming || (run.stores == Stores::chosen && bytes > cached);
   const auto loop = run.contracted ? contracted<Rule> : plain<Rule>;
@@ -214,12 +214,13 @@ void step(const Rule& rule, const std::vector<Piece>& pieces, Format format, Run
       const std::size_t end = std::min(begin + chunk, total);
       std::size_t index =
           static_cast<std::size_t>(std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin()) - 1;
-      for (; index < pieces.size() && starts[index] < end; ++index) {
-        const Piece& piece = pieces[index];
+      for (; index < operands.size() && starts[index] < end; ++index) {
+        const Operand& operand = operands[index];
         const std::size_t from = begin > starts[index] ? begin - starts[index] : 0;
-        const std::size_t to = std::min(end - starts[index], piece.count);
-        const bool apart = static_cast<const void*>(piece.weights) != piece.target;  // in place it is cached already
-        if (from < to) step_part(rule, piece, format, streaming && apart, loop, from, to);
+        const std::size_t to = std::min(end - starts[index], operand.count);
+        const bool apart =
+            static_cast<const void*>(operand.weights) != operand.target;  // in place it is cached already
+        if (from < to) step_part(rule, operand, format, streaming && apart, loop, from, to);
       }
     }
     if (streaming) streamed();
@@ -240,12 +241,12 @@ bool fused_contracts() {
 #endif
 }
 
-void fused_step(const Sgd& rule, const std::vector<Piece>& pieces, Format format, Run run) {
-  step(rule, pieces, format, run);
+void fused_step(const Sgd& rule, const std::vector<Operand>& operands, Format format, Run run) {
+  step(rule, operands, format, run);
 }
 
-void fused_step(const Adam& rule, const std::vector<Piece>& pieces, Format format, Run run) {
-  step(rule, pieces, format, run);
+void fused_step(const Adam& rule, const std::vector<Operand>& operands, Format format, Run run) {
+  step(rule, operands, format, run);
 }
 
 }  // namespace pipedream

@@ -22,7 +22,7 @@
 namespace pipedream {
 
 // One tensor of a step; `count` numbers from each address. State an optimizer does not have is null.
-struct Piece {
+struct Operand {
   std::size_t count;
   float* weights;  // old weights; the master, which is updated in place, where weights are bfloat16
   void* target;    // new weights; may be the old ones
@@ -31,7 +31,7 @@ struct Piece {
   float* second;  // average of their squares
 };
 
-// How the numbers of all pieces of a call are stored.
+// How the numbers of all operands of a call are stored.
 struct Format {
   bool halves;          // the target is bfloat16, and `weights` are its masters
   bool half_gradients;  // gradients are bfloat16
@@ -50,15 +50,15 @@ struct Run {
 // Whether this CPU can multiply and add with one rounding.
 bool fused_contracts();
 
-// One step of all pieces. Throws std::invalid_argument if `run` wants what the CPU has not.
-void fused_step(const Sgd& rule, const std::vector<Piece>& pieces, Format format, Run run);
-void fused_step(const Adam& rule, const std::vector<Piece>& pieces, Format format, Run run);
+// One step of all operands. Throws std::invalid_argument if `run` wants what the CPU has not.
+void fused_step(const Sgd& rule, const std::vector<Operand>& operands, Format format, Run run);
+void fused_step(const Adam& rule, const std::vector<Operand>& operands, Format format, Run run);
 
 // The same for device memory, started on a stream (a cudaStream_t) and not waited for. fused_cuda.cu or, without
 // nvcc, fused_host.cpp, which throws std::runtime_error.
 namespace cuda {
-void fused_step(const Sgd& rule, const std::vector<Piece>& pieces, Format format, std::uintptr_t stream);
-void fused_step(const Adam& rule, const std::vector<Piece>& pieces, Format format, std::uintptr_t stream);
+void fused_step(const Sgd& rule, const std::vector<Operand>& operands, Format format, std::uintptr_t stream);
+void fused_step(const Adam& rule, const std::vector<Operand>& operands, Format format, std::uintptr_t stream);
 }  // namespace cuda
 
 // Rounds to bfloat16, to nearest, ties to even, as torch does.

@@ -6,19 +6,19 @@
 
 #include "fused.hpp"
 
-// Kernels for many tensors in one launch: a launch carries as many pieces as fit its parameters, and
+// Kernels for many tensors in one launch: a launch carries as many operands as fit its parameters, and
 // thread blocks take equal chunks of them. Compiled with --fmad=false: multiply_add alone contracts.
 namespace pipedream::cuda {
 
 namespace {
 
 constexpr int threads = 256;
-constexpr std::size_t chunk = 8192;    // numbers to a thread block
-constexpr int pieces_per_launch = 64;  // 64 x 56 bytes: within the 4 KiB that a launch may carry
+constexpr std::size_t chunk = 8192;      // numbers to a thread block
+constexpr int operands_per_launch = 64;  // 64 x 52 bytes: within the 4 KiB that a launch may carry
 
 struct Batch {
-  Piece pieces[pieces_per_launch];
-  unsigned first_block[pieces_per_launch];  // of a piece's thread blocks
+  Operand operands[operands_per_launch];
+  unsigned first_block[operands_per_launch];  // of a operand's thread blocks
   int count;
 };
 
@@ -105,27 +105,27 @@ __device__ float apply(const Adam& rule, float weight, float gradient, float* fi
 __device__ bool reads(const Sgd& rule) { return rule.buffer == Momentum::kept; }
 __device__ bool reads(const Adam&) { return true; }
 
-// Numbers [i, i + width) of a piece.
+// Numbers [i, i + width) of a operand.
 template <int width, typename Rule>
-__device__ void step_at(const Rule& rule, const Piece& piece, Format format, std::size_t i) {
+__device__ void step_at(const Rule& rule, const Operand& operand, Format format, std::size_t i) {
   float weights[width], gradients[width], first[width] = {}, second[width] = {};
-  load(piece.weights + i, weights);
+  load(operand.weights + i, weights);
   if (format.half_gradients) {
-    load(static_cast<const std::uint16_t*>(piece.gradient) + i, gradients);
+    load(static_cast<const std::uint16_t*>(operand.gradient) + i, gradients);
   } else {
-    load(static_cast<const float*>(piece.gradient) + i, gradients);
+    load(static_cast<const float*>(operand.gradient) + i, gradients);
   }
-  if (piece.first && reads(rule)) load(piece.first + i, first);
-  if (piece.second && reads(rule)) load(piece.second + i, second);
+  if (operand.first && reads(rule)) load(operand.first + i, first);
+  if (operand.second && reads(rule)) load(operand.second + i, second);
 #pragma unroll
   for (int k = 0; k < width; ++k) weights[k] = apply(rule, weights[k], gradients[k], &first[k], &second[k]);
-  if (piece.first) store(first, piece.first + i);
-  if (piece.second) store(second, piece.second + i);
+  if (operand.first) store(first, operand.first + i);
+  if (operand.second) store(second, operand.second + i);
   if (format.halves) {
-    store(weights, piece.weights + i);
-    store(weights, static_cast<std::uint16_t*>(piece.target) + i);
+    store(weights, operand.weights + i);
+    store(weights, static_cast<std::uint16_t*>(operand.target) + i);
   } else {
-    store(weights, static_cast<float*>(piece.target) + i);
+    store(weights, static_cast<float*>(operand.target) + i);
   }
 }
 
@@ -137,18 +137,18 @@ __global__ void __launch_bounds__(threads)
                 const __grid_constant__ Format format) {
   int index = batch.count - 1;
   while (batch.first_block[index] > blockIdx.x) --index;
-  const Piece& piece = batch.pieces[index];
+  const Operand& operand = batch.operands[index];
   std::size_t begin = (blockIdx.x - batch.first_block[index]) * chunk;
-  const std::size_t end = begin + chunk < piece.count ? begin + chunk : piece.count;
-  if (aligned(piece.weights) && aligned(piece.target) && aligned(piece.gradient) && aligned(piece.first) &&
-      aligned(piece.second)) {
+  const std::size_t end = begin + chunk < operand.count ? begin + chunk : operand.count;
+  if (aligned(operand.weights) && aligned(operand.target) && aligned(operand.gradient) && aligned(operand.first) &&
+      aligned(operand.second)) {
     const std::size_t fours = begin + (end - begin) / wide * wide;
     for (std::size_t i = begin + threadIdx.x * wide; i < fours; i += threads * wide) {
-      step_at<wide>(rule, piece, format, i);
+      step_at<wide>(rule, operand, format, i);
     }
     begin = fours;
   }
-  for (std::size_t i = begin + threadIdx.x; i < end; i += threads) step_at<1>(rule, piece, format, i);
+  for (std::size_t i = begin + threadIdx.x; i < end; i += threads) step_at<1>(rule, operand, format, i);
 }
 
 template <typename Rule>
@@ -162,33 +162,33 @@ void launch(const Rule& rule, const Batch& batch, unsigned blocks, Format format
 }
 
 template <typename Rule>
-void step(const Rule& rule, const std::vector<Piece>& pieces, Format format, std::uintptr_t stream_address) {
+void step(const Rule& rule, const std::vector<Operand>& operands, Format format, std::uintptr_t stream_address) {
   const cudaStream_t stream = reinterpret_cast<cudaStream_t>(stream_address);
   Batch batch{};
   unsigned blocks = 0;
-  for (const Piece& piece : pieces) {
-    if (piece.count == 0) continue;
-    if (batch.count == pieces_per_launch) {
+  for (const Operand& operand : operands) {
+    if (operand.count == 0) continue;
+    if (batch.count == operands_per_launch) {
       launch(rule, batch, blocks, format, stream);
       batch.count = 0;
       blocks = 0;
     }
-    batch.pieces[batch.count] = piece;
+    batch.operands[batch.count] = operand;
     batch.first_block[batch.count] = blocks;
     ++batch.count;
-    blocks += static_cast<unsigned>((piece.count + chunk - 1) / chunk);
+    blocks += static_cast<unsigned>((operand.count + chunk - 1) / chunk);
   }
   launch(rule, batch, blocks, format, stream);
 }
 
 }  // namespace
 
-void fused_step(const Sgd& rule, const std::vector<Piece>& pieces, Format format, std::uintptr_t stream) {
-  step(rule, pieces, format, stream);
+void fused_step(const Sgd& rule, const std::vector<Operand>& operands, Format format, std::uintptr_t stream) {
+  step(rule, operands, format, stream);
 }
 
-void fused_step(const Adam& rule, const std::vector<Piece>& pieces, Format format, std::uintptr_t stream) {
-  step(rule, pieces, format, stream);
+void fused_step(const Adam& rule, const std::vector<Operand>& operands, Format format, std::uintptr_t stream) {
+  step(rule, operands, format, stream);
 }
 
 }  // namespace pipedream::cuda

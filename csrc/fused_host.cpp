@@ -15,7 +15,7 @@ namespace {
 
 }  // namespace
 
-void fused_step(const Sgd&, const std::vector<Piece>&, Format, std::uintptr_t) { missing(); }
-void fused_step(const Adam&, const std::vector<Piece>&, Format, std::uintptr_t) { missing(); }
+void fused_step(const Sgd&, const std::vector<Operand>&, Format, std::uintptr_t) { missing(); }
+void fused_step(const Adam&, const std::vector<Operand>&, Format, std::uintptr_t) { missing(); }
 
 }  // namespace pipedream::cuda

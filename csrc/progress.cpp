@@ -78,6 +78,8 @@ void run_on(const std::vector<int>& cores) {
 
 Progress::Progress(MPI_Comm parent, bool crowded, int device, std::vector<int> cores)
     : crowded_(crowded), device_(device), cores_(std::move(cores)) {
+  // Here, where somebody hears of it if there is no such device.
+  if (device_ >= 0) cuda::use_device(device_);
   check(MPI_Comm_dup(parent, &comm_), "MPI_Comm_dup", -1, "the communicator of the pipeline");
   MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
   MPI_Comm_rank(comm_, &rank_);

@@ -35,6 +35,7 @@ def main() -> None:
     # that wait let others run.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
+    os.environ.setdefault("PIPEDREAM_SHARE_GPUS", "1")  # with fewer GPUs than ranks they take turns, too
     os.environ.setdefault("OMPI_MCA_btl", "^ofi")  # one node: no fabric to look for, MPI starts faster
     mpirun = ["mpirun", "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
     data = ["--", "--data", *options.data] if options.data != ["digits"] else []

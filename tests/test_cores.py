@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import ranks
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipedream_hpc.cluster.cores import Cores, in_order, numbers, share
+from pipedream_hpc.cluster.threads import take_cores
+from pipedream_hpc.cluster.world import World
 
 FREE = [frozenset(range(8))] * 4
 #: Two NUMA domains, in which cores come in pairs: 0 and 4 are threads of one core.
@@ -96,6 +99,26 @@ def test_the_order_of_a_node(tmp_path: Path) -> None:
     assert in_order(tmp_path) == PAIRS
     assert in_order(tmp_path / "nothing") is None
     assert numbers("") == []
+
+
+@pytest.mark.parametrize(
+    ("size", "local_size", "plan", "threads"),
+    [
+        (16, 8, 16, 8),  # two nodes of 64 cores: each shares its own cores out among its own ranks
+        (8, 8, 8, 8),
+        (1, 1, 4, 16),  # all ranks of the plan in this process
+    ],
+)
+def test_threads_of_a_rank(
+    size: int, local_size: int, plan: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("PIPEDREAM_BIND", "0")
+    monkeypatch.setattr("pipedream_hpc.cluster.threads.core_count", lambda: 64)
+    taken: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    take_cores(World(0, size, 0, local_size, "n1", cpusets=(frozenset(range(64)),) * local_size), plan)
+    assert taken == [threads]
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")

@@ -92,12 +92,14 @@ def test_counting_agrees_with_the_profile_on_a_single_layer() -> None:
 
 def test_the_peak_is_that_since_training_began() -> None:
     peak = Peak(CPU)
-    peak.begin()
-    before = peak.read(0)
+    assert not peak.begun
+    peak.begin(0)
+    assert peak.begun
+    before = peak.read()
     block = torch.ones(64 << 20, dtype=torch.uint8)
-    assert peak.read(0) - before > 32 << 20
+    assert peak.read() - before > 32 << 20
     del block
-    assert peak.read(0) - before > 32 << 20, "it was there once"
+    assert peak.read() - before > 32 << 20, "it was there once"
     assert peak.before_bytes > 0
 
 

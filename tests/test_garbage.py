@@ -27,6 +27,17 @@ def test_nothing_is_collected_unasked_and_everything_is_as_it_was() -> None:
     assert gc.get_freeze_count() == frozen
 
 
+def test_what_somebody_else_has_frozen_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with garbage.no_stalls():
+            assert not gc.isenabled()
+        assert gc.get_freeze_count() >= frozen - 100  # objects may die meanwhile
+    finally:
+        gc.unfreeze()
+
+
 def test_it_is_given_back_when_training_fails() -> None:
     with pytest.raises(RuntimeError), garbage.no_stalls():
         raise RuntimeError

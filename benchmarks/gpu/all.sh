@@ -24,8 +24,9 @@ step() {  # name, time limit in seconds, command
   local status=$? now
   now=$(($(date +%s) - began))
   if [ $status = 0 ]; then echo "passed   $name   after $now s"
-  else echo "FAILED   $name   after $now s (status $status): see $out/$name.txt"; fi
+  else echo "FAILED   $name   after $now s (status $status): see $out/$name.txt" | tee -a "$out/failed.txt"; fi
 }
+rm -f "$out/failed.txt"
 
 # With all processes that are started. MPI asks about every address whether the device knows it; that the answer is
 # no is no error.
@@ -39,9 +40,11 @@ step racecheck 300 $sanitizer racecheck $python -m pytest -q -x benchmarks/gpu -
 step memcheck-staged 300 $sanitizer memcheck mpirun -n 2 $python benchmarks/gpu/exchange.py staged &
 step memcheck-direct 300 $sanitizer memcheck mpirun -n 2 $python benchmarks/gpu/exchange.py direct &
 step racecheck-staged 300 $sanitizer racecheck mpirun -n 1 $python benchmarks/gpu/exchange.py staged &
+step racecheck-direct 300 $sanitizer racecheck mpirun -n 1 $python benchmarks/gpu/exchange.py direct &
 wait
 # What is measured, one after the other.
 step pool 240 $python benchmarks/gpu/pool.py --json "$out/pool.json"
 step channel 240 $python benchmarks/gpu/channel.py --json "$out/channel.json"
 step gpt 400 $python benchmarks/gpu/gpt.py --out "$out/gpt"
 step memory 300 $python benchmarks/memory.py --device cuda --out "$out/memory"
+[ ! -e "$out/failed.txt" ]

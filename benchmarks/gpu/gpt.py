@@ -3,8 +3,8 @@
     python benchmarks/gpu/gpt.py                              2 stages, 1F1B, AdamW
     python benchmarks/gpu/gpt.py --device cpu --layers 2 --width 64 --vocabulary 100 --sequence 16   to try it out
 
-Plans evenly, trains, and prints tokens per second, the planned memory beside the measured, and the route that
-boundary tensors took. Two ranks on one GPU take turns on it: what this shows is that it runs, and what it needs,
+Plans evenly, trains, and prints tokens per second, the memory by part, and the route that boundary tensors took.
+Two ranks on one GPU take turns on it: what this shows is that it runs, and what it needs,
 not how fast a pipeline over two GPUs is. The same model in one stage on one rank stands beside it.
 The file is also the job: `pipedream train benchmarks/gpu/gpt.py --plan 2 --master-weights`.
 """

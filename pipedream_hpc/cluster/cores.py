@@ -14,6 +14,7 @@ core of its own runs wherever its rank was allowed to run at first: it is awake 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,6 +94,9 @@ def _siblings(system: Path, core: int) -> int:
 
 
 def hold(cores: Cores) -> None:
-    """Bind this thread, and all that it will start, to its cores."""
-    if cores.compute:
-        os.sched_setaffinity(0, cores.compute)
+    """Bind this process to its cores: all threads that it has, such as torch's, and all that it will start."""
+    if not cores.compute:
+        return
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            os.sched_setaffinity(int(task), cores.compute)

@@ -10,7 +10,7 @@ from pipedream_hpc.cluster.cores import BIND, Cores, hold, in_order, share
 from pipedream_hpc.cluster.world import World, join
 
 
-def cores() -> int:
+def core_count() -> int:
     """Cores that the ranks of this node may use between them.
 
     Counted from their cpusets, not from the machine: a container or a batch job seldom has all of it.
@@ -24,17 +24,18 @@ def threads_per_rank(ranks_on_node: int) -> int:
     given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if given.isdecimal() and int(given) > 0:
         return int(given)
-    return max(1, cores() // max(1, ranks_on_node))
+    return max(1, core_count() // max(1, ranks_on_node))
 
 
-def take_cores(world: World, ranks_on_node: int) -> Cores:
+def take_cores(world: World, ranks: int) -> Cores:
     """Let this rank's compute threads be so many, on cores of its own where there are enough.
 
     Args:
         world: of the rank.
-        ranks_on_node: among whom cores are shared out; more than the world's if one process has several.
+        ranks: of the plan, which are all in this process if it is the only one.
     """
-    threads = threads_per_rank(ranks_on_node)
+    # A node's cores are for the ranks on it, however many others there are elsewhere.
+    threads = threads_per_rank(world.local_size if world.size > 1 else ranks)
     torch.set_num_threads(threads)
     if world.size == 1 or os.environ.get(BIND) == "0":
         return Cores()
@@ -48,4 +49,4 @@ def crowded(ranks_on_node: int) -> bool:
 
     A rank that waits for a message must then leave its core to those that compute.
     """
-    return cores() < ranks_on_node * threads_per_rank(ranks_on_node)
+    return core_count() < ranks_on_node * threads_per_rank(ranks_on_node)

@@ -31,9 +31,13 @@ def set_seed(seed: int) -> None:
 
 @contextmanager
 def generators_kept(device: torch.device) -> Iterator[None]:
-    """Whatever the block draws, torch's generators of the CPU and of `device` are afterwards as they were."""
-    devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    """Whatever the block draws, torch's generators are afterwards as they were: those that `set_seed` sets."""
+    devices = set()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        devices.add(torch.cuda.current_device())
+    if device.type == "cuda":
+        devices.add(torch.cuda.current_device() if device.index is None else device.index)
+    with torch.random.fork_rng(devices=sorted(devices)):
         yield
 
 

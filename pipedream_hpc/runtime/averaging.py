@@ -13,7 +13,7 @@ A parameter that got no gradient on any replica is left alone, as torch's optimi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -132,6 +132,3 @@ class Averager:
                     self._views[position].zero_()
         self._reduction.start(index)
         self._next += 1
-
-
-MakeReduction = Callable[[Buckets, str], Reduction]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import resource
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +29,9 @@ from pipedream_hpc.schedule.play import activation_slots, gradient_slots
 if TYPE_CHECKING:
     from pipedream_hpc.planning.plan import Plan
     from pipedream_hpc.runtime.stage import Stage
-    from pipedream_hpc.runtime.transport import Boundary
+    from pipedream_hpc.runtime.transport import Lines
     from pipedream_hpc.runtime.worker import Worker
     from pipedream_hpc.schedule.actions import Schedule
-
-#: (stage it leaves, stage it enters) -> what goes over.
-Lines = Mapping[tuple[int, int], Sequence["Boundary"]]
 
 
 @dataclass(frozen=True)
@@ -137,22 +134,24 @@ class Peak:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self.before_bytes = device, 0
+        self._device, self.before_bytes, self._core_bytes, self.begun = device, 0, 0, False
 
-    def begin(self) -> None:
-        """From now on."""
+    def begin(self, core_bytes: int) -> None:
+        """From now on; on a GPU the core has `core_bytes` that torch does not know of."""
+        self.begun = True
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-            self.before_bytes = int(torch.cuda.memory_allocated(self._device))
+            self._core_bytes = core_bytes
+            self.before_bytes = int(torch.cuda.memory_allocated(self._device)) + core_bytes
             return
         with contextlib.suppress(OSError):  # then it is that of the whole life of the process
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
         self.before_bytes = _of_process("VmRSS")
 
-    def read(self, core_bytes: int) -> int:
-        """Bytes; on a GPU with the `core_bytes` that torch does not know of."""
+    def read(self) -> int:
+        """Bytes."""
         if self._device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated(self._device)) + core_bytes
+            return int(torch.cuda.max_memory_allocated(self._device)) + self._core_bytes
         return _of_process("VmHWM")
 
 
@@ -191,9 +190,23 @@ def footprint(
         # A plan by counted operations knows no activations.
         planned=_added([each for each in planned if each is not None]) if plan.timed and all(planned) else None,
         measured=measured,
-        peak_bytes=None if peak is None else peak.read(measured.weights),
+        peak_bytes=None if peak is None else peak.read(),
         before_bytes=None if peak is None else peak.before_bytes,
     )
+
+
+def core_bytes(stages: Sequence[Stage], schedule: Schedule, lines: Lines, *, packs: bool) -> int:
+    """What the core has allocated for stages: weight versions, slots and, if it `packs`, buffers to send from."""
+    total = 0
+    for stage in stages:
+        ports = stage.ports
+        total += stage.stash.nbytes
+        total += sum(_slots_bytes(stage.index, port[0], port[1], schedule, lines) for port in ports.inboxes)
+        for payload, far, _ in ports.outboxes if packs else ():
+            # The double buffer of each channel.
+            leaving = lines[stage.index, far] if payload == "activation" else lines[far, stage.index]
+            total += 2 * sum(each.nbytes for each in leaving if payload == "activation" or each.gradient)
+    return total
 
 
 def _added(parts: Sequence[MemoryParts]) -> MemoryParts:

@@ -34,12 +34,15 @@ class Collector:
 @contextmanager
 def no_stalls() -> Iterator[Collector]:
     """No collection that nobody asked for; afterwards everything is as it was."""
-    was_on = gc.isenabled()
+    was_on, frozen = gc.isenabled(), gc.get_freeze_count() > 0
     gc.disable()
-    gc.freeze()
+    # What somebody else has frozen could not be told apart afterwards: then nothing more is.
+    if not frozen:
+        gc.freeze()
     try:
         yield Collector()
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
         if was_on:
             gc.enable()

@@ -38,7 +38,7 @@ from pipedream_hpc.runtime.checkpoint import Checkpoints, Position
 from pipedream_hpc.runtime.deployment import Manner, deploy, given, resolve
 from pipedream_hpc.runtime.emulator import carry_out, emulate
 from pipedream_hpc.runtime.feed import Feed, cut
-from pipedream_hpc.runtime.footprint import Footprint, Peak, footprint
+from pipedream_hpc.runtime.footprint import Footprint, Peak, core_bytes, footprint
 from pipedream_hpc.runtime.garbage import no_stalls
 from pipedream_hpc.runtime.gathering import whole_state
 from pipedream_hpc.runtime.handshake import agree
@@ -153,7 +153,7 @@ class Pipeline:
         ranks = self._deployment.ranks
         cores = Cores()
         if ranks > 1 or self.world.size > 1:
-            cores = take_cores(self.world, max(ranks, self.world.local_size))
+            cores = take_cores(self.world, ranks)
         training, lines = self._deployment.training(0), self._deployment.lines
         self._wiring: Wiring = (
             mpi_wiring(
@@ -237,8 +237,9 @@ class Pipeline:
         """
         if self._checkpoints is not None and not self._begun:
             self._checkpoints.begin()
-        if not self._units_trained:
-            self._peak.begin()
+        if not self._peak.begun:
+            training, lines = self._deployment.training(0), self._deployment.lines
+            self._peak.begin(core_bytes(self.stages, training, lines, packs=not self.route.staged))
         self._begun = True
         total, pieces = length_of(loader), self._deployment.pieces
 

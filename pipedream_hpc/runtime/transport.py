@@ -19,7 +19,7 @@ tensors themselves and keeps them alive until they have gone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -77,6 +77,10 @@ class Boundary:
                 f"{str(tensor.dtype).removeprefix('torch.')}, but the example led to {self.shape} and "
                 f"{self.dtype_name}: give Pipeline an example as large as the largest minibatch"
             )
+
+
+#: (stage it leaves, stage it enters) -> what goes over.
+Lines = Mapping[tuple[int, int], tuple[Boundary, ...]]
 
 
 class Outbox(Protocol):
@@ -198,6 +202,10 @@ def _parts(boundaries: Sequence[Boundary], what: str) -> list[tuple[str, str, in
     ]
 
 
+#: Tensors that MPI may read for as long as it runs.
+_left_behind: list[list[torch.Tensor]] = []
+
+
 class MpiOutbox:
     """Sends to one rank through the core's double-buffered channel."""
 
@@ -211,13 +219,13 @@ class MpiOutbox:
         stall_limit_s: float,
         route: Route = ON_CPU,
     ) -> None:
+        # When send number k returns, send number k - 2 has gone: the last two must be kept alive.
+        self._under_way: deque[list[torch.Tensor]] = deque(maxlen=2)
         self._channel: SendChannel = load_core().SendChannel(
             progress, peer, tag, _parts(boundaries, what), memory_on(route.device), route.staged
         )
         self._boundaries, self._what, self._stall_limit_s = boundaries, what, stall_limit_s
         self._stream = route.stream
-        # When send number k returns, send number k - 2 has gone: the last two must be kept alive.
-        self._under_way: deque[list[torch.Tensor]] = deque(maxlen=2)
 
     def ready(self) -> bool:
         return self._channel.in_flight < 2
@@ -237,6 +245,11 @@ class MpiOutbox:
     def drain(self) -> None:
         self._channel.drain(self._stall_limit_s)
         self._under_way.clear()
+
+    def __del__(self) -> None:
+        # Dropped after an error, with sends that nobody took: no other tensor may get their memory.
+        if self._under_way and self._channel.in_flight:
+            _left_behind.extend(self._under_way)
 
 
 class MpiInbox:

@@ -13,7 +13,7 @@ import atexit
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,17 @@ from pipedream_hpc.core import load_core
 from pipedream_hpc.runtime.reduction import Buckets, Meeting, MpiReduction, Reduction
 from pipedream_hpc.runtime.route import ON_CPU, Route
 from pipedream_hpc.runtime.stage import Port, Ports
-from pipedream_hpc.runtime.transport import Boundary, Inbox, LocalInbox, LocalOutbox, MpiInbox, MpiOutbox, NoBox, Outbox
+from pipedream_hpc.runtime.transport import (
+    Boundary,
+    Inbox,
+    Lines,
+    LocalInbox,
+    LocalOutbox,
+    MpiInbox,
+    MpiOutbox,
+    NoBox,
+    Outbox,
+)
 from pipedream_hpc.runtime.view import CPU
 from pipedream_hpc.schedule.actions import Layout, Payload, Schedule
 from pipedream_hpc.schedule.play import activation_slots, gradient_slots
@@ -35,8 +45,6 @@ if TYPE_CHECKING:
 
 #: (stage, rank): a replica.
 Place = tuple[int, int]
-#: (stage it leaves, stage it enters) -> what goes over.
-Lines = Mapping[tuple[int, int], tuple[Boundary, ...]]
 
 
 @dataclass(frozen=True)

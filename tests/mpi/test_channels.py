@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from mpi4py import MPI
 
 from pipedream_hpc.core import load_core
+from pipedream_hpc.runtime.transport import Boundary, MpiInbox, MpiOutbox
 
 RANKS = (2,)  # tests/test_on_ranks.py starts this file on as many
 
@@ -91,6 +93,27 @@ def test_random_sizes_with_guard_bytes(progress: Any, capacity: int) -> None:
             assert len(whole) == capacity
             held.append(slot)
     comm.Barrier()
+
+
+def test_what_an_outbox_sends_outlives_it(progress: Any) -> None:
+    """Dropped before anybody took the tensor: its memory is nobody else's until MPI has read it."""
+    count, tag = 4 << 20, next(Pair.tags)
+    boundary = Boundary("fc", 0, (count,), torch.float32)
+    if comm.rank == 0:
+        outbox = MpiOutbox(progress, 1, tag, [boundary], "activation", SOON)
+        outbox.send(0, [torch.full((count,), 3.0)])
+        del outbox
+        others = [torch.full((count,), 5.0) for _ in range(3)]
+        comm.Barrier()
+        comm.Barrier()
+        assert all((other == 5).all() for other in others)
+    else:
+        comm.Barrier()
+        inbox = MpiInbox(progress, 0, tag, [boundary], "activation", 1, SOON)
+        (arrived,) = inbox.receive(0)
+        assert (arrived == 3).all()
+        inbox.release(0)
+        comm.Barrier()
 
 
 @pytest.mark.parametrize("capacity", [64, 1 << 20])

@@ -9,6 +9,11 @@ from torch import nn
 from pipedream_hpc import Pipeline
 from pipedream_hpc.cluster.cores import in_order, share
 
+# torch's compute threads are there before the pipeline is, as in any program that has prepared its data.
+torch.set_num_threads(2)
+torch.ones(1 << 20).add_(1)
+before = {task.name for task in Path("/proc/self/task").iterdir()}
+
 pipeline = Pipeline(
     nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
     loss=nn.MSELoss(),
@@ -22,5 +27,7 @@ wanted = share(world.cpusets, world.place, 1, in_order()).progress
 threads = [os.sched_getaffinity(int(task.name)) for task in Path("/proc/self/task").iterdir()]
 compute = ",".join(map(str, sorted(os.sched_getaffinity(0))))
 found = "where it should be" if wanted in threads else f"not on {sorted(wanted)}"
+own = {frozenset(os.sched_getaffinity(int(task))) for task in before if Path(f"/proc/self/task/{task}").exists()}
+assert own == {frozenset(os.sched_getaffinity(0))}, "threads that were there already are bound too"
 print(f"rank {world.rank} compute {compute} progress thread is {found}", flush=True)
 pipeline.close()
