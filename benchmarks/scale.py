@@ -77,7 +77,7 @@ def draw(started: dict[int, dict[str, Any]], path: Path) -> None:
     built = [found["ready_s"] - found["joined_s"] for found in started.values()]
     left.bar(names, built, bottom=joined, color="tab:blue", label="pipeline made and verified")
     left.set(ylabel="s until training begins")
-    left.legend()
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
     right.bar(names, [max(found["rss_mib"]) for found in started.values()], color="tab:blue")
     right.set(ylabel="MiB per rank, at most")
     figure.savefig(path, dpi=130)

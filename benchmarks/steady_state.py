@@ -130,7 +130,7 @@ def draw(every: list[dict[str, Any]], path: Path) -> None:
         axes.plot(position, statistics.median(ratios), "_", color="tab:blue", markersize=30, markeredgewidth=2)
     axes.axhline(LEAST_THROUGHPUT, color="tab:gray", linewidth=1, linestyle="--")
     axes.axhline(1.0, color="tab:gray", linewidth=1)
-    axes.set_xticks(range(len(every)), [found["model"] for found in every], fontsize="small")
+    axes.set_xticks(range(len(every)), [found["model"].replace(", ", ",\n") for found in every], fontsize="small")
     axes.set_ylabel("throughput beside the stages alone")
     figure.savefig(path, dpi=130)
 
