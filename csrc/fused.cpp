@@ -31,7 +31,7 @@ constexpr std::size_t line = 64;      // bytes
 // system tells: that may be all of a socket's, and ranks share it.
 constexpr std::size_t cached = std::size_t{32} << 20;
 
-// A part of a operand, all float32. `written` may be `weights`.
+// A part of an operand, all float32. `written` may be `weights`.
 struct Range {
   const float* weights;
   float* written;
@@ -151,7 +151,7 @@ void streamed() {
 #endif
 }
 
-// Numbers [begin, end) of a operand.
+// Numbers [begin, end) of an operand.
 template <typename Rule>
 void step_part(const Rule& rule, const Operand& operand, Format format, bool streaming,
                void (*loop)(const Rule&, const Range&), std::size_t begin, std::size_t end) {
@@ -187,7 +187,7 @@ void step_part(const Rule& rule, const Operand& operand, Format format, bool str
   }
 }
 
-// Bytes of one number of a operand, wherever they are.
+// Bytes of one number of an operand, wherever they are.
 std::size_t number_bytes(const Operand& operand, Format format) {
   const std::size_t state = (operand.first != nullptr ? 1 : 0) + (operand.second != nullptr ? 1 : 0);
   return (1 + state) * sizeof(float) + (format.halves ? 2 : 4) + (format.half_gradients ? 2 : 4);

@@ -18,7 +18,7 @@ constexpr int operands_per_launch = 64;  // 64 x 52 bytes: within the 4 KiB that
 
 struct Batch {
   Operand operands[operands_per_launch];
-  unsigned first_block[operands_per_launch];  // of a operand's thread blocks
+  unsigned first_block[operands_per_launch];  // of an operand's thread blocks
   int count;
 };
 
@@ -105,7 +105,7 @@ __device__ float apply(const Adam& rule, float weight, float gradient, float* fi
 __device__ bool reads(const Sgd& rule) { return rule.buffer == Momentum::kept; }
 __device__ bool reads(const Adam&) { return true; }
 
-// Numbers [i, i + width) of a operand.
+// Numbers [i, i + width) of an operand.
 template <int width, typename Rule>
 __device__ void step_at(const Rule& rule, const Operand& operand, Format format, std::size_t i) {
   float weights[width], gradients[width], first[width] = {}, second[width] = {};
