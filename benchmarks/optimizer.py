@@ -4,7 +4,8 @@
     python benchmarks/optimizer.py --large         4 GB too, as far as memory allows
     python benchmarks/optimizer.py --plot FILE.png
 
-Three ways to take one step, in turns in one run, each with 1 thread and with all, the better median kept.
+Three ways to take one step, in turns in one run, each with 1 thread and with all, the better median kept;
+ratios are medians of the turns' own.
 The order of the ways changes from turn to turn, and the caches are filled with something else before each,
 as the passes of other minibatches do between two updates:
 
@@ -37,6 +38,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -58,6 +60,7 @@ MB = 1 << 20
 SIZES_MB = (1, 4, 16, 64, 256, 1024)
 LARGE_MB = 4096
 TENSORS = 16
+LEAST_TURNS = 15
 ALLOWED_RATIO, ALLOWED_SWITCH_S = 1.05, 50e-6
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": partial(torch.optim.SGD, lr=1e-6, momentum=0.9, weight_decay=1e-4),
@@ -122,9 +125,30 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
-def medians(contest: Contest, seconds: float) -> tuple[dict[str, tuple[float, int]], float]:
-    """Best median of each way with its threads, and page faults per copy-on-write step."""
-    best: dict[str, tuple[float, int]] = {}
+@dataclass(frozen=True)
+class Taken:
+    """What a way took, in seconds per turn, at the number of threads with the best median."""
+
+    turns: tuple[float, ...]
+    threads: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.turns)
+
+    def over(self, other: Taken) -> float:
+        """Ratio to another: turn by turn where both ran in the same turns, which cancels what changes meanwhile."""
+        if self.threads != other.threads:
+            return self.median / other.median
+        return statistics.median(own / theirs for own, theirs in zip(self.turns, other.turns, strict=True))
+
+    def __str__(self) -> str:
+        return f"{self.median * 1e3:.2f} ({self.threads})"
+
+
+def best_of(contest: Contest, seconds: float) -> tuple[dict[str, Taken], float]:
+    """Each way at its best number of threads, and page faults per copy-on-write step."""
+    best: dict[str, Taken] = {}
     faults, steps = 0, 0
     elsewhere = torch.zeros(64 * MB // 4)
     most = torch.get_num_threads()
@@ -132,7 +156,7 @@ def medians(contest: Contest, seconds: float) -> tuple[dict[str, tuple[float, in
         torch.set_num_threads(threads)
         samples: dict[str, list[float]] = {way: [] for way in contest.ways}
         until = None
-        while until is None or len(samples[OURS]) < 5 or time.perf_counter() < until:
+        while until is None or len(samples[OURS]) < LEAST_TURNS or time.perf_counter() < until:
             for way, step in random.sample(list(contest.ways.items()), len(contest.ways)):
                 elsewhere.add_(1)
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -145,10 +169,10 @@ def medians(contest: Contest, seconds: float) -> tuple[dict[str, tuple[float, in
                         faults += resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
                         steps += 1
             until = until or time.perf_counter() + seconds
-        for way, taken in samples.items():
-            median = statistics.median(taken)
-            if way not in best or median < best[way][0]:
-                best[way] = median, threads
+        for way, turns in samples.items():
+            taken = Taken(tuple(turns), threads)
+            if way not in best or taken.median < best[way].median:
+                best[way] = taken
     torch.set_num_threads(most)
     return best, faults / steps
 
@@ -195,16 +219,16 @@ def main() -> int:
                     continue
                 # foreach makes a temporary of the weights' size, or two.
                 contest = Contest(kind, nbytes, with_copy=free_bytes() > (BUFFERS[kind] + 3) * nbytes)
-                found, faults = medians(contest, wanted.seconds)
+                found, faults = best_of(contest, wanted.seconds)
                 del contest
-                ours = found[OURS][0]
-                ratio = ours / found[IN_PLACE][0]
-                slowest = max(slowest, ratio)
-                ratios.setdefault(kind, {})[size] = {way: took / found[IN_PLACE][0] for way, (took, _) in found.items()}
+                over = {way: taken.over(found[IN_PLACE]) for way, taken in found.items()}
+                slowest = max(slowest, over[OURS])
+                ratios.setdefault(kind, {})[size] = over
                 copied = found.get(COPY_STEP)
-                steps.add_row(kind, f"{size} MB", told(found[OURS]), told(found[IN_PLACE]), f"{ratio:.2f}",
-                              told(copied) if copied else "no memory", f"{ours / copied[0]:.2f}" if copied else "",
-                              told(found[PLAIN]), told(found[STREAMED]), f"{faults:.1f}")  # fmt: skip
+                steps.add_row(kind, f"{size} MB", str(found[OURS]), str(found[IN_PLACE]), f"{over[OURS]:.2f}",
+                              str(copied) if copied else "no memory",
+                              f"{found[OURS].over(copied):.2f}" if copied else "",
+                              str(found[PLAIN]), str(found[STREAMED]), f"{faults:.1f}")  # fmt: skip
                 progress.advance(task)
     slowest_switch = 0.0
     for size in sizes:
@@ -219,10 +243,6 @@ def main() -> int:
     if wanted.plot:
         plot(ratios, wanted.plot)
     return int(slowest > ALLOWED_RATIO or slowest_switch > ALLOWED_SWITCH_S)
-
-
-def told(median: tuple[float, int]) -> str:
-    return f"{median[0] * 1e3:.2f} ({median[1]})"
 
 
 def plot(ratios: dict[str, dict[int, dict[str, float]]], path: Path) -> None:

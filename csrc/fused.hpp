@@ -39,13 +39,20 @@ struct Format {
 
 enum class Stores { chosen, cached, streaming };
 
+// What nearly any CPU of the architecture has; 256 bits (AVX2, FMA); 512 bits (AVX-512), a line of the caches.
+enum class Vectors { any, wide, widest };
+
 // How to run. `streaming` stores write the new weights around the caches: without them every line of
 // the target is read before it is written over. Chosen: where the step moves more than 32 MiB, which no cache keeps.
 struct Run {
   int threads;
   bool contracted;  // multiply_add rounds once; the CPU must have it (fused_contracts)
   Stores stores;
+  Vectors at_most = Vectors::widest;  // of those that this CPU has
 };
+
+// The longest vectors that this CPU has.
+Vectors fused_vectors();
 
 // Whether this CPU can multiply and add with one rounding.
 bool fused_contracts();

@@ -31,45 +31,78 @@ struct Tensor {
   std::vector<float> weights, target, gradient, buffer;
 };
 
-}  // namespace
+constexpr std::size_t line = 64;  // bytes
 
-TEST_CASE("any number of threads and either kind of store make the same numbers") {
+std::uint16_t* on_a_line(std::uint16_t* from) {
+  return from + (line - reinterpret_cast<std::uintptr_t>(from) % line) % line / sizeof *from;
+}
+
+float multiplied_added(const Run& run, float a, float b, float c) {
+  return run.contracted ? std::fma(a, b, c) : a * b + c;
+}
+
+// Every way to run that this CPU has.
+std::vector<Run> runs() {
+  std::vector<Run> every;
   for (const int threads : {1, 2, 3, 5}) {
     for (const Stores stores : {Stores::cached, Stores::streaming}) {
-      std::vector<Tensor> tensors;
-      for (const std::size_t size : sizes) tensors.emplace_back(size);
-      std::vector<Operand> operands;
-      for (Tensor& tensor : tensors) operands.push_back(tensor.operand());
-      fused_step(rule, operands, {false, false}, {threads, false, stores});
-      for (const Tensor& tensor : tensors) {
-        CHECK(tensor.target.front() == guard);
-        CHECK(tensor.target.back() == guard);
-        const Tensor before(tensor.weights.size());
-        std::size_t wrong = 0;
-        for (std::size_t i = 0; i < tensor.weights.size(); ++i) {
-          const float kept = before.buffer[i] * 0.9f + before.gradient[i];
-          wrong += tensor.buffer[i] != kept || tensor.target[i + 1] != before.weights[i] + kept * -0.5f;
-        }
-        CHECK(wrong == 0);
-        CHECK(tensor.weights == before.weights);
+      every.push_back({threads, false, stores});
+      for (const Vectors vectors : {Vectors::wide, Vectors::widest}) {
+        if (vectors <= fused_vectors()) every.push_back({threads, true, stores, vectors});
       }
+    }
+  }
+  return every;
+}
+
+}  // namespace
+
+TEST_CASE("any number of threads, any vectors and either kind of store make the same numbers") {
+  for (const Run& run : runs()) {
+    CAPTURE(run.threads);
+    CAPTURE(run.contracted);
+    CAPTURE(static_cast<int>(run.at_most));
+    CAPTURE(static_cast<int>(run.stores));
+    std::vector<Tensor> tensors;
+    for (const std::size_t size : sizes) tensors.emplace_back(size);
+    std::vector<Operand> operands;
+    for (Tensor& tensor : tensors) operands.push_back(tensor.operand());
+    fused_step(rule, operands, {false, false}, run);
+    for (const Tensor& tensor : tensors) {
+      CHECK(tensor.target.front() == guard);
+      CHECK(tensor.target.back() == guard);
+      const Tensor before(tensor.weights.size());
+      std::size_t wrong = 0;
+      for (std::size_t i = 0; i < tensor.weights.size(); ++i) {
+        const float kept = multiplied_added(run, before.gradient[i], 1.0f, before.buffer[i] * 0.9f);
+        wrong +=
+            tensor.buffer[i] != kept || tensor.target[i + 1] != multiplied_added(run, kept, -0.5f, before.weights[i]);
+      }
+      CHECK(wrong == 0);
+      CHECK(tensor.weights == before.weights);
     }
   }
 }
 
 TEST_CASE("masters are stepped in place, and the weights are their roundings") {
-  for (const std::size_t count : sizes) {
-    Tensor tensor(count);
-    std::vector<std::uint16_t> halves(count);
-    Operand operand = tensor.operand();
-    operand.target = halves.data();
-    fused_step(rule, {operand}, {true, false}, {3, false, Stores::chosen});
-    std::size_t wrong = 0;
-    for (std::size_t i = 0; i < count; ++i) {
-      std::uint32_t bits;
-      std::memcpy(&bits, &tensor.weights[i], sizeof bits);
-      wrong += halves[i] != bfloat16_from(bits);
+  for (const Run& run : runs()) {
+    for (const std::size_t count : sizes) {
+      for (const std::size_t off : {0, 1}) {  // on a line of the caches, and beside it
+        Tensor tensor(count);
+        std::vector<std::uint16_t> room(count + line, 7);
+        std::uint16_t* const halves = on_a_line(room.data()) + off;
+        Operand operand = tensor.operand();
+        operand.target = halves;
+        fused_step(rule, {operand}, {true, false}, run);
+        std::size_t wrong = 0;
+        for (std::size_t i = 0; i < count; ++i) {
+          std::uint32_t bits;
+          std::memcpy(&bits, &tensor.weights[i], sizeof bits);
+          wrong += halves[i] != bfloat16_from(bits);
+        }
+        CHECK(wrong == 0);
+        CHECK(halves[count] == 7);
+      }
     }
-    CHECK(wrong == 0);
   }
 }
