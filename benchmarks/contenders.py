@@ -74,7 +74,7 @@ def _vgg() -> list[nn.Module]:
 
 
 def _gpt() -> list[nn.Module]:
-    return [nn.Embedding(512, 256), *(Block(256, 4) for _ in range(6)), nn.Linear(256, 512)]
+    return [nn.Embedding(512, 256), *(Block(256, 4) for _ in range(8)), nn.Linear(256, 512)]
 
 
 def _tokens_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -95,7 +95,7 @@ WORKLOADS = {
         lambda: (torch.randn(64, 3, 32, 32), torch.randint(10, (64,))),
     ),
     "gpt": Workload(
-        "GPT-like, 6 x 256, 128 tokens, batch 16",
+        "GPT-like, 8 x 256, 128 tokens, batch 16",
         _gpt,
         _tokens_loss,
         lambda: (torch.randint(512, (16, 128)), torch.randint(512, (16, 128))),
@@ -103,22 +103,20 @@ WORKLOADS = {
 }
 
 
-def block_seconds(workload: Workload) -> list[float]:
-    """Forward and backward of every block by itself, the median of three."""
+def block_seconds(workload: Workload, rounds: int = 7) -> list[float]:
+    """Forward and backward of every block as in training, medians of the rounds."""
     torch.manual_seed(0)
     blocks, (x, _) = workload.blocks(), workload.batch()
-    seconds = []
-    for block in blocks:
-        samples = []
-        for _ in range(4):
-            entry = x.detach().requires_grad_(x.is_floating_point())
+    samples: list[list[float]] = [[] for _ in blocks]
+    for _ in range(1 + rounds):
+        entry = x
+        for block, taken in zip(blocks, samples, strict=True):
             began = time.perf_counter()
             out = block(entry)
             out.backward(torch.ones_like(out))
-            samples.append(time.perf_counter() - began)
-        seconds.append(statistics.median(samples[1:]))
-        x = out.detach()
-    return seconds
+            taken.append(time.perf_counter() - began)
+            entry = out.detach().requires_grad_()  # nobody wants the gradient of the model's own input
+    return [statistics.median(taken[1:]) for taken in samples]
 
 
 def quarters_of(seconds: Sequence[float]) -> tuple[int, int, int]:
@@ -194,6 +192,38 @@ def _step(model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, x: Any,
     optimizer.zero_grad()
     loss(model(x), y).backward()
     optimizer.step()
+
+
+class Stages(Way):
+    """Each rank runs its own stage again and again, and no word between them: as fast as these stages can be."""
+
+    def __init__(self, workload: Workload, cuts: Sequence[int]) -> None:
+        super().__init__("its stages alone", "stages")
+        self._workload, self._cuts = workload, cuts
+
+    def open(self) -> None:
+        torch.manual_seed(1)
+        self._x, self._y = self._workload.batch()
+        first, second = halves(self._workload, self._cuts)
+        self._boundary = first(self._x).detach()
+        self._gradient = torch.randn_like(self._boundary)
+        self._first = dist.get_rank() == 0
+        self._module = first if self._first else second
+        self._optimizer = torch.optim.SGD(self._module.parameters(), lr=RATE)
+        self.seconds(1)
+
+    def seconds(self, batches: int) -> float:
+        """Of this rank's own stage."""
+        began = time.perf_counter()
+        for _ in range(batches):
+            self._optimizer.zero_grad()
+            if self._first:
+                self._module(self._x).backward(self._gradient)
+            else:
+                out = self._module(self._boundary.detach().requires_grad_())
+                self._workload.loss(out, self._y).backward()
+            self._optimizer.step()
+        return (time.perf_counter() - began) / batches
 
 
 class Ddp(Copies):

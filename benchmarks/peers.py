@@ -83,12 +83,13 @@ def run(options: argparse.Namespace) -> None:
     dist.broadcast_object_list(decided)
     seconds = decided[0]
     cuts = c.quarters_of(seconds)
-    first, second = sum(seconds[: cuts[1]]), sum(seconds[cuts[1] :])
-    ways: list[c.Way] = [c.Copies(workload, cuts), c.Ddp(workload, cuts), c.Ours(workload, cuts, "1f1b")]
+    stages = c.Stages(workload, cuts)
+    ways: list[c.Way] = [c.Copies(workload, cuts), stages, c.Ddp(workload, cuts), c.Ours(workload, cuts, "1f1b")]
     for m in options.microbatches:
         ways += [c.TorchPipeline(workload, cuts, kind, m) for kind in TORCH]
         ways += [c.Ours(workload, cuts, kind, m) for kind in OURS]
     samples: dict[str, list[float]] = defaultdict(list)
+    halves: list[list[float]] = []
     failed: dict[str, str] = {}
     differs: dict[str, float] = {}
     before, after = c.one_process(workload, cuts)
@@ -99,17 +100,19 @@ def run(options: argparse.Namespace) -> None:
         try:
             dist.barrier()
             way.open()
-            if name not in differs and way.kind not in ("bound", "ddp", "1f1b"):
+            if name not in differs and way.kind not in ("bound", "stages", "ddp", "1f1b"):
                 differs[name] = _difference(way.weights(), before, after)
             took: list[Any] = [None, None]
             dist.barrier()
             dist.all_gather_object(took, way.seconds(2 * options.batches if way.kind == "1f1b" else options.batches))
             samples[name].append(max(took))
+            if way is stages:
+                halves.append(took)
             way.close()
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if rank == 0:
-        found = {"model": workload.name, "halves": [first, second], "seconds": samples, "failed": failed}
+        found = {"model": workload.name, "halves": halves, "seconds": samples, "failed": failed}
         print(json.dumps(found | {"differs": differs}), flush=True)
     dist.destroy_process_group()
 
@@ -153,12 +156,12 @@ def report(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     for name, why in found["failed"].items():
         console.print(f"did not run: {name.replace('|', ' with m = ')}: {why}")
-    first, second = found["halves"]
+    first, second = (statistics.median(times) for times in zip(*found["halves"], strict=True))
     torch_1f1b, at = _best(found, "torch 1F1B")
     torch_best, best = _best(found, "torch ")
     console.print(
-        f"halves by themselves {first * 1e3:.1f} and {second * 1e3:.1f} ms; "
-        f"asynchronous 1F1B is {torch_1f1b / own:.2f} x "
+        f"stages alone {first * 1e3:.1f} and {second * 1e3:.1f} ms, the slower one "
+        f"{max(first, second) / statistics.fmean([first, second]) - 1:.0%} over their mean; asynchronous 1F1B is {torch_1f1b / own:.2f} x "
         f"torch's 1F1B at its best ({at.split('|')[1]} microbatches), {torch_best / own:.2f} x the best of its "
         f"schedules ({best.replace('|', ', m = ')}), {medians['torch DDP|1'] / own:.2f} x torch DDP, "
         f"{copies / own:.2f} of the two-copies bound"

@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,6 @@ def throughput(found: dict[str, Any]) -> float:
 def run(options: argparse.Namespace) -> None:
     """One rank."""
     import contenders as c
-    import torch
     import torch.distributed as dist
 
     rank, _ = c.start_ranks()
@@ -83,29 +81,13 @@ def run(options: argparse.Namespace) -> None:
     decided: list[Any] = [c.quarters_of(c.block_seconds(workload)) if rank == 0 else None]
     dist.broadcast_object_list(decided)
     cuts = decided[0]
-    first, second = c.halves(workload, cuts)
-    x, y = workload.batch()
-    boundary = first(x).detach()
-    gradient = torch.randn_like(boundary)
-    optimizer = torch.optim.SGD((first if rank == 0 else second).parameters(), lr=c.RATE)
-
-    def alone() -> None:
-        optimizer.zero_grad()
-        if rank == 0:
-            first(x).backward(gradient)
-        else:
-            workload.loss(second(boundary.detach().requires_grad_()), y).backward()
-        optimizer.step()
-
+    alone = c.Stages(workload, cuts)
+    alone.open()
     found: dict[str, Any] = {"model": workload.name, "stages": [], "pipeline": [], "idle": []}
-    alone()
     for _ in range(options.rounds):
         dist.barrier()
-        began = time.perf_counter()
-        for _ in range(options.batches):
-            alone()
         both: list[Any] = [None, None]
-        dist.all_gather_object(both, (time.perf_counter() - began) / options.batches)
+        dist.all_gather_object(both, alone.seconds(options.batches))
         found["stages"].append(list(both))
         way = c.Ours(workload, cuts, "1f1b", trace=True)
         way.open()

@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from pipedream_hpc.cluster.device import Device
+from pipedream_hpc.cluster.heap import keep_freed_memory
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.job import Job
 from pipedream_hpc.model.capture import capture
@@ -59,6 +60,8 @@ def profile_of(
         PipedreamError: the model cannot be captured, or `minibatches` is less than 1.
     """
     place, name = (CPU, "cpu") if device is None or device.kind == "cpu" else (device.torch, device.name)
+    if place.type == "cpu":
+        keep_freed_memory()  # as in training
     forwards = autocast(precision, place.type)
     graph = capture(whole(job.model), job.example, job.leaves, forwards)
     target, example = (_on(value, place) for value in (_target(job), job.example))

@@ -17,6 +17,7 @@ from torch import nn
 
 from pipedream_hpc.cluster.cores import Cores
 from pipedream_hpc.cluster.device import choose
+from pipedream_hpc.cluster.heap import keep_freed_memory
 from pipedream_hpc.cluster.threads import take_cores
 from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.errors import PipedreamError
@@ -169,6 +170,8 @@ class Pipeline:
             else local_wiring(training, lines, own.torch)
         )
         self._workers = assemble(self._deployment, training, self._wiring, self._wishes)
+        if own.torch.type == "cpu":
+            keep_freed_memory()
         self._statistics = shared_statistics(self.stages, training.layout, self._wiring)
         self._checkpoints = (
             None if checkpoints is None else Checkpoints(checkpoints, self._deployment, self._wishes, launch)

@@ -1,0 +1,81 @@
+"""What it costs to give freed activations back to the system: training on a CPU with glibc's defaults, and without.
+
+    python benchmarks/heap.py          three models, one thread; a minute
+
+Each model is trained by plain torch in processes of its own, which take turns; in every other one
+pipedream_hpc.cluster.heap has told glibc to keep what is freed, as a Pipeline on a CPU does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+BATCHES = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        one(options.one[0], options.one[1] == "kept")
+        return
+    table = Table("model", "glibc's defaults (ms)", "page faults", "kept (ms)", "page faults", "times as fast")
+    for name in ("mlp", "vgg", "gpt"):
+        found: dict[str, list[list[float]]] = {"default": [], "kept": []}
+        for _ in range(options.rounds):
+            for how, taken in found.items():
+                clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
+                command = [sys.executable, __file__, "--one", name, how]
+                taken.append(json.loads(subprocess.run(command, env=clean, check=True, capture_output=True).stdout))
+        (default_s, faults), (kept_s, kept_faults) = (
+            [statistics.median(figures) for figures in zip(*taken, strict=True)] for taken in found.values()
+        )
+        table.add_row(
+            name,
+            f"{default_s * 1e3:.1f}",
+            f"{faults:,.0f}",
+            f"{kept_s * 1e3:.1f}",
+            f"{kept_faults:,.0f}",
+            f"{default_s / kept_s:.2f}",
+        )
+    Console(width=100, highlight=False).print(table)
+
+
+def one(name: str, keep: bool) -> None:
+    """Seconds and page faults per minibatch."""
+    import contenders as c
+    import torch
+
+    from pipedream_hpc.cluster.heap import keep_freed_memory
+
+    torch.set_num_threads(1)
+    if keep:
+        keep_freed_memory()
+    workload = c.WORKLOADS[name]
+    model = torch.nn.Sequential(*workload.blocks())
+    x, y = workload.batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=c.RATE)
+    for batch in range(2 + BATCHES):
+        if batch == 2:
+            before, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+        optimizer.zero_grad()
+        workload.loss(model(x), y).backward()
+        optimizer.step()
+    took = time.perf_counter() - began
+    print(json.dumps([took / BATCHES, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / BATCHES]))
+
+
+if __name__ == "__main__":
+    main()
