@@ -159,9 +159,10 @@ def report(found: dict[str, Any], console: Console) -> None:
     first, second = (statistics.median(times) for times in zip(*found["halves"], strict=True))
     torch_1f1b, at = _best(found, "torch 1F1B")
     torch_best, best = _best(found, "torch ")
+    over = max(first, second) / statistics.fmean([first, second]) - 1
     console.print(
-        f"stages alone {first * 1e3:.1f} and {second * 1e3:.1f} ms, the slower one "
-        f"{max(first, second) / statistics.fmean([first, second]) - 1:.0%} over their mean; asynchronous 1F1B is {torch_1f1b / own:.2f} x "
+        f"stages alone {first * 1e3:.1f} and {second * 1e3:.1f} ms, the slower {over:.1%} over their mean; "
+        f"asynchronous 1F1B is {torch_1f1b / own:.2f} x "
         f"torch's 1F1B at its best ({at.split('|')[1]} microbatches), {torch_best / own:.2f} x the best of its "
         f"schedules ({best.replace('|', ', m = ')}), {medians['torch DDP|1'] / own:.2f} x torch DDP, "
         f"{copies / own:.2f} of the two-copies bound"
