@@ -47,13 +47,20 @@ def cases() -> list[dict[str, Any]]:
     half = {"model": "half", "master_weights": True}
     found += [case("1-1-1", "1f1b", optimizer, **half) for optimizer in ("sgd", "adam")]
     found += [case("2-1", "1f1b", **half), case("1-1", "gpipe", "adam", microbatches=2, **half)]
+    split: dict[str, Any] = {"split_backward": True}
+    found += [case(plan, "1f1b-flush", microbatches=4, **split) for plan in ("1-1", "2-1", "1-2-1", "1-1-1-1")]
+    found += [case(plan, "gpipe", "adam", microbatches=3, **split) for plan in ("1-1", "1-2", "1-1-1-1")]
+    found += [case("1-1-1", "1f1b-flush", microbatches=4, recompute=True, **split)]
+    found += [case("2-2", "1f1b-flush", microbatches=4, clip=(0.1, "model"), **split)]
+    found += [case("1-1-1", "gpipe", microbatches=2, precision="bf16", **split)]
+    found += [case("1-1", "gpipe", "adam", microbatches=2, **half, **split)]
     return found
 
 
 def named(wanted: dict[str, Any]) -> str:
     extra = [
         f"{key}={wanted[key]}"
-        for key in ("microbatches", "accumulate", "clip", "precision", "recompute", "master_weights")
+        for key in ("microbatches", "accumulate", "clip", "precision", "recompute", "master_weights", "split_backward")
         if key in wanted
     ]
     return " ".join([wanted["plan"], wanted["kind"], wanted["optimizer"], *extra])
@@ -67,7 +74,7 @@ def replicas(wanted: dict[str, Any]) -> list[int]:
 
 
 def options(wanted: dict[str, Any]) -> dict[str, Any]:
-    keys = ("microbatches", "accumulate", "precision", "recompute", "master_weights")
+    keys = ("microbatches", "accumulate", "precision", "recompute", "master_weights", "split_backward")
     found = {key: wanted[key] for key in keys if key in wanted}
     return {**found, "schedule": wanted["kind"]}
 

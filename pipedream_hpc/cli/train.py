@@ -36,6 +36,13 @@ def run(
         typer.Option(help="To a minibatch, for the schedules that cut it: 1f1b-flush, gpipe, 2bw, interleaved.", min=1),
     ] = None,
     chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
+    split_backward: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            help="1f1b-flush, gpipe, interleaved: send the gradient of a stage's input before its weights' are "
+            "computed; by default where that takes a millisecond or more."
+        ),
+    ] = None,
     precision: Annotated[Optional[str], typer.Option(help="bf16 or fp16: forwards under autocast.")] = None,  # noqa: UP045
     master_weights: Annotated[bool, typer.Option(help="Keep a float32 master of every bfloat16 weight.")] = False,
     compiler: Annotated[
@@ -76,6 +83,7 @@ def run(
         schedule=schedule,
         microbatches=microbatches,
         chunks=chunks,
+        split_backward=split_backward,
         precision=precision,
         master_weights=master_weights,
         compiler=compiler,

@@ -21,6 +21,9 @@ from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.untouched import untouched
 from pipedream_hpc.planning.profile import LayerProfile, Profile
 
+#: Operations in one of the seconds that `count` makes of them.
+COUNTED_PER_S = 1e9
+
 
 def measure(
     graph: LayerGraph,
@@ -155,7 +158,7 @@ def count(graph: LayerGraph, model: str = "") -> Profile:
     """
     layers = []
     for layer in graph.layers:
-        forward_s = (layer.operations + layer.output_bytes // 4) / 1e9
+        forward_s = (layer.operations + layer.output_bytes // 4) / COUNTED_PER_S
         layers.append(_profile(layer, forward_s, 2 * forward_s, stash_bytes=0))
     name = model or type(graph.module).__name__
     return Profile(name, "counted", _minibatch(graph), tuple(layers), graph.edges)

@@ -9,9 +9,18 @@ from dataclasses import dataclass
 
 from pipedream_hpc.schedule.trace import Kind, Span, Trace
 
-KINDS: tuple[Kind, ...] = ("forward", "backward", "receive", "send", "reduce", "agree", "update")
+KINDS: tuple[Kind, ...] = (
+    "forward",
+    "backward",
+    "weight-gradient",
+    "receive",
+    "send",
+    "reduce",
+    "agree",
+    "update",
+)
 #: What has to be done whatever the schedule; the rest of a rank's time is bubble or messages.
-_WORK: tuple[Kind, ...] = ("forward", "backward", "reduce", "update")
+_WORK: tuple[Kind, ...] = ("forward", "backward", "weight-gradient", "reduce", "update")
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class RankSplit:
         rank: the rank.
         stages: the stages it worked on; more than one if the schedule is interleaved.
         forward_s: median forward of one minibatch.
-        backward_s: median backward of one minibatch.
+        backward_s: median backward of one minibatch; of its input's part where it is split.
         seconds: total by kind of action; `receive` is waiting for messages, `agree` for all ranks, `idle`
             the time with no action at all, such as before the first minibatch arrives.
         span_s: from the first action of any rank to the last: the same for all ranks of a trace.
@@ -37,7 +46,7 @@ class RankSplit:
 
     @property
     def busy(self) -> float:
-        """Fraction of the span spent in forward, backward, reductions and updates."""
+        """Fraction of the span spent in forward, backward, weight gradients, reductions and updates."""
         return sum(self.seconds[kind] for kind in _WORK) / self.span_s if self.span_s else 0.0
 
 

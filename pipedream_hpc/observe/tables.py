@@ -124,7 +124,15 @@ def split_table(splits: list[RankSplit]) -> Table:
     table = _table("where the time went", "rank", "stage", "forward", "backward", "update", "reduce", "wait",
                    "send", "idle", "busy")  # fmt: skip
     for each in splits:
-        kinds = (("forward",), ("backward",), ("update",), ("reduce",), ("receive", "agree"), ("send",), ("idle",))
+        kinds = (
+            ("forward",),
+            ("backward", "weight-gradient"),
+            ("update",),
+            ("reduce",),
+            ("receive", "agree"),
+            ("send",),
+            ("idle",),
+        )
         shares = [
             f"{sum(each.seconds[kind] for kind in together) / each.span_s:.1%}" if each.span_s else "-"
             for together in kinds

@@ -23,8 +23,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Blue and orange stay apart for colour-blind readers, and in grey: one is dark, the other light.
-_COLOURS = {"forward": "#1f5fa8", "backward": "#f5a742", "reduce": "#8a5aa8", "update": "#3c3c3c"}
-_INK = {"forward": "white", "backward": "black"}
+_COLOURS = {
+    "forward": "#1f5fa8",
+    "backward": "#f5a742",
+    "weight-gradient": "#b9d58a",
+    "reduce": "#8a5aa8",
+    "update": "#3c3c3c",
+}
+_INK = {"forward": "white", "backward": "black", "weight-gradient": "black"}
 _QUIET = "#666666"
 
 _WIDTH_IN, _LANE_IN, _DPI = 15.0, 0.55, 130
@@ -73,7 +79,7 @@ def draw(traces: Trace | Sequence[Trace], path: str | Path, *, minibatches: int 
     axis.set_xlabel(f"time ({unit})")
     kinds = [kind for kind in _COLOURS if any(span.kind == kind for trace in shown for span in trace.spans)]
     figure.legend(
-        handles=[*(Patch(color=_COLOURS[kind], label=kind) for kind in kinds),
+        handles=[*(Patch(color=_COLOURS[kind], label=kind.replace("-", " ")) for kind in kinds),
                  Patch(facecolor="white", edgecolor="#bbbbbb", label="waiting")],
         loc="upper right", bbox_to_anchor=(1 - _RIGHT_IN / _WIDTH_IN, 1), ncols=len(kinds) + 1,
         frameon=False, handlelength=1.4, columnspacing=1.4,

@@ -24,9 +24,15 @@ from pipedream_hpc.schedule.trace import Span, Trace
 #: Perfetto draws each process in a group of its own: a measured and a simulated trace that were put
 #: into one file stay apart.
 _PROCESS = {"measured": 1, "simulated": 2}
-_LETTER = {"forward": "F", "backward": "B"}
+_LETTER = {"forward": "F", "backward": "B", "weight-gradient": "W"}
 #: Names of the old Chrome viewer's palette; Perfetto has colours of its own.
-_COLOUR = {"forward": "rail_response", "backward": "rail_animation", "update": "grey", "reduce": "olive"}
+_COLOUR = {
+    "forward": "rail_response",
+    "backward": "rail_animation",
+    "weight-gradient": "rail_idle",
+    "update": "grey",
+    "reduce": "olive",
+}
 
 
 def save_trace(trace: Trace, path: str | Path) -> None:

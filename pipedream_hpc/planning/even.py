@@ -56,6 +56,7 @@ def even(profile: Profile, replicas: Sequence[int]) -> Plan:
                 ranks=tuple(range(rank, rank + count)),
                 forward_s=forward_s,
                 backward_s=backward_s,
+                weight_gradient_s=sum(x.weight_gradient_s for x in own),
                 compute_s=(forward_s + backward_s) / count,
                 sync_s=0.0,
                 boundary_s=0.0,

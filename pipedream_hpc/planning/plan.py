@@ -57,6 +57,7 @@ class StagePlan:
         beside_s: measured time of what the stage does per minibatch beside its layers; counted likewise.
         stash_bytes: what a minibatch in flight holds from forward to backward: activations, or with recompute
             the stage's input; 0 when not known.
+        weight_gradient_s: about what the gradients of weights take of backward_s; 0 when not known.
     """
 
     __pydantic_config__ = STRICT
@@ -80,6 +81,7 @@ class StagePlan:
     read_s: Seconds = 0.0
     beside_s: Seconds = 0.0
     stash_bytes: Bytes = 0
+    weight_gradient_s: Seconds = 0.0
 
     def __post_init__(self) -> None:
         if not self.layers:

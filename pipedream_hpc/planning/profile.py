@@ -16,6 +16,13 @@ Bytes = Annotated[int, Ge(0)]
 Count = Annotated[int, Gt(0)]
 
 
+#: Kinds of layers whose weights' gradients come with the input's, or which have no input that wants any.
+_NO_PRODUCT = frozenset({
+    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Embedding", "EmbeddingBag", "GroupNorm", "GRU", "InstanceNorm1d",
+    "InstanceNorm2d", "InstanceNorm3d", "LayerNorm", "LSTM", "PReLU", "RMSNorm", "RNN",
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class LayerProfile:
     """One layer, for one whole minibatch (the T_l, a_l and w_l of the paper, section 3.1).
@@ -47,6 +54,16 @@ class LayerProfile:
     output_shape: tuple[Annotated[int, Ge(0)], ...] | None = None
     output_dtype: str | None = None
     update_s: Seconds = 0.0
+
+    @property
+    def weight_gradient_s(self) -> float:
+        """About what the gradients of the weights take of its backward, in seconds.
+
+        Half in a product with a weight, of which the other half is the gradient of the input. Layers whose weights
+        are not factors of a product, and layers made of others (`kind` says which), are guessed likewise or not
+        at all.
+        """
+        return self.backward_s / 2 if self.parameter_bytes and self.kind not in _NO_PRODUCT else 0.0
 
     @property
     def work_s(self) -> float:

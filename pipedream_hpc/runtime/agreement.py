@@ -41,7 +41,13 @@ def agree_on_start(world: World, deployment: Deployment, seed: int, *, limit_s: 
             (each.layer, each.shape, each.dtype_name) for line in deployment.lines.values() for each in line
         ],
         "plan": str([(stage.layers, stage.ranks) for stage in plan.stages]),
-        "schedule": (plan.schedule, deployment.pieces, deployment.manner.chunks, deployment.manner.accumulate),
+        "schedule": (
+            plan.schedule,
+            deployment.pieces,
+            deployment.manner.chunks,
+            deployment.manner.accumulate,
+            deployment.split,
+        ),
         "seed": seed,
         "version of pipedream_hpc": __version__,
         "version of torch": torch.__version__,

@@ -18,6 +18,7 @@ from pipedream_hpc.model.precision import Precision, autocast
 from pipedream_hpc.runtime.averaging import Averager, Packing
 from pipedream_hpc.runtime.deployment import Deployment
 from pipedream_hpc.runtime.feed import Feed, Taker
+from pipedream_hpc.runtime.put_off import PutOff
 from pipedream_hpc.runtime.stage import Ports, Stage
 from pipedream_hpc.runtime.staging import CopyStream, StagedReduction
 from pipedream_hpc.runtime.stash import WeightStash
@@ -183,6 +184,7 @@ def _stage(
         ports,
         wishes.loss,
         wishes.seed,
+        put_off=PutOff(part.module) if deployment.split else None,
         recompute=planned if wishes.recompute is None else wishes.recompute,
         precision=wishes.autocast or contextlib.nullcontext,
         compiler=wishes.compiler,

@@ -78,6 +78,9 @@ class Pipeline:
         microbatches: to a minibatch, for schedules that cut minibatches, instead of the plan's.
         chunks: stages per rank, for the interleaved schedule.
         accumulate: minibatches per replica that one update learns from.
+        split_backward: send the gradient of a stage's input before those of its weights are computed, for
+            1f1b-flush, gpipe and interleaved: the bits are the same, the pipe is drained sooner, and the gradients of
+            the layers' outputs are kept a little longer. By default where that is a millisecond per microbatch or more.
         scheduler: called with each stage's optimizer, makes its learning-rate scheduler, which is
             stepped once per minibatch: `functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)`.
         clip: how gradients are clipped.
@@ -114,6 +117,7 @@ class Pipeline:
         microbatches: int | None = None,
         chunks: int = 1,
         accumulate: int = 1,
+        split_backward: bool | None = None,
         scheduler: SchedulerFactory | None = None,
         clip: Clip | None = None,
         precision: str | None = None,
@@ -137,7 +141,17 @@ class Pipeline:
         self._wishes = Wishes(
             loss, optimizer, scheduler, clip, precision, recompute, compiler, seed, own.torch, master_weights
         )
-        manner = Manner(schedule, microbatches, chunks, accumulate, agree=self._wishes.needs_agreement)
+        if split_backward and compiler:
+            raise PipedreamError("compiled stages run backwards whole: leave split_backward away, or compiler")
+        manner = Manner(
+            schedule,
+            microbatches,
+            chunks,
+            accumulate,
+            agree=self._wishes.needs_agreement,
+            split=False if compiler else split_backward,
+            counted_per_s=50e9 if own.torch.type == "cpu" else 50e12,
+        )
         wanted = given(plan)
         graph = capture(model, cut(example, manner.pieces(wanted))[0], leaves, self._wishes.autocast)
         name = str(plan) if isinstance(plan, str | Path) else "the plan"

@@ -9,6 +9,7 @@ transport's business::
     Receive gradient 2     slots
     Backward 2 on v0       backward(exits, gradients) ──► leaves' gradients, parameters' gradients
     Send gradient 2        leaves' gradients ──► outbox
+    Weight gradient 2      what that backward put off, where it is split: parameters' gradients
     Reduce round 1         gradients averaged over the replicas
     Update to v2           optimizer writes the next version
 """
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss
@@ -31,12 +33,22 @@ from pipedream_hpc.model.randomness import seed_for, seed_layers, set_seed
 from pipedream_hpc.runtime.averaging import Averager
 from pipedream_hpc.runtime.feed import Feed
 from pipedream_hpc.runtime.footprint import Scales
+from pipedream_hpc.runtime.put_off import Call, PutOff, run_backward
 from pipedream_hpc.runtime.stash import WeightStash
 from pipedream_hpc.runtime.statistics import statistics_kept
 from pipedream_hpc.runtime.step import Step
 from pipedream_hpc.runtime.tally import Tally
 from pipedream_hpc.runtime.transport import Inbox, Outbox
-from pipedream_hpc.schedule.actions import Backward, Forward, Payload, Receive, Schedule, Send, Update
+from pipedream_hpc.schedule.actions import (
+    Backward,
+    Forward,
+    Payload,
+    Receive,
+    Schedule,
+    Send,
+    Update,
+    WeightGradient,
+)
 
 #: (payload, stage at the other end, rank there)
 Port = tuple[Payload, int, int]
@@ -60,6 +72,12 @@ class _Live:
     exits: tuple[torch.Tensor, ...] = ()
     loss: torch.Tensor | None = None
     weight: torch.Tensor | None = None  # the gradient that backward begins with at the loss
+    calls: list[Call] = field(default_factory=list)  # whose weights' gradients are put off
+    sent: list[int] = field(default_factory=list)  # stages whose gradient has gone, but not yet the activation's slot
+
+    def gradient_slots(self) -> set[int]:
+        """The memory that received gradients stand in."""
+        return {_storage(tensor) for received in self.gradients.values() for tensor in received}
 
 
 class Stage:
@@ -76,6 +94,7 @@ class Stage:
         ports: channel ends.
         loss: mean loss from (output, target); only used by the output stage.
         seed: of the run; random layers draw from (seed, unit, layer).
+        put_off: the layers of `part` whose weights' gradients can wait; None where no schedule splits backwards.
         recompute: whether the forward is run again before the backward, instead of keeping activations.
         precision: a context that forwards run in, such as autocast.
         compiler: backend of torch.compile to compile the module with; None for none.
@@ -94,6 +113,7 @@ class Stage:
         loss: Loss,
         seed: int,
         *,
+        put_off: PutOff | None,
         recompute: bool,
         precision: Precision,
         compiler: str | None = None,
@@ -114,7 +134,9 @@ class Stage:
         self._score: Loss = loss
         self._feed: Feed | None = None
         self._schedule: Schedule | None = None
-        self._training = True
+        self._training, self._put_off, self._splits = True, put_off, False
+        self._early: dict[int, torch.Tensor] = {}  # gradients of weights of which more is to come, by position
+        self._late: frozenset[nn.Parameter] = frozenset()  # these weights
         self._unit_base = self._trained = self._version_base = 0
         self._current = 0
         self._weights: dict[float, torch.Tensor] = {}
@@ -123,7 +145,7 @@ class Stage:
         #: Shown ("gradient", round, names and tensors) before every update, and ("weight", ...) after it.
         self.watch: Callable[[str, int, Iterable[tuple[str, torch.Tensor | None]]], None] | None = None
         if averager is not None:
-            stash.when_ready(averager.add)
+            stash.when_ready(self._ready)
 
         def reseed(name: str) -> None:
             """The same masks under any plan: drawn from (seed, unit, layer)."""
@@ -147,7 +169,7 @@ class Stage:
         """
         self._schedule, self._feed, self._score = schedule, feed, score
         self._unit_base, self._trained = unit_base, trained
-        self._training = schedule.training
+        self._training, self._splits = schedule.training, schedule.training and schedule.splits(self.index)
         self._version_base = self.stash.version
         self.tally = Tally()
         self.module.train(self._training)
@@ -223,23 +245,34 @@ class Stage:
         if self._adding not in (None, self.stash.slab_of(self._unit_base + unit)):
             self._add(self.stash.take(self._adding))
             self._adding = None
-        if tensors:
-            _run_backward(tensors, gradients)
+        if tensors and live.calls:
+            self._run_first_part(unit, live, tensors, gradients)
+        elif tensors:
+            run_backward(tensors, gradients)
         live.loss, live.exits = None, ()
-        slots = {_storage(tensor) for received in live.gradients.values() for tensor in received}
-        if self.averager is None:
-            self._collect(unit, slots)
-        self.stash.let_go(self._unit_base + unit)
+        slots = live.gradient_slots()
         for entries in live.entries.values():
             for entry in entries:
                 # A stage of views hands the very gradient on that came in; that send may still be
                 # under way when the slot is given back.
                 entry.grad = _apart(entry.grad, slots)
-        for far in live.gradients:
-            self._release(unit, "gradient", far)
-        live.gradients = {}
-        if not live.entries:
-            self._leave(unit)
+        if not self._splits:
+            self._take_over(unit, live, slots)
+            if not live.entries:
+                self._leave(unit)
+
+    def weight_gradient(self, action: WeightGradient) -> None:
+        unit, live = action.minibatch, self._live[action.minibatch]
+        self._check_version(unit, action)
+        slots = live.gradient_slots()
+        for call in live.calls:
+            for leaf, gradient in call.finish():
+                self._add_late(leaf, gradient.clone() if _storage(gradient) in slots else gradient)
+        live.calls = []
+        self._take_over(unit, live, slots)
+        for far in live.sent:
+            self._release(unit, "activation", far)
+        self._leave(unit)
 
     def send(self, action: Send) -> None:
         unit, live = action.minibatch, self._live[action.minibatch]
@@ -260,6 +293,9 @@ class Stage:
         # The stage's output may not depend on all of its input.
         gradients = [torch.zeros_like(entry) if entry.grad is None else entry.grad for entry in wanted]
         outbox.send(self._unit_base + unit, gradients)
+        if self._splits:
+            live.sent.append(action.far)
+            return
         self._release(unit, "activation", action.far)
         if not live.entries:
             self._leave(unit)
@@ -298,6 +334,43 @@ class Stage:
     def _last_target(self) -> int:
         assert self._schedule is not None
         return self._schedule.targets(self.index)[-1]
+
+    def _run_first_part(
+        self, unit: int, live: _Live, tensors: list[torch.Tensor], gradients: list[torch.Tensor | None]
+    ) -> None:
+        """Backward to the entries, and to those weights that nobody puts off."""
+        assert self._put_off is not None
+        entries = [entry for each in live.entries.values() for entry in each if entry.requires_grad]
+        self._late = frozenset(leaf for call in live.calls for leaf in call.leaves)
+        leaves = [*entries, *self.stash.trained_of(self._unit_base + unit)]
+        for leaf, gradient in self._put_off.backward(tensors, gradients, leaves, live.calls):
+            self._add_late(leaf, gradient)
+
+    def _ready(self, position: int, leaf: nn.Parameter, gradient: torch.Tensor) -> None:
+        """A weight's gradient is whole, for the replicas to average; or the rest of it was put off."""
+        assert self.averager is not None
+        if leaf in self._late:
+            self._early[position] = gradient
+        else:
+            self.averager.add(position, gradient)
+
+    def _add_late(self, leaf: nn.Parameter, gradient: torch.Tensor) -> None:
+        """A gradient that was put off: added to where backward would have left it."""
+        if self.averager is None:
+            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+            return
+        position = self.stash.position_of(leaf)
+        early = self._early.pop(position, None)
+        self.averager.add(position, gradient if early is None else early.add_(gradient))
+
+    def _take_over(self, unit: int, live: _Live, slots: set[int]) -> None:
+        """The backward of a unit is whole: its gradients are the stage's, and its version and slots free."""
+        if self.averager is None:
+            self._collect(unit, slots)
+        self.stash.let_go(self._unit_base + unit)
+        for far in live.gradients:
+            self._release(unit, "gradient", far)
+        live.gradients = {}
 
     def _collect(self, unit: int, slots: set[int]) -> None:
         """Keep the gradients of a unit until its round is over.
@@ -345,6 +418,8 @@ class Stage:
                 arguments[position] = argument.clone()  # the data set's own
             elif argument.requires_grad:
                 arguments[position] = enter(argument)
+        if self._put_off is not None:
+            self._put_off.note(live.calls if gradients and self._splits else None)
         count = len(self.part.exits)
         with _grad(gradients), self._precision():
             returned = self.part.run(arguments, self._call)
@@ -400,7 +475,7 @@ class Stage:
         if self.reads:
             self._feed.leave(unit)
 
-    def _check_version(self, unit: int, action: Forward | Backward) -> None:
+    def _check_version(self, unit: int, action: Forward | Backward | WeightGradient) -> None:
         held = self.stash.version_of(self._unit_base + unit) - self._version_base
         if held != action.version:
             raise RuntimeError(f"runs on version {held}, planned was {action.version}")
@@ -412,13 +487,6 @@ _AS_IT_IS = nullcontext()
 def _grad(enabled: bool) -> AbstractContextManager[Any]:
     """Gradients on or off; to set what is set already takes microseconds."""
     return _AS_IT_IS if torch.is_grad_enabled() == enabled else torch.set_grad_enabled(enabled)
-
-
-def _run_backward(tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-    """torch.autograd.backward, but for what it looks at before, which takes 5 µs; the engine checks shapes itself."""
-    torch.autograd.Variable._execution_engine.run_backward(
-        tuple(tensors), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True
-    )
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -107,6 +107,9 @@ class WeightStash:
         # stays keyed to them; before each step they are pointed at the slab that is written. (.data
         # also leaves autograd's version counter behind: this slab's bytes are saved by nobody.)
         self._trained = [index for index, slot in enumerate(self._slots) if slot.trained]
+        self._positions = {
+            leaves[index]: position for leaves in self._leaves for position, index in enumerate(self._trained)
+        }
         self._cursors = [nn.Parameter(self._leaves[0][index].data) for index in self._trained]
         self.optimizer = _made(optimizer, self._cursors) if self._cursors else None
         # From here on, since a checkpoint may be loaded before the first step.
@@ -163,6 +166,15 @@ class WeightStash:
         """The slab of the version that `unit` holds."""
         return self._pool.slab_of(unit)
 
+    def trained_of(self, unit: int) -> list[nn.Parameter]:
+        """The parameters that are trained, in the version that `unit` holds."""
+        leaves = self._leaves[self._pool.slab_of(unit)]
+        return [leaves[index] for index in self._trained]
+
+    def position_of(self, leaf: nn.Parameter) -> int:
+        """Position among the trained parameters of a leaf of any version."""
+        return self._positions[leaf]
+
     def release(self, unit: int) -> list[torch.Tensor | None]:
         """Let go of the version of `unit` after its backward; returns its gradients."""
         slab = self._pool.slab_of(unit)
@@ -188,17 +200,17 @@ class WeightStash:
             if leaf.grad is not None and leaf.grad.untyped_storage().data_ptr() in storages:
                 leaf.grad = leaf.grad.clone()
 
-    def when_ready(self, ready: Callable[[int, torch.Tensor], None]) -> None:
-        """Call `ready(position, gradient)` during backward, as soon as a parameter's gradient is whole.
+    def when_ready(self, ready: Callable[[int, nn.Parameter, torch.Tensor], None]) -> None:
+        """Call `ready(position, leaf, gradient)` during backward, as soon as a parameter's gradient is whole.
 
         The gradient is then the callee's, and `release` has nothing to return for it.
         """
 
-        def hook(position: int) -> Callable[[torch.Tensor], None]:
-            def hand_over(leaf: torch.Tensor) -> None:
+        def hook(position: int) -> Callable[[nn.Parameter], None]:
+            def hand_over(leaf: nn.Parameter) -> None:
                 gradient, leaf.grad = leaf.grad, None
                 if gradient is not None:
-                    ready(position, gradient)
+                    ready(position, leaf, gradient)
 
             return hand_over
 

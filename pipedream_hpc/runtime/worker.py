@@ -27,8 +27,9 @@ from pipedream_hpc.schedule.actions import (
     Schedule,
     Send,
     Update,
+    WeightGradient,
 )
-from pipedream_hpc.schedule.trace import Kind, Span
+from pipedream_hpc.schedule.trace import KIND_OF, Kind, Span
 
 
 class ActionError(RuntimeError):
@@ -60,6 +61,7 @@ class Worker:
             Send: lambda action: self.stages[action.stage].send(action),
             Forward: lambda action: self.stages[action.stage].forward(action),
             Backward: lambda action: self.stages[action.stage].backward(action),
+            WeightGradient: lambda action: self.stages[action.stage].weight_gradient(action),
             Update: lambda action: self.stages[action.stage].update(action),
             Reduce: self._reduce,
             Agree: self._agree,
@@ -123,8 +125,7 @@ class Worker:
         if self._spans is not None:
             minibatch = getattr(action, "minibatch", -1)
             version = getattr(action, "version", -1)
-            kind: Kind = type(action).__name__.lower()  # type: ignore[assignment]
-            self._spans.append((action.stage, kind, minibatch, version, began, self._clock.mark()))
+            self._spans.append((action.stage, KIND_OF[type(action)], minibatch, version, began, self._clock.mark()))
 
     def spans(self, epoch_ns: int) -> list[Span]:
         """What ran since `begin`, with times in seconds since `epoch_ns` on this process's clock."""

@@ -86,6 +86,22 @@ class Backward:
 
 
 @dataclass(slots=True, unsafe_hash=True)
+class WeightGradient:
+    """Compute what the Backward of `minibatch` put off: the gradients of the weights of `stage`.
+
+    Upstream waits for the gradient of the stage's input only, so that is computed and sent first (Qi et al., Zero
+    Bubble Pipeline Parallelism, ICLR 2024). The unit is done with here after this.
+    """
+
+    stage: int
+    minibatch: int
+    version: int
+
+    def __str__(self) -> str:
+        return f"weight gradient {self.minibatch} on version {self.version}"
+
+
+@dataclass(slots=True, unsafe_hash=True)
 class Reduce:
     """Average the gradients of one round over the replicas of `stage`.
 
@@ -128,7 +144,7 @@ class Update:
         return f"update to version {self.version}"
 
 
-Action = Receive | Send | Forward | Backward | Reduce | Agree | Update
+Action = Receive | Send | Forward | Backward | WeightGradient | Reduce | Agree | Update
 
 #: Pairs of stages, the first before the second, between which activations and gradients travel.
 Links = tuple[tuple[int, int], ...]
@@ -158,6 +174,10 @@ class Schedule(Protocol):
     @property
     def stashes(self) -> bool:
         """Whether every backward runs on the version of its forward."""
+        ...
+
+    def splits(self, stage: int) -> bool:
+        """Whether a WeightGradient follows every Backward of `stage`."""
         ...
 
     def sources(self, stage: int) -> tuple[int, ...]:

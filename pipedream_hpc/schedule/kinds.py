@@ -31,6 +31,8 @@ _CUT: dict[str, type[Flush | GPipe | TwoBW | Interleaved]] = {
     "interleaved": Interleaved,
 }
 NAMES = (*_WHOLE, *_CUT)
+#: Those that can send the gradient of a stage's input before they compute those of its weights.
+SPLITTING = tuple(name for name, kind in _CUT.items() if kind.synchronous)
 
 AnySchedule = OneFOneB | ModelParallel | ForwardOnly | Flush | GPipe | TwoBW | Interleaved
 
@@ -49,6 +51,7 @@ def make(
     links: Links | None = None,
     accumulate: int = 1,
     agree: bool = False,
+    split: bool = False,
 ) -> AnySchedule:
     """The schedule `kind` for `units` units.
 
@@ -60,12 +63,13 @@ def make(
         links: which stages talk; by default each and the next.
         accumulate: minibatches per replica to an update; where minibatches are cut, whole minibatches.
         agree: whether all stages agree about a round before they update.
+        split: whether the gradient of a stage's input is sent before those of its weights are computed.
 
     Raises:
         ScheduleError: no such schedule, or it does not go with this layout or number of microbatches.
     """
     if kind in _CUT:
-        return _CUT[kind](layout, units, microbatches * accumulate, links=links, agree=agree)
+        return _CUT[kind](layout, units, microbatches * accumulate, split, links=links, agree=agree)
     if kind not in _WHOLE:
         raise ScheduleError(f"there is no schedule '{kind}': choose from {', '.join(NAMES)}")
     if microbatches != 1:
@@ -73,4 +77,6 @@ def make(
             f"{kind} sends whole minibatches, not {microbatches} microbatches of each: "
             f"leave microbatches away, or choose from {', '.join(_CUT)}"
         )
+    if split:
+        raise ScheduleError(f"{kind} does not split backwards: leave it away, or use {', '.join(SPLITTING)}")
     return _WHOLE[kind](layout, units, links=links, accumulate=accumulate, agree=agree)

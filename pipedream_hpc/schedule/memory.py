@@ -2,7 +2,7 @@
 
 ::
 
-    units in flight   1  2  3  3  3  3 ...  2  1  0       a unit counts from its forward to its backward
+    units in flight   1  2  3  3  3  3 ...  2  1  0       a unit counts from its forward to the end of its backward
     weight versions   1  1  1  2  3  3 ...  3  2  1       from the oldest still to be used to the newest
                       F0 F1 F2 B0 B1 B2     ...     time ──►
 
@@ -31,7 +31,7 @@ def memory_over_time(trace: Trace, parameter_bytes: Sequence[int], stash_bytes: 
     """
     by_place: dict[tuple[int, int], list[Span]] = defaultdict(list)
     for span in trace.spans:
-        if span.kind in ("forward", "backward", "update"):
+        if span.kind in ("forward", "backward", "weight-gradient", "update"):
             by_place[span.rank, span.stage].append(span)
     changes: dict[int, list[tuple[float, int]]] = defaultdict(list)  # by rank: (when, bytes more)
     for stage, ranks in enumerate(trace.layout):
@@ -51,6 +51,7 @@ def _changes(spans: list[Span], version_bytes: int, unit_bytes: int) -> list[tup
     """(when, bytes more) on one replica of one stage, whose spans are in order."""
     training = any(span.kind == "backward" for span in spans)
     forwards = [span.version for span in spans if span.kind == "forward"]
+    split = any(span.kind == "weight-gradient" for span in spans)
     held: dict[int, int] = {}  # unit -> version, oldest first
     changes, ran, newest, alive = [], 0, 0, 1
     for span in spans:
@@ -60,9 +61,11 @@ def _changes(spans: list[Span], version_bytes: int, unit_bytes: int) -> list[tup
             if training:
                 held[span.minibatch] = span.version
                 when_s, units = span.start_s, 1
-        elif span.kind == "backward":
+        elif span.kind == ("weight-gradient" if split else "backward"):
             held.pop(span.minibatch, None)
             units = -1
+        elif span.kind == "backward":
+            continue
         else:
             newest, when_s = span.version, span.start_s
         # What is still needed: by units in flight, or by the next forward.

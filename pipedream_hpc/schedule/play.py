@@ -6,7 +6,7 @@ The verifier and the simulator both stand on this. The rules are the runtime's, 
   then (the runtime lets two sends wait meanwhile);
 - every link has a channel per pair of ranks and direction, with `activation_slots` or `gradient_slots`
   slots. An activation's is free again when its unit's gradient has been sent on upstream, a
-  gradient's after the backward that used it;
+  gradient's after the backward that used it; both not before the weight gradient where backward is split;
 - a reduction begins when all replicas of the stage have come to it, an agreement when all ranks have.
 
 With a Clockwork all this takes time. A rank runs ahead on its own clock until it wants a port of the
@@ -34,6 +34,7 @@ from pipedream_hpc.schedule.actions import (
     ScheduleError,
     Send,
     Update,
+    WeightGradient,
 )
 
 #: One gradient is at work in backward, the next may arrive meanwhile.
@@ -78,7 +79,7 @@ class Link:
 class Clockwork(Protocol):
     """How long things take, in seconds."""
 
-    def compute(self, rank: int, action: Forward | Backward | Update) -> float: ...
+    def compute(self, rank: int, action: Forward | Backward | WeightGradient | Update) -> float: ...
 
     def link(self, source: int, target: int, cut: int) -> Link:
         """What carries the messages from `source` to `target` over the cut behind stage `cut`."""
@@ -103,7 +104,7 @@ class _Channel:
 class _Rank:
     """Where a rank stands."""
 
-    __slots__ = ("action", "began_s", "clock_s", "entries", "gradients", "inbox", "outbox", "rank", "todo")
+    __slots__ = ("action", "began_s", "clock_s", "done_with", "entries", "inbox", "outbox", "rank", "todo")
 
     def __init__(self, rank: int, todo: Iterator[Action]) -> None:
         self.rank, self.todo = rank, todo
@@ -113,7 +114,8 @@ class _Rank:
         # Channels by (stage, payload, peer, far stage); None where the link is not played.
         self.inbox: dict[tuple[int, Payload, int, int], _Channel | None] = {}
         self.outbox: dict[tuple[int, Payload, int, int], _Channel | None] = {}
-        self.gradients: dict[tuple[int, int], list[_Channel]] = {}  # (stage, unit) -> whose slots are held
+        # (stage, unit) -> whose slots are free when its backward is whole.
+        self.done_with: dict[tuple[int, int], list[_Channel]] = {}
         self.entries: list[_Channel] = []  # forward only: whose slots are held
 
 
@@ -136,6 +138,7 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
     runnable = deque(ranks.values())
     requests: list[tuple[float, int, _Rank]] = []  # for ports: (when, rank's number, rank)
     training, ends = schedule.training, [not schedule.targets(stage) for stage in range(len(schedule.layout))]
+    splits = [schedule.splits(stage) for stage in range(len(schedule.layout))]
 
     def channel(sender: int, receiver: int, source: int, target: int, payload: Payload) -> _Channel | None:
         """Of the link between the stages `source` and `target`."""
@@ -170,11 +173,11 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
         me = runnable.popleft() if runnable else heappop(requests)[2]
         while (action := me.action) is not None:
             kind, start = type(action), me.clock_s
-            if kind is Forward or kind is Backward or kind is Update:
+            if kind is Forward or kind is Backward or kind is Update or kind is WeightGradient:
                 if clockwork is not None:
                     me.clock_s = start + clockwork.compute(me.rank, action)  # type: ignore[arg-type]
-                if kind is Backward:
-                    for held in me.gradients.pop((action.stage, action.minibatch), ()):  # type: ignore[union-attr]
+                if kind is WeightGradient or (kind is Backward and not splits[action.stage]):
+                    for held in me.done_with.pop((action.stage, action.minibatch), ()):  # type: ignore[union-attr]
                         free(held, me.clock_s)
                 elif not training and ends[action.stage]:
                     for held in me.entries:
@@ -199,7 +202,7 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
                     if time_s > start:
                         me.clock_s = time_s
                     if action.payload == "gradient":
-                        me.gradients.setdefault((action.stage, unit), []).append(line)
+                        me.done_with.setdefault((action.stage, unit), []).append(line)
                     elif not training:
                         me.entries.append(line)
             elif kind is Send:
@@ -244,7 +247,9 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
                         me.entries = []
                 elif action.payload == "gradient":
                     entry = me.inbox.get((action.stage, "activation", action.peer, action.far))
-                    if entry is not None:
+                    if entry is not None and splits[action.stage]:
+                        me.done_with.setdefault((action.stage, action.minibatch), []).append(entry)
+                    elif entry is not None:
                         free(entry, gone_s)
             else:
                 assert isinstance(action, Reduce | Agree)

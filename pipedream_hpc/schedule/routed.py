@@ -5,6 +5,7 @@ and no rank ever asks another what to do next. At a stage it passes twice::
 
     receive activation k ──► forward k  ──► send activation k          (no receive at the input stage,
     send gradient k      ◄── backward k ◄── receive gradient k          no send at the output stage)
+    weight gradient k                                                   (where backwards are split)
 
 After the last backward of a round comes `reduce`, where there are replicas, and `update`. The
 gradient has gone upstream by then: upstream must not wait for the other replicas of this stage,
@@ -30,6 +31,7 @@ from pipedream_hpc.schedule.actions import (
     ScheduleError,
     Send,
     Update,
+    WeightGradient,
 )
 
 
@@ -94,6 +96,10 @@ class Routed:
         for stage in range(stages - 1):
             if not self.targets(stage):
                 raise ScheduleError(f"stage {stage} sends nothing to the stages behind it")
+
+    def splits(self, stage: int) -> bool:
+        """Never; schedules of microbatches may."""
+        return False
 
     def per_update(self, stage: int) -> int:
         """`accumulate` units from every replica."""
@@ -163,6 +169,7 @@ class Routed:
             *[Receive(stage, unit, "gradient", self._peer(far, unit), far) for far in targets],
             Backward(stage, unit, version),
             *[Send(stage, unit, "gradient", self._peer(far, unit), far) for far in sources],
+            *([WeightGradient(stage, unit, version)] if self.splits(stage) else ()),
         )
 
     def _update(self, stage: int, round: int) -> tuple[Action, ...]:
@@ -185,11 +192,22 @@ class Microbatched(Routed):
     The last minibatch may be short. A replica may get no microbatch of some minibatch; it takes part
     in the reduction all the same.
 
+    Where all stages wait for each other at every update, backwards can be split: the gradient of a stage's
+    input goes upstream before those of its weights are computed. With F, B and W as long as each other, two
+    stages, 1F1B::
+
+        whole    stage 0   F0 F1 .  .  . . B0 B0 F2 B1 B1 .  .  B2 B2 U
+                 stage 1      F0 B0 B0 F1 B1 B1 .  F2 B2 B2          U
+        split    stage 0   F0 F1 .  . B0 W0 F2 ...
+                 stage 1      F0 B0 W0 F1 B1 W1 ...                       every stage waits a W less at drain
+
     Raises:
-        ScheduleError: there is less than one microbatch to a minibatch.
+        ScheduleError: there is less than one microbatch to a minibatch, or a split is asked of a schedule that
+            has no such point.
     """
 
     microbatches: int = 1
+    split: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,6 +215,15 @@ class Microbatched(Routed):
             raise ScheduleError(f"a minibatch needs at least one microbatch, not {self.microbatches}")
         if self.accumulate != 1:
             raise ScheduleError("units that are microbatches add up within a minibatch: ask for more of these instead")
+        if self.split and not self.synchronous:
+            raise ScheduleError(
+                "backwards are split where stages wait for each other at every update, which here they do not: "
+                "leave it away, or use 1f1b-flush, gpipe or interleaved"
+            )
+
+    def splits(self, stage: int) -> bool:
+        """Where another stage waits for the gradient of this one's input."""
+        return self.split and bool(self.sources(stage))
 
     def per_update(self, stage: int) -> int:
         """One minibatch, whatever the replicas."""

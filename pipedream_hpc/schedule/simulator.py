@@ -25,30 +25,10 @@ from functools import cached_property
 
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.topology import Topology
-from pipedream_hpc.schedule.actions import (
-    Agree,
-    Backward,
-    Forward,
-    Receive,
-    Reduce,
-    Schedule,
-    ScheduleError,
-    Send,
-    Update,
-)
+from pipedream_hpc.schedule.actions import Backward, Forward, Reduce, Schedule, ScheduleError, Update, WeightGradient
 from pipedream_hpc.schedule.memory import Memory, memory_over_time
 from pipedream_hpc.schedule.play import Link, Port, play
-from pipedream_hpc.schedule.trace import Kind, Span, Trace
-
-_KINDS: dict[type, Kind] = {
-    Forward: "forward",
-    Backward: "backward",
-    Receive: "receive",
-    Send: "send",
-    Reduce: "reduce",
-    Agree: "agree",
-    Update: "update",
-}
+from pipedream_hpc.schedule.trace import KIND_OF, Span, Trace
 
 
 @dataclass(frozen=True)
@@ -76,16 +56,21 @@ class PlannedTimes:
 
     def __init__(
         self,
-        layout: Sequence[Sequence[int]],
+        schedule: Schedule,
         plan: Plan,
         topology: Topology,
         slow: Mapping[int, float],
         microbatches: int,
     ) -> None:
-        self._layout, self._topology, self._slow = layout, topology, slow
+        self._layout, self._topology, self._slow = schedule.layout, topology, slow
+        put_off = [stage.weight_gradient_s * schedule.splits(index) for index, stage in enumerate(plan.stages)]
         self._times = {
             Forward: [(stage.forward_s + stage.read_s) / microbatches + stage.beside_s for stage in plan.stages],
-            Backward: [stage.backward_s / microbatches for stage in plan.stages],
+            Backward: [
+                (stage.backward_s + stage.forward_s * stage.recompute - later) / microbatches
+                for stage, later in zip(plan.stages, put_off, strict=True)
+            ],
+            WeightGradient: [later / microbatches for later in put_off],
             Update: [stage.update_s for stage in plan.stages],
         }
         self._sent = [stage.output_bytes / microbatches for stage in plan.stages]
@@ -93,7 +78,7 @@ class PlannedTimes:
         self._ports: dict[tuple[str, int, int], Port] = {}
         self._reduce_s: dict[int, float] = {}
 
-    def compute(self, rank: int, action: Forward | Backward | Update) -> float:
+    def compute(self, rank: int, action: Forward | Backward | WeightGradient | Update) -> float:
         """The plan's time of the stage; a straggler takes so many times as long."""
         seconds = self._times[type(action)][action.stage]
         return seconds * self._slow[rank] if rank in self._slow else seconds
@@ -169,13 +154,13 @@ def simulate(
             raise ScheduleError(
                 f"rank {rank} cannot be {times:g} times as slow: name ranks 0 to {max(ranks)}, times from 0 to 1e9"
             )
-    clockwork = PlannedTimes(schedule.layout, plan, topology, slow or {}, microbatches)
+    clockwork = PlannedTimes(schedule, plan, topology, slow or {}, microbatches)
     with _no_collection():
         spans = [
             Span(
                 rank,
                 action.stage,
-                _KINDS[type(action)],
+                KIND_OF[type(action)],
                 getattr(action, "minibatch", -1),
                 getattr(action, "version", -1),
                 start_s,

@@ -7,8 +7,21 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 from pipedream_hpc.files import STRICT
+from pipedream_hpc.schedule.actions import Agree, Backward, Forward, Receive, Reduce, Send, Update, WeightGradient
 
-Kind = Literal["forward", "backward", "receive", "send", "reduce", "agree", "update"]
+Kind = Literal["forward", "backward", "weight-gradient", "receive", "send", "reduce", "agree", "update"]
+
+#: What spans call an action.
+KIND_OF: dict[type, Kind] = {
+    Forward: "forward",
+    Backward: "backward",
+    WeightGradient: "weight-gradient",
+    Receive: "receive",
+    Send: "send",
+    Reduce: "reduce",
+    Agree: "agree",
+    Update: "update",
+}
 
 
 @dataclass(slots=True, unsafe_hash=True)

@@ -36,7 +36,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from pipedream_hpc.schedule.actions import Backward, Forward, Layout, Links, Reduce, Schedule, ScheduleError, Update
+from pipedream_hpc.schedule.actions import (
+    Backward,
+    Forward,
+    Layout,
+    Links,
+    Reduce,
+    Schedule,
+    ScheduleError,
+    Update,
+    WeightGradient,
+)
 from pipedream_hpc.schedule.kinds import AnySchedule
 from pipedream_hpc.schedule.play import Step, play
 from pipedream_hpc.schedule.routed import Microbatched
@@ -60,11 +70,22 @@ class Proof:
 class _Account:
     """What one replica of one stage holds."""
 
-    __slots__ = ("backwards", "forwards", "held", "limit", "most_in_flight", "most_versions", "newest", "slabs")
+    __slots__ = (
+        "backwards",
+        "forwards",
+        "held",
+        "limit",
+        "most_in_flight",
+        "most_versions",
+        "newest",
+        "put_off",
+        "slabs",
+    )
 
     def __init__(self, limit: int, slabs: int) -> None:
         self.limit, self.slabs = limit, slabs
         self.held: dict[int, int] = {}  # unit -> version
+        self.put_off: set[int] = set()  # units whose weight gradients are to come
         self.newest = self.forwards = self.backwards = self.most_in_flight = 0
         self.most_versions = 1
 
@@ -175,15 +196,30 @@ def _check(step: Step, account: _Account, schedule: Schedule) -> None:
             )
     elif kind is Backward:
         assert isinstance(action, Backward)
-        held = account.held.pop(action.minibatch, None)
+        held = account.held.get(action.minibatch)
         if schedule.stashes and held != action.version:
             raise ScheduleError(f"{_where(step)}: its forward used version {held}")
         _check_alive(step, account, action.version)
         account.backwards += 1
+        if schedule.splits(action.stage):
+            account.put_off.add(action.minibatch)
+        else:
+            account.held.pop(action.minibatch, None)
+    elif kind is WeightGradient:
+        assert isinstance(action, WeightGradient)
+        if action.minibatch not in account.put_off:
+            raise ScheduleError(f"{_where(step)}: no backward of it has put anything off")
+        account.put_off.remove(action.minibatch)
+        if account.held.pop(action.minibatch) != action.version:
+            raise ScheduleError(f"{_where(step)}: its backward used another version")
+        _check_alive(step, account, action.version)
     elif kind is Update:
         assert isinstance(action, Update)
         if action.version != account.newest + 1:
             raise ScheduleError(f"{_where(step)}: the newest version is {account.newest}")
+        if account.put_off:
+            missing = ", ".join(map(str, sorted(account.put_off)))
+            raise ScheduleError(f"{_where(step)}: the weight gradient of minibatch {missing} is still to come")
         account.newest = action.version
         # The oldest unit is enough: what else is no longer kept is found at its backward.
         if schedule.stashes:
