@@ -134,7 +134,7 @@ class Stage:
         self._score: Loss = loss
         self._feed: Feed | None = None
         self._schedule: Schedule | None = None
-        self._training, self._put_off, self._splits = True, put_off, False
+        self._training, self._put_off = True, put_off
         self._early: dict[int, torch.Tensor] = {}  # gradients of weights of which more is to come, by position
         self._late: frozenset[nn.Parameter] = frozenset()  # these weights
         self._unit_base = self._trained = self._version_base = 0
@@ -169,7 +169,7 @@ class Stage:
         """
         self._schedule, self._feed, self._score = schedule, feed, score
         self._unit_base, self._trained = unit_base, trained
-        self._training, self._splits = schedule.training, schedule.training and schedule.splits(self.index)
+        self._training = schedule.training
         self._version_base = self.stash.version
         self.tally = Tally()
         self.module.train(self._training)
@@ -256,7 +256,7 @@ class Stage:
                 # A stage of views hands the very gradient on that came in; that send may still be
                 # under way when the slot is given back.
                 entry.grad = _apart(entry.grad, slots)
-        if not self._splits:
+        if not self._splits(unit):
             self._take_over(unit, live, slots)
             if not live.entries:
                 self._leave(unit)
@@ -293,7 +293,7 @@ class Stage:
         # The stage's output may not depend on all of its input.
         gradients = [torch.zeros_like(entry) if entry.grad is None else entry.grad for entry in wanted]
         outbox.send(self._unit_base + unit, gradients)
-        if self._splits:
+        if self._splits(unit):
             live.sent.append(action.far)
             return
         self._release(unit, "activation", action.far)
@@ -401,9 +401,11 @@ class Stage:
 
     def _last_of_round(self, unit: int) -> bool:
         assert self._schedule is not None
-        per_update, replicas = self._schedule.per_update(self.index), len(self._schedule.layout[self.index])
-        following = unit + replicas
-        return following >= self._schedule.minibatches or following // per_update != unit // per_update
+        return self._schedule.last_of_round(self.index, unit)
+
+    def _splits(self, unit: int) -> bool:
+        assert self._schedule is not None
+        return self._schedule.splits(self.index, unit)
 
     def _run(self, unit: int, live: _Live, *, gradients: bool) -> tuple[tuple[torch.Tensor, ...], Any]:
         """The module on a unit: its exits, and how the model's output scored if it is the output stage."""
@@ -419,7 +421,7 @@ class Stage:
             elif argument.requires_grad:
                 arguments[position] = enter(argument)
         if self._put_off is not None:
-            self._put_off.note(live.calls if gradients and self._splits else None)
+            self._put_off.note(live.calls if gradients and self._splits(unit) else None)
         count = len(self.part.exits)
         with _grad(gradients), self._precision():
             returned = self.part.run(arguments, self._call)

@@ -176,8 +176,12 @@ class Schedule(Protocol):
         """Whether every backward runs on the version of its forward."""
         ...
 
-    def splits(self, stage: int) -> bool:
-        """Whether a WeightGradient follows every Backward of `stage`."""
+    def splits(self, stage: int, unit: int) -> bool:
+        """Whether a WeightGradient follows the Backward of `unit` in `stage`."""
+        ...
+
+    def last_of_round(self, stage: int, unit: int) -> bool:
+        """Whether a replica of `stage` has no unit after `unit` that the same update learns from."""
         ...
 
     def sources(self, stage: int) -> tuple[int, ...]:

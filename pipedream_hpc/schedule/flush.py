@@ -38,4 +38,5 @@ class Flush(Microbatched):
             for forward, turn in alternate(len(own), self._warm_ups[stage]):
                 step = self._forward if forward else self._backward
                 yield from step(stage, own[turn], version=number)
+            yield from self._weight_gradients(stage, own, version=number)
             yield from self._update(stage, number)

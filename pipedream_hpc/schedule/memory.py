@@ -51,7 +51,7 @@ def _changes(spans: list[Span], version_bytes: int, unit_bytes: int) -> list[tup
     """(when, bytes more) on one replica of one stage, whose spans are in order."""
     training = any(span.kind == "backward" for span in spans)
     forwards = [span.version for span in spans if span.kind == "forward"]
-    split = any(span.kind == "weight-gradient" for span in spans)
+    put_off = {span.minibatch for span in spans if span.kind == "weight-gradient"}
     held: dict[int, int] = {}  # unit -> version, oldest first
     changes, ran, newest, alive = [], 0, 0, 1
     for span in spans:
@@ -61,11 +61,11 @@ def _changes(spans: list[Span], version_bytes: int, unit_bytes: int) -> list[tup
             if training:
                 held[span.minibatch] = span.version
                 when_s, units = span.start_s, 1
-        elif span.kind == ("weight-gradient" if split else "backward"):
+        elif span.kind == "backward" and span.minibatch in put_off:
+            continue
+        elif span.kind in ("backward", "weight-gradient"):
             held.pop(span.minibatch, None)
             units = -1
-        elif span.kind == "backward":
-            continue
         else:
             newest, when_s = span.version, span.start_s
         # What is still needed: by units in flight, or by the next forward.

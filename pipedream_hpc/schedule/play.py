@@ -138,7 +138,6 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
     runnable = deque(ranks.values())
     requests: list[tuple[float, int, _Rank]] = []  # for ports: (when, rank's number, rank)
     training, ends = schedule.training, [not schedule.targets(stage) for stage in range(len(schedule.layout))]
-    splits = [schedule.splits(stage) for stage in range(len(schedule.layout))]
 
     def channel(sender: int, receiver: int, source: int, target: int, payload: Payload) -> _Channel | None:
         """Of the link between the stages `source` and `target`."""
@@ -176,7 +175,7 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
             if kind is Forward or kind is Backward or kind is Update or kind is WeightGradient:
                 if clockwork is not None:
                     me.clock_s = start + clockwork.compute(me.rank, action)  # type: ignore[arg-type]
-                if kind is WeightGradient or (kind is Backward and not splits[action.stage]):
+                if kind is WeightGradient or (kind is Backward and not schedule.splits(action.stage, action.minibatch)):  # type: ignore[union-attr]
                     for held in me.done_with.pop((action.stage, action.minibatch), ()):  # type: ignore[union-attr]
                         free(held, me.clock_s)
                 elif not training and ends[action.stage]:
@@ -247,7 +246,7 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
                         me.entries = []
                 elif action.payload == "gradient":
                     entry = me.inbox.get((action.stage, "activation", action.peer, action.far))
-                    if entry is not None and splits[action.stage]:
+                    if entry is not None and schedule.splits(action.stage, action.minibatch):
                         me.done_with.setdefault((action.stage, action.minibatch), []).append(entry)
                     elif entry is not None:
                         free(entry, gone_s)

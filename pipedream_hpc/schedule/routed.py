@@ -14,7 +14,7 @@ which may be waiting for upstream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
@@ -97,9 +97,14 @@ class Routed:
             if not self.targets(stage):
                 raise ScheduleError(f"stage {stage} sends nothing to the stages behind it")
 
-    def splits(self, stage: int) -> bool:
+    def splits(self, stage: int, unit: int) -> bool:
         """Never; schedules of microbatches may."""
         return False
+
+    def last_of_round(self, stage: int, unit: int) -> bool:
+        """Whether the replica that has `unit` has none after it in the same round."""
+        following, per_update = unit + len(self.layout[stage]), self.per_update(stage)
+        return following >= self.minibatches or following // per_update != unit // per_update
 
     def per_update(self, stage: int) -> int:
         """`accumulate` units from every replica."""
@@ -169,8 +174,12 @@ class Routed:
             *[Receive(stage, unit, "gradient", self._peer(far, unit), far) for far in targets],
             Backward(stage, unit, version),
             *[Send(stage, unit, "gradient", self._peer(far, unit), far) for far in sources],
-            *([WeightGradient(stage, unit, version)] if self.splits(stage) else ()),
         )
+
+    def _weight_gradients(self, stage: int, own: Sequence[int], version: int) -> Iterator[Action]:
+        """What the last backward of a minibatch has put off; `own` are the units of this replica."""
+        if own and self.splits(stage, own[-1]):
+            yield WeightGradient(stage, own[-1], version)
 
     def _update(self, stage: int, round: int) -> tuple[Action, ...]:
         made = Update(stage, round + 1)
@@ -192,14 +201,17 @@ class Microbatched(Routed):
     The last minibatch may be short. A replica may get no microbatch of some minibatch; it takes part
     in the reduction all the same.
 
-    Where all stages wait for each other at every update, backwards can be split: the gradient of a stage's
-    input goes upstream before those of its weights are computed. With F, B and W as long as each other, two
-    stages, 1F1B::
+    Where all stages wait for each other at every update, the last backward of every minibatch can be split: the
+    gradient of a stage's input goes upstream before those of its weights are computed. Two stages, 1F1B, where
+    F, B and W take equally long (an input stage, for which nobody waits, has B and W together)::
 
-        whole    stage 0   F0 F1 .  .  . . B0 B0 F2 B1 B1 .  .  B2 B2 U
-                 stage 1      F0 B0 B0 F1 B1 B1 .  F2 B2 B2          U
-        split    stage 0   F0 F1 .  . B0 W0 F2 ...
-                 stage 1      F0 B0 W0 F1 B1 W1 ...                       every stage waits a W less at drain
+        whole    stage 0   F0 F1 .  .  BW BW F2 BW BW .  BW BW U
+                 stage 1      F0 BW BW F1 BW BW F2 BW BW       U
+        split    stage 0   F0 F1 .  .  BW BW F2 BW BW BW BW U
+                 stage 1      F0 BW BW F1 BW BW F2 B  W     U
+
+    The pipe is drained (p - 1) W sooner with p stages. Of the other units it would be no gain: nobody waits for them
+    that has nothing else to do.
 
     Raises:
         ScheduleError: there is less than one microbatch to a minibatch, or a split is asked of a schedule that
@@ -221,9 +233,9 @@ class Microbatched(Routed):
                 "leave it away, or use 1f1b-flush, gpipe or interleaved"
             )
 
-    def splits(self, stage: int) -> bool:
-        """Where another stage waits for the gradient of this one's input."""
-        return self.split and bool(self.sources(stage))
+    def splits(self, stage: int, unit: int) -> bool:
+        """Where another stage waits for the gradient of this one's input, and has nothing else to do."""
+        return self.split and bool(self.sources(stage)) and self.last_of_round(stage, unit)
 
     def per_update(self, stage: int) -> int:
         """One minibatch, whatever the replicas."""

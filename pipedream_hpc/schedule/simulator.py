@@ -63,14 +63,11 @@ class PlannedTimes:
         microbatches: int,
     ) -> None:
         self._layout, self._topology, self._slow = schedule.layout, topology, slow
-        put_off = [stage.weight_gradient_s * schedule.splits(index) for index, stage in enumerate(plan.stages)]
+        self._schedule = schedule
         self._times = {
             Forward: [(stage.forward_s + stage.read_s) / microbatches + stage.beside_s for stage in plan.stages],
-            Backward: [
-                (stage.backward_s + stage.forward_s * stage.recompute - later) / microbatches
-                for stage, later in zip(plan.stages, put_off, strict=True)
-            ],
-            WeightGradient: [later / microbatches for later in put_off],
+            Backward: [(stage.backward_s + stage.forward_s * stage.recompute) / microbatches for stage in plan.stages],
+            WeightGradient: [stage.weight_gradient_s / microbatches for stage in plan.stages],
             Update: [stage.update_s for stage in plan.stages],
         }
         self._sent = [stage.output_bytes / microbatches for stage in plan.stages]
@@ -81,6 +78,8 @@ class PlannedTimes:
     def compute(self, rank: int, action: Forward | Backward | WeightGradient | Update) -> float:
         """The plan's time of the stage; a straggler takes so many times as long."""
         seconds = self._times[type(action)][action.stage]
+        if isinstance(action, Backward) and self._schedule.splits(action.stage, action.minibatch):
+            seconds -= self._times[WeightGradient][action.stage]
         return seconds * self._slow[rank] if rank in self._slow else seconds
 
     def link(self, source: int, target: int, cut: int) -> Link:
