@@ -185,7 +185,7 @@ def draw(every: list[dict[str, Any]], path: Path) -> None:
         best = sorted((_best(found, f"{name}|") for name in names), reverse=True)
         labels = [name.replace("|", ", m = ").removesuffix(", m = 1") for _, name in best]
         colors = [
-            "tab:blue" if "pipedream" in name else "tab:gray" if "copies" in name else "tab:orange" for name in labels
+            "tab:blue" if "pipedream" in name else "tab:orange" if "torch" in name else "tab:gray" for name in labels
         ]
         axes.barh(labels, [median * 1e3 for median, _ in best], color=colors)
         axes.set_title(found["model"].replace(", batch", ",\nbatch"), fontsize="medium")

@@ -10,6 +10,7 @@ from pipedream_hpc.schedule.trace import Kind, Span, Trace
 KINDS: dict[str, Kind] = {
     "F": "forward",
     "B": "backward",
+    "W": "weight-gradient",
     "R": "receive",
     "S": "send",
     "A": "reduce",
@@ -21,7 +22,7 @@ KINDS: dict[str, Kind] = {
 def trace(picture: str, layout: tuple[tuple[int, ...], ...] | None = None) -> Trace:
     """A Trace from lines such as `rank 1  .  F0 B0 B0 U`.
 
-    A cell is what the rank does in that millisecond: F, B, R(eceive), S(end) with the minibatch, A
+    A cell is what the rank does in that millisecond: F, B, W(eight gradient), R(eceive), S(end) with the minibatch, A
     (all-reduce), G (agreeing) and U(pdate) without, `.` for nothing; equal neighbours are one action. Without a
     layout there is one rank per stage.
     """
@@ -81,7 +82,7 @@ def timeline(trace: Trace) -> list[str]:
     for rank, stages in sorted(trace.stages_of.items()):
         cells: dict[int, str] = {}
         for span in trace.spans:
-            if span.rank == rank and span.kind in ("forward", "backward"):
+            if span.rank == rank and span.kind in ("forward", "backward", "weight-gradient"):
                 letter = span.kind[0].upper() if span.stage == stages[0] else span.kind[0]
                 for second in range(round(span.start_s), round(span.end_s)):
                     assert second not in cells, "one thing at a time"

@@ -10,7 +10,17 @@ import pictures
 
 from pipedream_hpc.planning.plan import Plan, StagePlan
 from pipedream_hpc.planning.topology import Level, Topology
-from pipedream_hpc.schedule.actions import Action, Backward, Forward, Layout, Reduce, Schedule, Send, Update
+from pipedream_hpc.schedule.actions import (
+    Action,
+    Backward,
+    Forward,
+    Layout,
+    Reduce,
+    Schedule,
+    Send,
+    Update,
+    WeightGradient,
+)
 from pipedream_hpc.schedule.one_f_one_b import OneFOneB
 from pipedream_hpc.schedule.simulator import simulate
 
@@ -56,16 +66,16 @@ def machine(*levels: tuple[int, float, float]) -> Topology:
 INSTANT = machine((4096, 0.0, 1e30))
 
 
-def drawn(schedule: Schedule) -> list[str]:
-    """The schedule as lanes of seconds; forward and backward take one each."""
-    return pictures.timeline(simulate(schedule, planned(schedule.layout), INSTANT).trace)
+def drawn(schedule: Schedule, **seconds: float) -> list[str]:
+    """The schedule as lanes of seconds; forward and backward take one each, unless `seconds` says otherwise."""
+    return pictures.timeline(simulate(schedule, planned(schedule.layout, **seconds), INSTANT).trace)
 
 
 def lanes(schedule: Schedule) -> list[str]:
     """What each rank computes, in order: F0 F1 B0 R U ..."""
 
     def word(action: Action) -> str:
-        if isinstance(action, Forward | Backward):
+        if isinstance(action, Forward | Backward | WeightGradient):
             return f"{type(action).__name__[0]}{action.minibatch}"
         return {Reduce: "R", Update: "U"}.get(type(action), "")
 

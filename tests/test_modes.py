@@ -49,11 +49,11 @@ def cases() -> list[dict[str, Any]]:
     found += [case("2-1", "1f1b", **half), case("1-1", "gpipe", "adam", microbatches=2, **half)]
     split: dict[str, Any] = {"split_backward": True}
     found += [case(plan, "1f1b-flush", microbatches=4, **split) for plan in ("1-1", "2-1", "1-2-1", "1-1-1-1")]
-    found += [case(plan, "gpipe", "adam", microbatches=3, **split) for plan in ("1-1", "1-2", "1-1-1-1")]
+    found += [case(plan, "1f1b-flush", "adam", microbatches=3, **split) for plan in ("1-1", "1-2", "1-3", "1-1-1-1")]
     found += [case("1-1-1", "1f1b-flush", microbatches=4, recompute=True, **split)]
     found += [case("2-2", "1f1b-flush", microbatches=4, clip=(0.1, "model"), **split)]
-    found += [case("1-1-1", "gpipe", microbatches=2, precision="bf16", **split)]
-    found += [case("1-1", "gpipe", "adam", microbatches=2, **half, **split)]
+    found += [case("1-1-1", "1f1b-flush", microbatches=2, precision="bf16", **split)]
+    found += [case("1-1", "1f1b-flush", "adam", microbatches=2, **half, **split)]
     return found
 
 

@@ -211,6 +211,37 @@ def test_interleaved_says_what_it_needs() -> None:
         folded(layout(1, 1, 1), 2)
 
 
+# --- backwards in two parts -----------------------------------------------------------------------
+
+
+def test_backwards_are_split_while_the_pipe_drains() -> None:
+    # The input stage's are not: nobody waits for them.
+    assert drawn(Flush(layout(1, 1, 1), 4, 4), backward_s=2.0) == [
+        "F0 F1 F2 .  .  .  .  B0 B0 F3 B1 B1 .  B2 B2 .  B3 B3",
+        ".  F0 F1 .  .  B0 B0 F2 B1 B1 F3 B2 B2 .  B3 B3",
+        ".  .  F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3",
+    ]
+    assert drawn(Flush(layout(1, 1, 1), 4, 4, split=True), backward_s=2.0, weight_gradient_s=1.0) == [
+        "F0 F1 F2 .  .  .  .  B0 B0 F3 B1 B1 B2 B2 B3 B3",
+        ".  F0 F1 .  .  B0 B0 F2 B1 B1 F3 B2 W2 B3 W3",
+        ".  .  F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 W3",
+    ]
+
+
+def test_every_replica_splits_its_own_last() -> None:
+    assert lanes(Flush(layout(1, 2), 6, 3, split=True)) == [
+        "F0 F1 F2 B0 B1 B2 U F3 F4 F5 B3 B4 B5 U",
+        "F0 B0 F2 B2 W2 R U F4 B4 W4 R U",
+        "F1 B1 W1 R U F3 B3 F5 B5 W5 R U",
+    ]
+
+
+@pytest.mark.parametrize("kind", sorted({*kinds.NAMES} - {"1f1b-flush"}))
+def test_other_schedules_run_backwards_whole(kind: str) -> None:
+    with pytest.raises(ScheduleError, match=rf"{kind} runs backwards whole: leave the split away, or use 1f1b-flush"):
+        kinds.make(kind, layout(1, 1), 8, microbatches=4 if kinds.takes_microbatches(kind) else 1, split=True)
+
+
 # --- one at a time --------------------------------------------------------------------------------
 
 

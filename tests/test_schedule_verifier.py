@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from schedules import ReduceFirst, Tampered, layout
 
 from pipedream_hpc.schedule import kinds
-from pipedream_hpc.schedule.actions import Action, Backward, Forward, Layout, Reduce, ScheduleError, Send
+from pipedream_hpc.schedule.actions import (
+    Action,
+    Backward,
+    Forward,
+    Layout,
+    Reduce,
+    ScheduleError,
+    Send,
+    WeightGradient,
+)
 from pipedream_hpc.schedule.flush import Flush
 from pipedream_hpc.schedule.forward_only import ForwardOnly
 from pipedream_hpc.schedule.one_f_one_b import OneFOneB
@@ -55,8 +64,11 @@ def schedules(draw: st.DrawFn, most_accumulated: int = 3) -> kinds.AnySchedule:
         links = tuple(sorted({*pairwise(range(stages)), *chosen}))
     accumulate = 1 if kind == "interleaved" else draw(st.integers(1, most_accumulated))
     units = draw(st.integers(0, 60 // microbatches)) * microbatches
+    split = kind == "1f1b-flush" and draw(st.booleans())
     try:
-        return kinds.make(kind, members, units, microbatches=microbatches, links=links, accumulate=accumulate)
+        return kinds.make(
+            kind, members, units, microbatches=microbatches, links=links, accumulate=accumulate, split=split
+        )
     except ScheduleError:
         assert kind == "2bw", "no other is refused here"
         assume(False)
@@ -222,6 +234,26 @@ def test_finds_an_update_that_is_missing() -> None:
 
 
 # --- at a launch: as much as concerns one rank ----------------------------------------------------
+
+
+def test_finds_an_update_before_the_weight_gradients_are_there() -> None:
+    def late(rank: int, actions: list[Action]) -> list[Action]:
+        return sorted(actions, key=lambda action: isinstance(action, WeightGradient))
+
+    with pytest.raises(ScheduleError) as caught:
+        verify(Tampered(Flush(layout(1, 1), 2, 2, split=True), late))
+    assert (
+        str(caught.value)
+        == "rank 1 (stage 1) at 'update to version 1': the weight gradient of minibatch 1 is still to come"
+    )
+
+
+def test_finds_weight_gradients_that_nobody_put_off() -> None:
+    def twice(rank: int, actions: list[Action]) -> list[Action]:
+        return [each for action in actions for each in [action] * (1 + isinstance(action, WeightGradient))]
+
+    with pytest.raises(ScheduleError, match=r"at 'weight gradient 1 on version 0': no backward of it has put anything"):
+        verify(Tampered(Flush(layout(1, 1), 2, 2, split=True), twice))
 
 
 def test_blocks_lie_between_stages_of_a_single_rank() -> None:

@@ -31,6 +31,12 @@ def run(
         ),
     ] = None,
     chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
+    split_backward: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(
+            help="1f1b-flush: as in training, send the gradient of a stage's input before its weights' while it drains."
+        ),
+    ] = None,
     slow: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="RANK=TIMES: this rank takes so many times as long to compute. May be repeated."),
@@ -76,7 +82,8 @@ def run(
     layout = folded(planned.layout, chunks) if chunks > 1 else planned.layout
     kind = schedule or planned.schedule
     pieces = microbatches or (planned.microbatches if schedule in (None, planned.schedule) else 1)
-    chosen = kinds.make(kind, layout, minibatches * pieces, microbatches=pieces)
+    split_by = kinds.worth_splitting(kind, planned, pieces) if split_backward is None else split_backward
+    chosen = kinds.make(kind, layout, minibatches * pieces, microbatches=pieces, split=split_by)
     proof = verify(chosen)
     links = load(Topology, topology) if topology else instant
     simulation = simulate(chosen, planned, links, slow=stragglers, microbatches=pieces)

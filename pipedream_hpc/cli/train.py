@@ -39,8 +39,8 @@ def run(
     split_backward: Annotated[
         Optional[bool],  # noqa: UP045
         typer.Option(
-            help="1f1b-flush, gpipe, interleaved: send the gradient of a stage's input before its weights' are "
-            "computed; by default where that takes a millisecond or more."
+            help="1f1b-flush: while the pipe drains, send the gradient of a stage's input before its weights' are "
+            "computed; by default where those take a millisecond or more."
         ),
     ] = None,
     precision: Annotated[Optional[str], typer.Option(help="bf16 or fp16: forwards under autocast.")] = None,  # noqa: UP045

@@ -19,10 +19,8 @@ from pipedream_hpc.model.cut import Cut, Part, enter
 from pipedream_hpc.model.graph import Layer, LayerGraph
 from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.untouched import untouched
+from pipedream_hpc.planning.plan import COUNTED_PER_S
 from pipedream_hpc.planning.profile import LayerProfile, Profile
-
-#: Operations in one of the seconds that `count` makes of them.
-COUNTED_PER_S = 1e9
 
 
 def measure(

@@ -26,6 +26,8 @@ def warm_up(replicas: Sequence[int], stage: int) -> int:
 
 #: Note of plans made without measurements.
 COUNTED = "made from counted operations: times are proportions, not seconds"
+#: Operations in one of their seconds.
+COUNTED_PER_S = 1e9
 
 
 @dataclass(frozen=True)

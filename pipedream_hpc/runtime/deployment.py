@@ -13,7 +13,7 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import load
 from pipedream_hpc.model.cut import Cut
 from pipedream_hpc.model.graph import LayerGraph
-from pipedream_hpc.model.profiler import COUNTED_PER_S, count
+from pipedream_hpc.model.profiler import count
 from pipedream_hpc.planning.even import even, replicas_of
 from pipedream_hpc.planning.plan import COUNTED, Plan, StagePlan
 from pipedream_hpc.planning.solver import Request, solve
@@ -22,9 +22,6 @@ from pipedream_hpc.runtime.transport import Boundary
 from pipedream_hpc.schedule import kinds
 from pipedream_hpc.schedule.actions import Layout, Links, Schedule
 from pipedream_hpc.schedule.interleaved import folded
-
-#: Seconds of a microbatch's weight gradients from which on they are put off.
-LEAST_PUT_OFF_S = 1e-3
 
 
 @dataclass(frozen=True)
@@ -37,8 +34,7 @@ class Manner:
         chunks: stages per rank, for the interleaved schedule.
         accumulate: minibatches per replica to an update.
         agree: whether all stages agree about gradients before they update.
-        split: whether the gradient of a stage's input is sent before those of its weights are computed; None:
-            where it pays.
+        split: whether backwards are split while the pipe drains; None: where it pays.
         counted_per_s: operations that the device does in a second, roughly: what a counted plan takes.
     """
 
@@ -48,7 +44,7 @@ class Manner:
     accumulate: int = 1
     agree: bool = False
     split: bool | None = None
-    counted_per_s: float = 50e9
+    counted_per_s: float = kinds.CPU_OPERATIONS_PER_S
 
     def pieces(self, wanted: Plan | tuple[int, ...] | int) -> int:
         """Units that a minibatch is cut into."""
@@ -126,16 +122,10 @@ class Deployment:
 
     @property
     def split(self) -> bool:
-        """Whether the gradient of a stage's input is sent before those of its weights are computed.
-
-        By default where a stage has a millisecond of the latter per microbatch: to take a backward apart costs some
-        hundredths of that.
-        """
-        if self.manner.split is not None or self.plan.schedule not in kinds.SPLITTING:
-            return bool(self.manner.split)
-        put_off_s = max((stage.weight_gradient_s for stage in self.plan.stages[1:]), default=0.0)
-        seconds = put_off_s if self.plan.timed else put_off_s * COUNTED_PER_S / self.manner.counted_per_s
-        return seconds / self.pieces >= LEAST_PUT_OFF_S
+        """Whether backwards are split while the pipe drains."""
+        if self.manner.split is not None:
+            return self.manner.split
+        return kinds.worth_splitting(self.plan.schedule, self.plan, self.pieces, self.manner.counted_per_s)
 
     @property
     def links(self) -> Links:

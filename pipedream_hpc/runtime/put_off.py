@@ -6,7 +6,8 @@ A backward through y = x Wᵀ computes two things, neither of which needs the ot
     split    │ gx = gy W │ gx ... │ send gx    │ gW = gyᵀ x │ gW ... │
 
 Layers with a product (linear, convolution) put theirs off; the others, whose weights take little, do not. Nothing is
-computed otherwise than before, so the bits are the same.
+computed otherwise than before, so the bits are the same; but of a weight that is used three times in a unit, whose
+gradients are added up in another order.
 
 How. Within its own forward such a layer has *twins* in the place of its weights: other leaves over the same
 memory. A first backward goes to the stage's inputs and to all leaves but the twins, and a hook notes down the
@@ -17,7 +18,7 @@ so nothing is lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ _HEAVY = (
 class Call:
     """One call of a layer in the forward of a unit, until the gradients of its weights are there."""
 
-    __slots__ = ("_came", "edge", "layer", "leaves", "twins")
+    __slots__ = ("_came", "_hook", "edge", "layer", "leaves", "twins")
 
     def __init__(
         self, layer: nn.Module, leaves: list[nn.Parameter], twins: list[nn.Parameter], output: torch.Tensor
@@ -49,7 +50,7 @@ class Call:
         self.layer, self.leaves, self.twins = layer, leaves, twins
         self.edge = GradientEdge(output.grad_fn, output.output_nr)
         self._came: tuple[torch.Tensor | None, ...] = ()
-        output.grad_fn.register_prehook(self._note)
+        self._hook = output.grad_fn.register_prehook(self._note)
 
     @property
     def reached(self) -> bool:
@@ -57,24 +58,26 @@ class Call:
         return bool(self._came)
 
     def _note(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
-        if not self._came:  # the second backward passes here as well
-            self._came = gradients
+        self._came = gradients
 
-    def finish(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Compute what was put off: weights, and their gradients, which are the caller's."""
+    def finish(self) -> dict[nn.Parameter, torch.Tensor]:
+        """Compute what was put off: weights and their gradients."""
+        self._hook.remove()  # the graph and this hold each other, and nothing collects that
         came = [
             (GradientEdge(self.edge.node, index), each) for index, each in enumerate(self._came) if each is not None
         ]
         edges, gradients = zip(*came, strict=True)
         run_backward(edges, gradients, inputs=self.twins)
-        yield from self.taken()
+        return self.taken()
 
-    def taken(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    def taken(self) -> dict[nn.Parameter, torch.Tensor]:
         """Weights and the gradients that have come to their twins, which have none then."""
+        self._hook.remove()
+        found = {}
         for leaf, twin in zip(self.leaves, self.twins, strict=True):
             if twin.grad is not None:
-                gradient, twin.grad = twin.grad, None
-                yield leaf, gradient
+                found[leaf], twin.grad = twin.grad, None
+        return found
 
 
 class PutOff:
@@ -107,8 +110,8 @@ class PutOff:
         if "weight" not in leaves:
             return {}
         if not self._used.isdisjoint(leaves.values()):
-            # Called twice, or it shares weights with another layer. A second backward from the one call would go
-            # through the other; and to make the same bits, both contributions must be added up within the unit.
+            # Called twice, or it shares weights with another layer: a second backward from one call would go
+            # through the other, too. From now on nothing of them is put off.
             self._whole.add(layer)
             self._whole.update(call.layer for call in self._calls if not set(call.leaves).isdisjoint(leaves.values()))
             return {}
@@ -133,23 +136,20 @@ class PutOff:
         gradients: Sequence[torch.Tensor | None],
         leaves: Sequence[torch.Tensor],
         calls: list[Call],
-    ) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    ) -> dict[nn.Parameter, torch.Tensor]:
         """Backward from `tensors` to `leaves`, but for what `calls` put off.
 
-        Yields weights and gradients that could not be put off; takes their calls out of `calls`.
+        Returns weights and gradients that could not be put off; takes their calls out of `calls`.
         """
-        clean = [(call, leaf) for call in calls for leaf in call.leaves if leaf.grad is None]
         run_backward(tensors, gradients, [*leaves, *(call.edge for call in calls)], keep_graph=True)
-        # Weights used outside their layer as well. From now on all of it is added up within the unit, as ever.
-        self._whole.update(call.layer for call, leaf in clean if leaf.grad is not None)
         missed = [call for call in calls if not call.reached]
-        if missed:
-            # The output was written over, which gave it another place in the graph; or nothing depends on it.
-            run_backward(tensors, gradients, [twin for call in missed for twin in call.twins], keep_graph=True)
-            self._whole.update(call.layer for call in missed)
-            calls[:] = [call for call in calls if call.reached]
-            for call in missed:
-                yield from call.taken()
+        if not missed:
+            return {}
+        # The output was written over, which gave it another place in the graph; or nothing depends on it.
+        run_backward(tensors, gradients, [twin for call in missed for twin in call.twins], keep_graph=True)
+        self._whole.update(call.layer for call in missed)
+        calls[:] = [call for call in calls if call.reached]
+        return {leaf: gradient for call in missed for leaf, gradient in call.taken().items()}
 
 
 class _Swap:

@@ -73,6 +73,9 @@ class _Live:
     loss: torch.Tensor | None = None
     weight: torch.Tensor | None = None  # the gradient that backward begins with at the loss
     calls: list[Call] = field(default_factory=list)  # whose weights' gradients are put off
+    # Weights that take part in them, and what a gradient has already, from uses outside those calls.
+    early: dict[nn.Parameter, torch.Tensor | None] = field(default_factory=dict)
+    late: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)  # what was put off, as it comes
     sent: list[int] = field(default_factory=list)  # stages whose gradient has gone, but not yet the activation's slot
 
     def gradient_slots(self) -> set[int]:
@@ -135,8 +138,7 @@ class Stage:
         self._feed: Feed | None = None
         self._schedule: Schedule | None = None
         self._training, self._put_off = True, put_off
-        self._early: dict[int, torch.Tensor] = {}  # gradients of weights of which more is to come, by position
-        self._late: frozenset[nn.Parameter] = frozenset()  # these weights
+        self._splitting: _Live | None = None  # the unit whose backward runs its first part
         self._unit_base = self._trained = self._version_base = 0
         self._current = 0
         self._weights: dict[float, torch.Tensor] = {}
@@ -264,12 +266,16 @@ class Stage:
     def weight_gradient(self, action: WeightGradient) -> None:
         unit, live = action.minibatch, self._live[action.minibatch]
         self._check_version(unit, action)
-        slots = live.gradient_slots()
         for call in live.calls:
-            for leaf, gradient in call.finish():
-                self._add_late(leaf, gradient.clone() if _storage(gradient) in slots else gradient)
-        live.calls = []
-        self._take_over(unit, live, slots)
+            live.late.update(call.finish())
+        for leaf, early in live.early.items():
+            late = live.late.get(leaf)
+            # Added up within the unit first, as a whole backward would have it.
+            gradient = late if early is None else early if late is None else early + late
+            if gradient is not None:
+                self._add_late(leaf, gradient)
+        live.calls, live.early, live.late = [], {}, {}
+        self._take_over(unit, live, live.gradient_slots())
         for far in live.sent:
             self._release(unit, "activation", far)
         self._leave(unit)
@@ -341,27 +347,33 @@ class Stage:
         """Backward to the entries, and to those weights that nobody puts off."""
         assert self._put_off is not None
         entries = [entry for each in live.entries.values() for entry in each if entry.requires_grad]
-        self._late = frozenset(leaf for call in live.calls for leaf in call.leaves)
+        live.early = dict.fromkeys(leaf for call in live.calls for leaf in call.leaves)
+        sums = [(leaf, leaf.grad) for leaf in live.early]
+        for leaf in live.early:
+            leaf.grad = None
+        self._splitting = live
         leaves = [*entries, *self.stash.trained_of(self._unit_base + unit)]
-        for leaf, gradient in self._put_off.backward(tensors, gradients, leaves, live.calls):
-            self._add_late(leaf, gradient)
+        live.late = self._put_off.backward(tensors, gradients, leaves, live.calls)
+        self._splitting = None
+        for leaf, before in sums:
+            if leaf.grad is not None:
+                live.early[leaf] = leaf.grad
+            leaf.grad = before
 
     def _ready(self, position: int, leaf: nn.Parameter, gradient: torch.Tensor) -> None:
         """A weight's gradient is whole, for the replicas to average; or the rest of it was put off."""
         assert self.averager is not None
-        if leaf in self._late:
-            self._early[position] = gradient
+        if self._splitting is not None and leaf in self._splitting.early:
+            self._splitting.early[leaf] = gradient
         else:
             self.averager.add(position, gradient)
 
     def _add_late(self, leaf: nn.Parameter, gradient: torch.Tensor) -> None:
-        """A gradient that was put off: added to where backward would have left it."""
-        if self.averager is None:
+        """A gradient of which a part was put off: added to where backward would have left it."""
+        if self.averager is not None:
+            self.averager.add(self.stash.position_of(leaf), gradient)
+        else:
             leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
-            return
-        position = self.stash.position_of(leaf)
-        early = self._early.pop(position, None)
-        self.averager.add(position, gradient if early is None else early.add_(gradient))
 
     def _take_over(self, unit: int, live: _Live, slots: set[int]) -> None:
         """The backward of a unit is whole: its gradients are the stage's, and its version and slots free."""

@@ -10,6 +10,21 @@ Three stages, minibatches of four microbatches (PipeDream-2BW, ICML 2021, sectio
 One weight version, and the semantics of plain minibatch SGD, as GPipe; but a stage holds no more
 than W + 1 microbatches, W of them from the warm-up, where GPipe holds all m. The bubble is the same:
 (p - 1) / (m + p - 1) of the time with p stages.
+
+While the pipe drains, backwards can be split: the gradient of a stage's input goes upstream before those of its weights
+are computed, as in zero-bubble schedules (Qi et al., ICLR 2024). The pipe is then empty (p - 1) W sooner, since W
+falls into what was waiting. With F, B and W of equal length::
+
+    whole   stage 0   F0 F1 F2 .  .  .  .  BW BW F3 BW BW .  BW BW .  BW BW U
+            stage 1      F0 F1 .  .  BW BW F2 BW BW F3 BW BW .  BW BW       U
+            stage 2         F0 BW BW F1 BW BW F2 BW BW F3 BW BW             U
+
+    split   stage 0   F0 F1 F2 .  .  .  .  BW BW F3 BW BW BW BW BW BW U
+            stage 1      F0 F1 .  .  BW BW F2 BW BW F3 B2 W2 B3 W3    U
+            stage 2         F0 BW BW F1 BW BW F2 BW BW F3 B3 W3       U
+
+Backwards with a forward after them are not: nobody waits for them that has nothing else to do. Nor are the input
+stage's, for which nobody waits.
 """
 
 from __future__ import annotations
@@ -23,9 +38,20 @@ from pipedream_hpc.schedule.routed import Microbatched, alternate
 
 @dataclass(frozen=True)
 class Flush(Microbatched):
-    """1F1B within every minibatch of `microbatches` units, then one update."""
+    """1F1B within every minibatch of `microbatches` units, then one update.
 
+    Attributes:
+        split: whether backwards are split while the pipe drains.
+    """
+
+    split: bool = False
     synchronous = True
+
+    def splits(self, stage: int, unit: int) -> bool:
+        """Where no forward follows on the same replica, and another stage waits for the gradient."""
+        end = min((unit // self.microbatches + 1) * self.microbatches, self.minibatches)
+        following = (end - 1 - unit) // len(self.layout[stage])
+        return self.split and following <= self._warm_ups[stage] and bool(self.sources(stage))
 
     def in_flight(self, stage: int) -> int:
         """W + 1, or all of a minibatch if they are fewer."""
@@ -38,5 +64,4 @@ class Flush(Microbatched):
             for forward, turn in alternate(len(own), self._warm_ups[stage]):
                 step = self._forward if forward else self._backward
                 yield from step(stage, own[turn], version=number)
-            yield from self._weight_gradients(stage, own, version=number)
             yield from self._update(stage, number)

@@ -39,5 +39,4 @@ class GPipe(Microbatched):
                 yield from self._forward(stage, unit, version=number)
             for unit in own:
                 yield from self._backward(stage, unit, version=number)
-            yield from self._weight_gradients(stage, own, version=number)
             yield from self._update(stage, number)

@@ -102,8 +102,6 @@ class Interleaved(Microbatched):
             for forward, stage, index in self._order(stages[0], len(own)):
                 step = self._forward if forward else self._backward
                 yield from step(stage, own[index], version=number)
-                if not forward and index == len(own) - 1:
-                    yield from self._weight_gradients(stage, own, version=number)
             updates = [action for stage in stages for action in self._update(stage, number)]
             # A rank agrees once, for all its chunks.
             yield from [action for action in updates if isinstance(action, Reduce)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipedream_hpc.planning.plan import COUNTED_PER_S, Plan
 from pipedream_hpc.schedule.actions import Layout, Links, ScheduleError
 from pipedream_hpc.schedule.data_parallel import DataParallel
 from pipedream_hpc.schedule.flush import Flush
@@ -31,8 +32,6 @@ _CUT: dict[str, type[Flush | GPipe | TwoBW | Interleaved]] = {
     "interleaved": Interleaved,
 }
 NAMES = (*_WHOLE, *_CUT)
-#: Those that can send the gradient of a stage's input before they compute those of its weights.
-SPLITTING = tuple(name for name, kind in _CUT.items() if kind.synchronous)
 
 AnySchedule = OneFOneB | ModelParallel | ForwardOnly | Flush | GPipe | TwoBW | Interleaved
 
@@ -40,6 +39,26 @@ AnySchedule = OneFOneB | ModelParallel | ForwardOnly | Flush | GPipe | TwoBW | I
 def takes_microbatches(kind: str) -> bool:
     """Whether minibatches are cut into microbatches, which then are the units that pass."""
     return kind in _CUT
+
+
+#: What a core of a CPU and a GPU do in a second, roughly: how long a plan takes that was made by counting.
+CPU_OPERATIONS_PER_S, GPU_OPERATIONS_PER_S = 50e9, 50e12
+#: Seconds from which on the weight gradients of a microbatch are put off; it costs some hundredths of a millisecond.
+_LEAST_PUT_OFF_S = 1e-3
+
+
+def worth_splitting(kind: str, plan: Plan, microbatches: int, operations_per_s: float = CPU_OPERATIONS_PER_S) -> bool:
+    """Whether backwards are split while the pipe drains unless somebody says otherwise.
+
+    Args:
+        kind: of the schedule.
+        plan: whose stages it is for.
+        microbatches: to a minibatch.
+        operations_per_s: of a device, where the plan was made by counting them.
+    """
+    longest_s = max((stage.weight_gradient_s for stage in plan.stages[1:]), default=0.0) / microbatches
+    seconds = longest_s if plan.timed else longest_s * COUNTED_PER_S / operations_per_s
+    return kind == "1f1b-flush" and seconds >= _LEAST_PUT_OFF_S
 
 
 def make(
@@ -63,13 +82,17 @@ def make(
         links: which stages talk; by default each and the next.
         accumulate: minibatches per replica to an update; where minibatches are cut, whole minibatches.
         agree: whether all stages agree about a round before they update.
-        split: whether the gradient of a stage's input is sent before those of its weights are computed.
+        split: whether backwards are split while the pipe drains (1f1b-flush only).
 
     Raises:
         ScheduleError: no such schedule, or it does not go with this layout or number of microbatches.
     """
+    if kind == "1f1b-flush":
+        return Flush(layout, units, microbatches * accumulate, links=links, agree=agree, split=split)
+    if split and kind in NAMES:
+        raise ScheduleError(f"{kind} runs backwards whole: leave the split away, or use 1f1b-flush")
     if kind in _CUT:
-        return _CUT[kind](layout, units, microbatches * accumulate, split, links=links, agree=agree)
+        return _CUT[kind](layout, units, microbatches * accumulate, links=links, agree=agree)
     if kind not in _WHOLE:
         raise ScheduleError(f"there is no schedule '{kind}': choose from {', '.join(NAMES)}")
     if microbatches != 1:
@@ -77,6 +100,4 @@ def make(
             f"{kind} sends whole minibatches, not {microbatches} microbatches of each: "
             f"leave microbatches away, or choose from {', '.join(_CUT)}"
         )
-    if split:
-        raise ScheduleError(f"{kind} does not split backwards: leave it away, or use {', '.join(SPLITTING)}")
     return _WHOLE[kind](layout, units, links=links, accumulate=accumulate, agree=agree)

@@ -14,7 +14,7 @@ which may be waiting for upstream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
@@ -98,7 +98,7 @@ class Routed:
                 raise ScheduleError(f"stage {stage} sends nothing to the stages behind it")
 
     def splits(self, stage: int, unit: int) -> bool:
-        """Never; schedules of microbatches may."""
+        """Never; 1F1B with flush may."""
         return False
 
     def last_of_round(self, stage: int, unit: int) -> bool:
@@ -174,12 +174,8 @@ class Routed:
             *[Receive(stage, unit, "gradient", self._peer(far, unit), far) for far in targets],
             Backward(stage, unit, version),
             *[Send(stage, unit, "gradient", self._peer(far, unit), far) for far in sources],
+            *([WeightGradient(stage, unit, version)] if self.splits(stage, unit) else ()),
         )
-
-    def _weight_gradients(self, stage: int, own: Sequence[int], version: int) -> Iterator[Action]:
-        """What the last backward of a minibatch has put off; `own` are the units of this replica."""
-        if own and self.splits(stage, own[-1]):
-            yield WeightGradient(stage, own[-1], version)
 
     def _update(self, stage: int, round: int) -> tuple[Action, ...]:
         made = Update(stage, round + 1)
@@ -201,25 +197,11 @@ class Microbatched(Routed):
     The last minibatch may be short. A replica may get no microbatch of some minibatch; it takes part
     in the reduction all the same.
 
-    Where all stages wait for each other at every update, the last backward of every minibatch can be split: the
-    gradient of a stage's input goes upstream before those of its weights are computed. Two stages, 1F1B, where
-    F, B and W take equally long (an input stage, for which nobody waits, has B and W together)::
-
-        whole    stage 0   F0 F1 .  .  BW BW F2 BW BW .  BW BW U
-                 stage 1      F0 BW BW F1 BW BW F2 BW BW       U
-        split    stage 0   F0 F1 .  .  BW BW F2 BW BW BW BW U
-                 stage 1      F0 BW BW F1 BW BW F2 B  W     U
-
-    The pipe is drained (p - 1) W sooner with p stages. Of the other units it would be no gain: nobody waits for them
-    that has nothing else to do.
-
     Raises:
-        ScheduleError: there is less than one microbatch to a minibatch, or a split is asked of a schedule that
-            has no such point.
+        ScheduleError: there is less than one microbatch to a minibatch.
     """
 
     microbatches: int = 1
-    split: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -227,15 +209,6 @@ class Microbatched(Routed):
             raise ScheduleError(f"a minibatch needs at least one microbatch, not {self.microbatches}")
         if self.accumulate != 1:
             raise ScheduleError("units that are microbatches add up within a minibatch: ask for more of these instead")
-        if self.split and not self.synchronous:
-            raise ScheduleError(
-                "backwards are split where stages wait for each other at every update, which here they do not: "
-                "leave it away, or use 1f1b-flush, gpipe or interleaved"
-            )
-
-    def splits(self, stage: int, unit: int) -> bool:
-        """Where another stage waits for the gradient of this one's input, and has nothing else to do."""
-        return self.split and bool(self.sources(stage)) and self.last_of_round(stage, unit)
 
     def per_update(self, stage: int) -> int:
         """One minibatch, whatever the replicas."""
