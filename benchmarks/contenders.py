@@ -299,10 +299,17 @@ class Ours(Way):
     """pipedream_hpc over MPI."""
 
     def __init__(
-        self, workload: Workload, cuts: Sequence[int], schedule: str, microbatches: int = 1, *, trace: bool = False
+        self,
+        workload: Workload,
+        cuts: Sequence[int],
+        schedule: str,
+        microbatches: int = 1,
+        *,
+        trace: bool = False,
+        split: bool = True,
     ) -> None:
         super().__init__(f"pipedream_hpc {schedule}", schedule, microbatches)
-        self._workload, self._cuts, self._trace = workload, cuts, trace
+        self._workload, self._cuts, self._trace, self.split = workload, cuts, trace, split
 
     def open(self) -> None:
         torch.manual_seed(1)
@@ -317,6 +324,7 @@ class Ours(Way):
             plan=2,
             schedule=self.kind,
             microbatches=self.microbatches if self.microbatches > 1 else None,
+            split_backward=self.kind == "1f1b-flush" and self.split,
             leaves=[Piece],
             trace=self._trace,
         )

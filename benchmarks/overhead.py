@@ -85,7 +85,10 @@ def run(options: argparse.Namespace) -> None:
         lambda: (torch.randn(size * count, 8), torch.randn(size * count, 8)),
     )
     cuts = (1, 2, 3)
-    ours, theirs = c.Ours(workload, cuts, "1f1b-flush", count), c.TorchPipeline(workload, cuts, "Schedule1F1B", count)
+    ours, theirs = (
+        c.Ours(workload, cuts, "1f1b-flush", count, split=False),
+        c.TorchPipeline(workload, cuts, "Schedule1F1B", count),
+    )
     layer, entry, target = nn.Linear(8, 8), torch.randn(size, 8, requires_grad=True), torch.randn(size, 8)
 
     def bare(batches: int) -> float:

@@ -5,6 +5,7 @@
 
 Asynchronous 1F1B is filled once and drained once in an epoch: its time is that from one minibatch's end to another's,
 as many as two turns of the others have. Everybody else fills and drains with every batch, and is timed whole.
+1F1B-flush runs with split_backward, on the bits of whole backwards.
 
 Starts two ranks itself. The same models, cut at the same place, on the same cores with one thread each, take
 turns in one run; medians of milliseconds per global batch. What should come out: asynchronous 1F1B at least
@@ -156,10 +157,10 @@ def report(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     for name, why in found["failed"].items():
         console.print(f"did not run: {name.replace('|', ' with m = ')}: {why}")
-    first, second = (statistics.median(times) for times in zip(*found["halves"], strict=True))
+    first, second = (statistics.median(times) for times in zip(*found["halves"] or [[0.0, 0.0]], strict=True))
     torch_1f1b, at = _best(found, "torch 1F1B")
     torch_best, best = _best(found, "torch ")
-    over = max(first, second) / statistics.fmean([first, second]) - 1
+    over = max(first, second) / (statistics.fmean([first, second]) or 1.0) - 1
     console.print(
         f"stages alone {first * 1e3:.1f} and {second * 1e3:.1f} ms, the slower {over:.1%} over their mean; "
         f"asynchronous 1F1B is {torch_1f1b / own:.2f} x "

@@ -18,6 +18,7 @@
 
 #if defined(__clang__)
 #define PIPEDREAM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#define PIPEDREAM_UNROLLED_LATER
 #else
 #define PIPEDREAM_INDEPENDENT _Pragma("GCC ivdep")
 #define PIPEDREAM_UNROLLED_LATER _Pragma("GCC unroll 1")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import chains
 import pytest
 import torch
@@ -143,3 +146,47 @@ def test_an_example_that_does_not_fit() -> None:
         measure(graph, torch.zeros(3, 8))
     with pytest.raises(PipedreamError, match="should be at least 1, not 0"):
         measure(graph, torch.zeros(2, 8), minibatches=0)
+
+
+# --- writes in place ------------------------------------------------------------------------------
+
+
+class Writing(nn.Module):
+    """A statement that writes into `h`, whose result nobody takes."""
+
+    def __init__(self, write: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.second, self.relu = nn.Linear(12, 12), nn.Linear(12, 5), nn.ReLU(inplace=True)
+        self.write = write
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        if self.write is None:
+            self.relu(h)
+        else:
+            self.write(h)
+        return self.second(h)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda h: h.add_(1.0),
+        nn.functional.relu_,
+        lambda h: nn.functional.relu(h, inplace=True),
+        torch.relu_,
+        lambda h: h.add_(1.0).mul_(2.0),
+        None,
+    ],
+    ids=["method", "function", "argument", "torch", "chain", "module"],
+)
+def test_a_write_in_place_is_kept_though_nobody_takes_its_result(write: Any) -> None:
+    model, x = Writing(write), torch.randn(4, 12)
+    graph = capture(model, x)
+    whole = Cut(graph, [list(range(len(graph.layers)))]).part(0)
+    assert torch.equal(whole.run([x])[-1], model(x))
+
+
+def test_a_write_into_a_view_is_refused() -> None:
+    with pytest.raises(PipedreamError, match=r"writes into '.*' in place where its graph does not show who reads that"):
+        capture(Writing(lambda h: h.view(-1, 3).add_(1.0)), torch.randn(4, 12))

@@ -19,7 +19,10 @@ def test_where_the_time_of_each_rank_went() -> None:
         )
     )
     ms = {kind: round(seconds * 1e3) for kind, seconds in first.seconds.items()}
-    assert ms == {"forward": 2, "backward": 4, "receive": 2, "send": 2, "reduce": 0, "agree": 0, "update": 2, "idle": 0}
+    assert ms == {
+        "forward": 2, "backward": 4, "weight-gradient": 0, "receive": 2, "send": 2, "reduce": 0, "agree": 0,
+        "update": 2, "idle": 0,
+    }  # fmt: skip
     assert (last.rank, last.stages) == (1, (1,))
     # Before its first minibatch came and after its last one went, rank 1 was part of the run too.
     assert last.seconds["idle"] == pytest.approx(4e-3)
@@ -32,6 +35,13 @@ def test_waiting_for_all_ranks_to_agree_is_no_work() -> None:
     (only,) = split(pictures.trace("rank 0  F0 B0 B0 A G G G U"))
     assert only.seconds["agree"] == pytest.approx(3e-3)
     assert only.busy == pytest.approx(5 / 8)
+
+
+def test_a_backward_in_two_parts_is_one_backward() -> None:
+    (only,) = split(pictures.trace("rank 0  F0 B0 B0 B0 F1 B1 W1 W1 U"))
+    assert only.backward_s == pytest.approx(3e-3)
+    assert only.seconds["weight-gradient"] == pytest.approx(2e-3)
+    assert only.busy == pytest.approx(1)
 
 
 def test_times_per_minibatch_are_medians() -> None:

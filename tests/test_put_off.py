@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import zoo
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -94,6 +96,59 @@ class Checkpointed(Written):
         return checkpoint(lambda each: self.inner(each).tanh(), x, use_reentrant=False)
 
 
+class Reentrant(Written):
+    """The same, as torch did it first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda each: self.inner(each).tanh(), x, use_reentrant=True)
+
+
+class Swish(Written):
+    """The output is written over while its old value is still to be differentiated."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.inner(x)
+        return h.mul_(h.sigmoid())
+
+
+class Pair(nn.Linear):
+    """A linear layer by its class, and nothing like it."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return super().forward(x), self.weight.pow(2).mean()
+
+
+class Derived(Kept):
+    """What uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = Pair(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, norm = self.pair(x)
+        return out + norm
+
+
+class Stop(torch.autograd.Function):
+    """The gradient ends here."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> None:
+        return None
+
+
+class Stopped(Written):
+    """A layer that no gradient comes to."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + Stop.apply(self.inner(x))
+
+
 class Convolved(Kept):
     """Convolutions with normalisation between them, written over."""
 
@@ -121,7 +176,8 @@ class Without(Kept):
 LAYERS: list[Callable[[], nn.Module]] = [
     lambda: nn.Linear(WIDTH, WIDTH),
     lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True),
-    Written, Twice, Shared, Tied, Branches, Frozen, Normed, Checkpointed, Convolved, Without,
+    Written, Twice, Shared, Tied, Branches, Frozen, Normed, Checkpointed, Reentrant, Swish, Derived, Stopped, Convolved,
+    Without,
 ]  # fmt: skip
 
 
@@ -165,6 +221,30 @@ def test_however_forwards_are_run(options: dict[str, Any]) -> None:
     assert [name for name in whole if not torch.equal(whole[name], split[name])] == []
 
 
+@pytest.mark.parametrize("plan", ["1-1", "1-2"])
+def test_a_weight_borrowed_from_another_stage_gets_its_whole_gradient(plan: str) -> None:
+    specimen = zoo.ZOO["gpt, tied"]
+
+    def trained(split: bool) -> dict[str, torch.Tensor]:
+        batches = specimen.minibatches(2, zoo.SAMPLES)
+        with Pipeline(
+            specimen.model(),
+            loss=specimen.loss,
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.3),
+            example=specimen.example(),
+            plan=plan,
+            schedule="1f1b-flush",
+            microbatches=2,
+            split_backward=split,
+            device="cpu",
+        ) as pipeline:
+            pipeline.fit(batches)
+            return pipeline.state_dict()
+
+    whole, split = trained(False), trained(True)
+    assert [name for name in whole if not torch.equal(whole[name], split[name])] == []
+
+
 def test_the_first_part_computes_no_gradient_that_can_wait() -> None:
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3))
@@ -174,13 +254,11 @@ def test_the_first_part_computes_no_gradient_that_can_wait() -> None:
     layers.zero_grad()
     entry.grad = None
 
-    put_off, calls = PutOff(layers), list[Call]()
+    put_off, calls = PutOff(layers, lambda leaf: True), list[Call]()
     put_off.note(calls)
     out = layers(entry)
     put_off.note(None)
-    assert [call.layer for call in calls] == [layers[0], layers[3]]
-    assert layers[0].weight is dict(layers.named_parameters())["0.weight"], "twins stand there during forward only"
-    assert put_off.backward([out], [torch.ones_like(out)], [entry, *layers.parameters()], calls) == {}
+    out.sum().backward()
     assert [parameter.grad is None for parameter in layers.parameters()] == [True, True, False, False, True, True]
     assert entry.grad is not None
     late = {leaf: gradient for call in calls for leaf, gradient in call.finish().items()}
@@ -188,19 +266,33 @@ def test_the_first_part_computes_no_gradient_that_can_wait() -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
-def test_a_forward_that_fails_leaves_the_layer_its_weights() -> None:
+def test_nothing_is_kept_of_a_unit_that_is_done() -> None:
     layer = nn.Linear(4, 3)
-    weight, put_off = layer.weight, PutOff(layer)
+    put_off, calls = PutOff(layer, lambda leaf: True), list[Call]()
+    put_off.note(calls)
+    entry = torch.ones(2, 4, requires_grad=True)
+    out = layer(entry)
+    put_off.note(None)
+    out.sum().backward()
+    inner = weakref.ref(calls[0].y)
+    calls[0].finish()
+    assert inner() is None
+
+
+def test_a_module_that_differentiates_twice_is_told_so() -> None:
+    layer = nn.Linear(4, 3)
+    put_off = PutOff(layer, lambda leaf: True)
     put_off.note([])
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        layer(torch.ones(2, 5))
-    assert layer.weight is weight
+    entry = torch.ones(2, 4, requires_grad=True)
+    (slope,) = torch.autograd.grad(layer(entry).tanh().sum(), entry, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        slope.sum().backward()
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"schedule": "1f1b"}, "1f1b runs backwards whole: leave the split away, or use 1f1b-flush"),
+        ({"schedule": "1f1b"}, "1f1b runs backwards whole: leave split_backward away, or use 1f1b-flush"),
         ({"schedule": "1f1b-flush", "microbatches": 2, "compiler": "eager"}, "compiled stages run backwards whole"),
     ],
 )

@@ -238,7 +238,9 @@ def test_every_replica_splits_its_own_last() -> None:
 
 @pytest.mark.parametrize("kind", sorted({*kinds.NAMES} - {"1f1b-flush"}))
 def test_other_schedules_run_backwards_whole(kind: str) -> None:
-    with pytest.raises(ScheduleError, match=rf"{kind} runs backwards whole: leave the split away, or use 1f1b-flush"):
+    with pytest.raises(
+        ScheduleError, match=rf"{kind} runs backwards whole: leave split_backward away, or use 1f1b-flush"
+    ):
         kinds.make(kind, layout(1, 1), 8, microbatches=4 if kinds.takes_microbatches(kind) else 1, split=True)
 
 

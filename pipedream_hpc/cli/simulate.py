@@ -32,11 +32,8 @@ def run(
     ] = None,
     chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
     split_backward: Annotated[
-        Optional[bool],  # noqa: UP045
-        typer.Option(
-            help="1f1b-flush: as in training, send the gradient of a stage's input before its weights' while it drains."
-        ),
-    ] = None,
+        bool, typer.Option(help="As in training: 1f1b-flush with split backwards while the pipe drains.")
+    ] = False,
     slow: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="RANK=TIMES: this rank takes so many times as long to compute. May be repeated."),
@@ -82,8 +79,7 @@ def run(
     layout = folded(planned.layout, chunks) if chunks > 1 else planned.layout
     kind = schedule or planned.schedule
     pieces = microbatches or (planned.microbatches if schedule in (None, planned.schedule) else 1)
-    split_by = kinds.worth_splitting(kind, planned, pieces) if split_backward is None else split_backward
-    chosen = kinds.make(kind, layout, minibatches * pieces, microbatches=pieces, split=split_by)
+    chosen = kinds.make(kind, layout, minibatches * pieces, microbatches=pieces, split=split_backward)
     proof = verify(chosen)
     links = load(Topology, topology) if topology else instant
     simulation = simulate(chosen, planned, links, slow=stragglers, microbatches=pieces)

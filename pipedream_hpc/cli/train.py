@@ -37,12 +37,11 @@ def run(
     ] = None,
     chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
     split_backward: Annotated[
-        Optional[bool],  # noqa: UP045
+        bool,
         typer.Option(
-            help="1f1b-flush: while the pipe drains, send the gradient of a stage's input before its weights' are "
-            "computed; by default where those take a millisecond or more."
+            help="1f1b-flush: while the pipe drains, send a stage's input gradient before its weights' are there."
         ),
-    ] = None,
+    ] = False,
     precision: Annotated[Optional[str], typer.Option(help="bf16 or fp16: forwards under autocast.")] = None,  # noqa: UP045
     master_weights: Annotated[bool, typer.Option(help="Keep a float32 master of every bfloat16 weight.")] = False,
     compiler: Annotated[

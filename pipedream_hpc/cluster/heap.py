@@ -1,8 +1,8 @@
 """Heap: memory of freed tensors stays with the process while it trains on a CPU.
 
 Every minibatch frees its activations and the next one asks for the same sizes again. By default glibc hands large
-ones back to the system, which gives them out again page by page, each filled with zeros first: 12,000 page
-faults for a minibatch of a VGG, an eighth of its time (benchmarks/heap.py).
+ones back to the system, which gives them out again page by page, each filled with zeros first: some 20,000 page
+faults for a minibatch of a VGG, a twentieth of its time (benchmarks/heap.py).
 """
 
 from __future__ import annotations

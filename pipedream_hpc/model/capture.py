@@ -67,6 +67,7 @@ def capture(
     with _in_training(model):
         graph = fx.GraphModule(model, _trace(model, tuple(leaves), arguments)).graph
         _leave_out_defaults(graph, arguments)
+        _follow_writes(model, graph)
         graph.eliminate_dead_code()
         inputs = tuple(node for node in graph.nodes if node.op == "placeholder")
         values = tuple(arguments[str(node.target)] for node in inputs)
@@ -140,6 +141,39 @@ def _in_training(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _follow_writes(model: nn.Module, graph: fx.Graph) -> None:
+    """Let what comes after a write in place read its result: `h.add_(1)` by itself is then `h = h.add_(1)`.
+
+    torch.fx notes down what returns what; a statement whose result nobody uses looks like one that does nothing.
+
+    Raises:
+        PipedreamError: nobody uses what is written into either, such as a view of something else.
+    """
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if not _writes(model, node) or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        written = node.args[0]
+        for user in [user for user in written.users if place[user] > place[node]]:
+            user.replace_input_with(written, node)
+        if not node.users:
+            raise PipedreamError(
+                f"the model writes into '{written.name}' in place where its graph does not show who reads that "
+                f"({node.format_node()}): assign the result, as in h = h.add(1), or keep the module whole with "
+                "leaves=[ItsClass]"
+            )
+
+
+def _writes(model: nn.Module, node: fx.Node) -> bool:
+    """Whether an operation writes into its first argument."""
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op not in ("call_method", "call_function"):
+        return False
+    return node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
 
 
 def _leave_out_defaults(graph: fx.Graph, arguments: Mapping[str, Any]) -> None:

@@ -19,7 +19,6 @@ from pipedream_hpc.model.cut import Cut, Part, enter
 from pipedream_hpc.model.graph import Layer, LayerGraph
 from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.untouched import untouched
-from pipedream_hpc.planning.plan import COUNTED_PER_S
 from pipedream_hpc.planning.profile import LayerProfile, Profile
 
 
@@ -156,7 +155,7 @@ def count(graph: LayerGraph, model: str = "") -> Profile:
     """
     layers = []
     for layer in graph.layers:
-        forward_s = (layer.operations + layer.output_bytes // 4) / COUNTED_PER_S
+        forward_s = (layer.operations + layer.output_bytes // 4) / 1e9
         layers.append(_profile(layer, forward_s, 2 * forward_s, stash_bytes=0))
     name = model or type(graph.module).__name__
     return Profile(name, "counted", _minibatch(graph), tuple(layers), graph.edges)

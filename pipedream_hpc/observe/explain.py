@@ -68,6 +68,7 @@ def _stage(stage: StagePlan) -> dict[str, Any]:
         "ranks": list(stage.ranks),
         "forward_s": stage.forward_s,
         "backward_s": stage.backward_s,
+        "weight_gradient_s": stage.weight_gradient_s,
         "compute_s": stage.compute_s,
         "sync_s": stage.sync_s,
         "boundary_s": stage.boundary_s,

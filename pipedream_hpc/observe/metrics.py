@@ -31,7 +31,7 @@ class RankSplit:
         rank: the rank.
         stages: the stages it worked on; more than one if the schedule is interleaved.
         forward_s: median forward of one minibatch.
-        backward_s: median backward of one minibatch; of its input's part where it is split.
+        backward_s: median backward of one minibatch, both parts where it is split.
         seconds: total by kind of action; `receive` is waiting for messages, `agree` for all ranks, `idle`
             the time with no action at all, such as before the first minibatch arrives.
         span_s: from the first action of any rank to the last: the same for all ranks of a trace.
@@ -59,11 +59,16 @@ def split(trace: Trace) -> list[RankSplit]:
     splits = []
     for rank, stages in trace.stages_of.items():
         lengths: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        backwards: dict[tuple[int, int], float] = defaultdict(float)  # both parts of those that were split
         for span in by_rank[rank]:
             lengths[span.kind].append(span.end_s - span.start_s)
+            if span.kind in ("backward", "weight-gradient"):
+                backwards[span.stage, span.minibatch] += span.end_s - span.start_s
         seconds = {kind: sum(values) for kind, values in lengths.items()}
         seconds["idle"] = max(0.0, ended_s - began_s - sum(seconds.values()))
-        forward_s, backward_s = (statistics.median(lengths[kind] or [0.0]) for kind in ("forward", "backward"))
+        forward_s, backward_s = (
+            statistics.median(taken or [0.0]) for taken in (lengths["forward"], list(backwards.values()))
+        )
         splits.append(RankSplit(rank, stages, forward_s, backward_s, seconds, ended_s - began_s))
     return sorted(splits, key=lambda each: each.rank)
 

@@ -26,8 +26,6 @@ def warm_up(replicas: Sequence[int], stage: int) -> int:
 
 #: Note of plans made without measurements.
 COUNTED = "made from counted operations: times are proportions, not seconds"
-#: Operations in one of their seconds.
-COUNTED_PER_S = 1e9
 
 
 @dataclass(frozen=True)
@@ -90,6 +88,10 @@ class StagePlan:
             raise ValueError("a stage needs at least one layer")
         if not self.ranks:
             raise ValueError("a stage needs at least one rank")
+        if self.weight_gradient_s > self.backward_s:
+            raise ValueError(
+                f"weight_gradient_s: {self.weight_gradient_s} s are part of backward_s, {self.backward_s} s"
+            )
 
     @property
     def replicas(self) -> int:

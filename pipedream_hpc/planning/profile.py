@@ -16,11 +16,10 @@ Bytes = Annotated[int, Ge(0)]
 Count = Annotated[int, Gt(0)]
 
 
-#: Kinds of layers whose weights' gradients come with the input's, or which have no input that wants any.
-_NO_PRODUCT = frozenset({
-    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "Embedding", "EmbeddingBag", "GroupNorm", "GRU", "InstanceNorm1d",
-    "InstanceNorm2d", "InstanceNorm3d", "LayerNorm", "LSTM", "PReLU", "RMSNorm", "RNN",
-})  # fmt: skip
+#: Kinds of layers whose weights' gradients can wait, and take as long as their input's: products with a weight.
+PRODUCTS = (
+    "Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,11 @@ class LayerProfile:
 
     @property
     def weight_gradient_s(self) -> float:
-        """About what the gradients of the weights take of its backward, in seconds.
+        """About what the gradients of the weights take of its backward, in seconds: half of it in a product.
 
-        Half in a product with a weight, of which the other half is the gradient of the input. Layers whose weights
-        are not factors of a product, and layers made of others (`kind` says which), are guessed likewise or not
-        at all.
+        0 for other layers, and for those made of others.
         """
-        return self.backward_s / 2 if self.parameter_bytes and self.kind not in _NO_PRODUCT else 0.0
+        return self.backward_s / 2 if self.parameter_bytes and self.kind in PRODUCTS else 0.0
 
     @property
     def work_s(self) -> float:

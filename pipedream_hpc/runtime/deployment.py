@@ -34,8 +34,7 @@ class Manner:
         chunks: stages per rank, for the interleaved schedule.
         accumulate: minibatches per replica to an update.
         agree: whether all stages agree about gradients before they update.
-        split: whether backwards are split while the pipe drains; None: where it pays.
-        counted_per_s: operations that the device does in a second, roughly: what a counted plan takes.
+        split: whether backwards are split while the pipe drains.
     """
 
     schedule: str | None = None
@@ -43,8 +42,7 @@ class Manner:
     chunks: int = 1
     accumulate: int = 1
     agree: bool = False
-    split: bool | None = None
-    counted_per_s: float = kinds.CPU_OPERATIONS_PER_S
+    split: bool = False
 
     def pieces(self, wanted: Plan | tuple[int, ...] | int) -> int:
         """Units that a minibatch is cut into."""
@@ -121,13 +119,6 @@ class Deployment:
         return kinds.takes_microbatches(self.plan.schedule)
 
     @property
-    def split(self) -> bool:
-        """Whether backwards are split while the pipe drains."""
-        if self.manner.split is not None:
-            return self.manner.split
-        return kinds.worth_splitting(self.plan.schedule, self.plan, self.pieces, self.manner.counted_per_s)
-
-    @property
     def links(self) -> Links:
         """Stages that talk to each other."""
         return tuple(sorted(self.cut.links))
@@ -162,7 +153,7 @@ class Deployment:
             links=self.links,
             accumulate=self.manner.accumulate,
             agree=self.manner.agree,
-            split=self.split,
+            split=self.manner.split,
         )
 
     def evaluation(self, minibatches: int) -> kinds.AnySchedule:

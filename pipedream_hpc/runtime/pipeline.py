@@ -51,7 +51,7 @@ from pipedream_hpc.runtime.step import Clip, SchedulerFactory
 from pipedream_hpc.runtime.wiring import Wiring, local_wiring, mpi_wiring
 from pipedream_hpc.runtime.worker import Worker
 from pipedream_hpc.schedule.actions import Action, Backward, Schedule, Update
-from pipedream_hpc.schedule.kinds import CPU_OPERATIONS_PER_S, GPU_OPERATIONS_PER_S, AnySchedule
+from pipedream_hpc.schedule.kinds import AnySchedule
 from pipedream_hpc.schedule.trace import Span, Trace
 from pipedream_hpc.schedule.verifier import verify_around
 
@@ -79,7 +79,7 @@ class Pipeline:
         chunks: stages per rank, for the interleaved schedule.
         accumulate: minibatches per replica that one update learns from.
         split_backward: while the pipe drains, send the gradient of a stage's input before those of its weights
-            are computed; for 1f1b-flush. By default where the latter take a millisecond per microbatch or more.
+            are computed; for 1f1b-flush.
         scheduler: called with each stage's optimizer, makes its learning-rate scheduler, which is
             stepped once per minibatch: `functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)`.
         clip: how gradients are clipped.
@@ -116,7 +116,7 @@ class Pipeline:
         microbatches: int | None = None,
         chunks: int = 1,
         accumulate: int = 1,
-        split_backward: bool | None = None,
+        split_backward: bool = False,
         scheduler: SchedulerFactory | None = None,
         clip: Clip | None = None,
         precision: str | None = None,
@@ -148,8 +148,7 @@ class Pipeline:
             chunks,
             accumulate,
             agree=self._wishes.needs_agreement,
-            split=False if compiler else split_backward,
-            counted_per_s=CPU_OPERATIONS_PER_S if own.torch.type == "cpu" else GPU_OPERATIONS_PER_S,
+            split=split_backward,
         )
         wanted = given(plan)
         graph = capture(model, cut(example, manner.pieces(wanted))[0], leaves, self._wishes.autocast)

@@ -166,10 +166,9 @@ class WeightStash:
         """The slab of the version that `unit` holds."""
         return self._pool.slab_of(unit)
 
-    def trained_of(self, unit: int) -> list[nn.Parameter]:
-        """The parameters that are trained, in the version that `unit` holds."""
-        leaves = self._leaves[self._pool.slab_of(unit)]
-        return [leaves[index] for index in self._trained]
+    def trains(self, leaf: nn.Parameter) -> bool:
+        """Whether `leaf` is a parameter that is trained here, in any version."""
+        return leaf in self._positions
 
     def position_of(self, leaf: nn.Parameter) -> int:
         """Position among the trained parameters of a leaf of any version."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pipedream_hpc.planning.plan import COUNTED_PER_S, Plan
 from pipedream_hpc.schedule.actions import Layout, Links, ScheduleError
 from pipedream_hpc.schedule.data_parallel import DataParallel
 from pipedream_hpc.schedule.flush import Flush
@@ -41,26 +40,6 @@ def takes_microbatches(kind: str) -> bool:
     return kind in _CUT
 
 
-#: What a core of a CPU and a GPU do in a second, roughly: how long a plan takes that was made by counting.
-CPU_OPERATIONS_PER_S, GPU_OPERATIONS_PER_S = 50e9, 50e12
-#: Seconds from which on the weight gradients of a microbatch are put off; it costs some hundredths of a millisecond.
-_LEAST_PUT_OFF_S = 1e-3
-
-
-def worth_splitting(kind: str, plan: Plan, microbatches: int, operations_per_s: float = CPU_OPERATIONS_PER_S) -> bool:
-    """Whether backwards are split while the pipe drains unless somebody says otherwise.
-
-    Args:
-        kind: of the schedule.
-        plan: whose stages it is for.
-        microbatches: to a minibatch.
-        operations_per_s: of a device, where the plan was made by counting them.
-    """
-    longest_s = max((stage.weight_gradient_s for stage in plan.stages[1:]), default=0.0) / microbatches
-    seconds = longest_s if plan.timed else longest_s * COUNTED_PER_S / operations_per_s
-    return kind == "1f1b-flush" and seconds >= _LEAST_PUT_OFF_S
-
-
 def make(
     kind: str,
     layout: Layout,
@@ -90,7 +69,7 @@ def make(
     if kind == "1f1b-flush":
         return Flush(layout, units, microbatches * accumulate, links=links, agree=agree, split=split)
     if split and kind in NAMES:
-        raise ScheduleError(f"{kind} runs backwards whole: leave the split away, or use 1f1b-flush")
+        raise ScheduleError(f"{kind} runs backwards whole: leave split_backward away, or use 1f1b-flush")
     if kind in _CUT:
         return _CUT[kind](layout, units, microbatches * accumulate, links=links, agree=agree)
     if kind not in _WHOLE:
