@@ -409,7 +409,7 @@ class Stage:
 
     def _splits(self, unit: int) -> bool:
         assert self._schedule is not None
-        return self._schedule.splits(self.index, unit)
+        return self._put_off is not None and self._schedule.splits(self.index, unit)
 
     def _run(self, unit: int, live: _Live, *, gradients: bool) -> tuple[tuple[torch.Tensor, ...], Any]:
         """The module on a unit: its exits, and how the model's output scored if it is the output stage."""

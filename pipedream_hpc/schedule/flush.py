@@ -49,9 +49,11 @@ class Flush(Microbatched):
 
     def splits(self, stage: int, unit: int) -> bool:
         """Where no forward follows on the same replica, and another stage waits for the gradient."""
+        if not self.split:
+            return False
         end = min((unit // self.microbatches + 1) * self.microbatches, self.minibatches)
         following = (end - 1 - unit) // len(self.layout[stage])
-        return self.split and following <= self._warm_ups[stage] and bool(self.sources(stage))
+        return following <= self._warm_ups[stage] and bool(self.sources(stage))
 
     def in_flight(self, stage: int) -> int:
         """W + 1, or all of a minibatch if they are fewer."""
