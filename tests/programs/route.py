@@ -27,7 +27,4 @@ if case not in ("good", "child", "bytes") and world.rank == 0:
     os.environ[route.WISH] = case
 chosen = route.choose_route(world, Device("cuda", world.host), limit_s=30.0)
 words = chosen.words.replace(world.host, "HOST")
-for rank in range(world.size):
-    if rank == world.rank:
-        print(f"rank {rank} of {world.size}: {chosen.staged} {words}", flush=True)
-    world.comm.Barrier()
+print(f"rank {world.rank} of {world.size}: {chosen.staged} {words}", flush=True)
