@@ -324,7 +324,7 @@ class Ours(Way):
             plan=2,
             schedule=self.kind,
             microbatches=self.microbatches if self.microbatches > 1 else None,
-            split_backward=self.kind == "1f1b-flush" and self.split,
+            split_backward=self.kind in ("1f1b-flush", "gpipe") and self.split,
             leaves=[Piece],
             trace=self._trace,
         )

@@ -43,7 +43,7 @@ def test_files_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     session.finish(pictures.trace(RUN))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["test_accuracy"], summary["loss"], summary["epochs"]) == (0.9, 0.25, 1)
-    assert (summary["ranks"], summary["stages"], summary["weight_versions"]) == (2, 2, [2, 1])
+    assert (summary["ranks"], summary["stages"], summary["in_flight"]) == (2, 2, [2, 1])
     assert summary["minibatch_ms"] == pytest.approx(3)
     assert summary["predicted_minibatch_ms"] == pytest.approx(3)
     assert summary["sent_bytes_per_minibatch"] == 500_000

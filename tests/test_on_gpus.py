@@ -156,9 +156,8 @@ def average(rounds: int, delays: list[int] | None) -> list[list[torch.Tensor | N
     for round in range(rounds):
         draw = torch.Generator().manual_seed(round)
         for replica, averager in enumerate(averagers):
-            averager.last_backward()
             for position in reversed(range(3 - replica)):
-                averager.add(position, torch.randn(parameters[position].shape, generator=draw))
+                averager.add(position, torch.randn(parameters[position].shape, generator=draw), last=True)
         for averager in averagers:
             averager.start_rest()
         # The second to be asked knows that all are here, however late the copies are: who waits for nobody but

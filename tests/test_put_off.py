@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipedream_hpc import Pipeline
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.runtime.put_off import Call, PutOff
+from pipedream_hpc.runtime.put_off import PutOff
 
 WIDTH, ROWS, SAMPLES = 6, 3, 8
 
@@ -79,6 +79,17 @@ class Frozen(Written):
     def __init__(self) -> None:
         super().__init__()
         self.inner.weight.requires_grad_(False)
+
+
+class Alike(Kept):
+    """A weight as large as the output of a layer: its gradient stands where that of the output does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.shift = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.zeros(SAMPLES // 4 * ROWS * WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.shift.view_as(x)
 
 
 class Normed(Written):
@@ -177,7 +188,7 @@ LAYERS: list[Callable[[], nn.Module]] = [
     lambda: nn.Linear(WIDTH, WIDTH),
     lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True),
     Written, Twice, Shared, Tied, Branches, Frozen, Normed, Checkpointed, Reentrant, Swish, Derived, Stopped, Convolved,
-    Without,
+    Without, Alike,
 ]  # fmt: skip
 
 
@@ -192,7 +203,7 @@ def trained(layer: Callable[[], nn.Module], plan: str, *, split: bool, **options
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.3, momentum=0.9),
         example=batches[0][0],
         plan=plan,
-        schedule="1f1b-flush",
+        schedule=options.pop("schedule", "1f1b-flush"),
         microbatches=4,
         split_backward=split,
         leaves=[Kept, nn.TransformerEncoderLayer],
@@ -214,10 +225,12 @@ def test_the_weights_are_those_of_whole_backwards(layer: Callable[[], nn.Module]
     assert [name for name in whole if not torch.equal(whole[name], split[name])] == []
 
 
-@pytest.mark.parametrize("options", [{"recompute": True}, {"precision": "bf16"}], ids=["recompute", "bf16"])
+@pytest.mark.parametrize(
+    "options", [{"recompute": True}, {"precision": "bf16"}, {"schedule": "gpipe"}], ids=["recompute", "bf16", "gpipe"]
+)
 def test_however_forwards_are_run(options: dict[str, Any]) -> None:
     layer = LAYERS[1]
-    whole, split = (trained(layer, "1-1", split=split, **options) for split in (False, True))
+    whole, split = (trained(layer, "1-1-1", split=split, **options) for split in (False, True))
     assert [name for name in whole if not torch.equal(whole[name], split[name])] == []
 
 
@@ -254,37 +267,41 @@ def test_the_first_part_computes_no_gradient_that_can_wait() -> None:
     layers.zero_grad()
     entry.grad = None
 
-    put_off, calls = PutOff(layers, lambda leaf: True), list[Call]()
-    put_off.note(calls)
-    out = layers(entry)
-    put_off.note(None)
-    out.sum().backward()
+    put_off = PutOff(layers, lambda leaf: True)
+    with put_off.noting(5):
+        out = layers(entry)
+    put_off.first_part(5, lambda: out.sum().backward())
     assert [parameter.grad is None for parameter in layers.parameters()] == [True, True, False, False, True, True]
     assert entry.grad is not None
-    late = {leaf: gradient for call in calls for leaf, gradient in call.finish().items()}
+    late = dict(put_off.second_part(5))
     got = [late.get(parameter, parameter.grad) for parameter in (entry, *layers.parameters())]
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 def test_nothing_is_kept_of_a_unit_that_is_done() -> None:
     layer = nn.Linear(4, 3)
-    put_off, calls = PutOff(layer, lambda leaf: True), list[Call]()
-    put_off.note(calls)
+    put_off = PutOff(layer, lambda leaf: True)
     entry = torch.ones(2, 4, requires_grad=True)
-    out = layer(entry)
-    put_off.note(None)
-    out.sum().backward()
-    inner = weakref.ref(calls[0].y)
-    calls[0].finish()
-    assert inner() is None
+    with put_off.noting(0):
+        out = layer(entry)
+    (graph,) = put_off.graphs(0)
+    put_off.first_part(0, lambda: out.sum().backward())
+    (gradient,) = put_off.kept(0)
+    mark = graph.metadata["mark"] = nn.Identity()  # lives as long as the graph
+    left = [weakref.ref(each) for each in (mark, gradient)]
+    del graph, gradient, mark
+    assert [each() is None for each in left] == [False, False]
+    assert len(list(put_off.second_part(0))) == 2
+    assert [each() is None for each in left] == [True, True]
 
 
 def test_a_module_that_differentiates_twice_is_told_so() -> None:
     layer = nn.Linear(4, 3)
     put_off = PutOff(layer, lambda leaf: True)
-    put_off.note([])
     entry = torch.ones(2, 4, requires_grad=True)
-    (slope,) = torch.autograd.grad(layer(entry).tanh().sum(), entry, create_graph=True)
+    with put_off.noting(0):
+        out = layer(entry)
+    (slope,) = torch.autograd.grad(out.tanh().sum(), entry, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         slope.sum().backward()
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from schedules import drawn, lanes, layout, versions
 
 from pipedream_hpc.schedule import kinds
-from pipedream_hpc.schedule.actions import Backward, Reduce, ScheduleError, Send
+from pipedream_hpc.schedule.actions import Backward, Reduce, ScheduleError, Send, WeightGradient
 from pipedream_hpc.schedule.data_parallel import DataParallel
 from pipedream_hpc.schedule.flush import Flush
 from pipedream_hpc.schedule.forward_only import ForwardOnly
@@ -214,32 +216,94 @@ def test_interleaved_says_what_it_needs() -> None:
 # --- backwards in two parts -----------------------------------------------------------------------
 
 
-def test_backwards_are_split_while_the_pipe_drains() -> None:
-    # The input stage's are not: nobody waits for them.
-    assert drawn(Flush(layout(1, 1, 1), 4, 4), backward_s=2.0) == [
-        "F0 F1 F2 .  .  .  .  B0 B0 F3 B1 B1 .  B2 B2 .  B3 B3",
-        ".  F0 F1 .  .  B0 B0 F2 B1 B1 F3 B2 B2 .  B3 B3",
-        ".  .  F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3",
+@pytest.mark.parametrize(
+    ("replicas", "whole", "split"),
+    [
+        (
+            (1, 1),
+            [
+                "F0 F1 .  .  B0 B0 F2 B1 B1 F3 B2 B2 .  B3 B3",
+                ".  F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3",
+            ],
+            [
+                "F0 F1 .  B0 B0 F2 B1 B1 F3 B2 B2 B3 B3",
+                ".  F0 B0 F1 B1 W0 F2 B2 W1 F3 B3 W2 W3",
+            ],
+        ),
+        (
+            (1, 1, 1),
+            [
+                "F0 F1 F2 .  .  .  .  B0 B0 F3 B1 B1 .  B2 B2 .  B3 B3",
+                ".  F0 F1 .  .  B0 B0 F2 B1 B1 F3 B2 B2 .  B3 B3",
+                ".  .  F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 B3",
+            ],
+            [
+                "F0 F1 F2 .  .  B0 B0 F3 B1 B1 B2 B2 B3 B3",
+                ".  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3",
+                ".  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3",
+            ],
+        ),
+    ],
+    ids=["two", "three"],
+)
+def test_1f1b_flush_with_split_backwards(replicas: tuple[int, ...], whole: list[str], split: list[str]) -> None:
+    # The input stage's are whole: nobody waits for them.
+    members = layout(*replicas)
+    assert drawn(Flush(members, 4, 4), backward_s=2.0) == whole
+    assert drawn(Flush(members, 4, 4, split=True), backward_s=2.0, weight_gradient_s=1.0) == split
+
+
+def test_gpipe_with_split_backwards() -> None:
+    assert drawn(GPipe(layout(1, 1, 1), 4, 4), backward_s=2.0) == [
+        "F0 F1 F2 F3 .  .  .  .  .  .  B0 B0 B1 B1 B2 B2 B3 B3",
+        ".  F0 F1 F2 F3 .  .  .  B0 B0 B1 B1 B2 B2 B3 B3",
+        ".  .  F0 F1 F2 F3 B0 B0 B1 B1 B2 B2 B3 B3",
     ]
-    assert drawn(Flush(layout(1, 1, 1), 4, 4, split=True), backward_s=2.0, weight_gradient_s=1.0) == [
-        "F0 F1 F2 .  .  .  .  B0 B0 F3 B1 B1 B2 B2 B3 B3",
-        ".  F0 F1 .  .  B0 B0 F2 B1 B1 F3 B2 W2 B3 W3",
-        ".  .  F0 B0 B0 F1 B1 B1 F2 B2 B2 F3 B3 W3",
+    assert drawn(GPipe(layout(1, 1, 1), 4, 4, split=True), backward_s=2.0, weight_gradient_s=1.0) == [
+        "F0 F1 F2 F3 .  .  .  .  B0 B0 B1 B1 B2 B2 B3 B3",
+        ".  F0 F1 F2 F3 .  .  B0 W0 B1 W1 B2 W2 B3 W3",
+        ".  .  F0 F1 F2 F3 B0 W0 B1 W1 B2 W2 B3 W3",
     ]
 
 
-def test_every_replica_splits_its_own_last() -> None:
-    assert lanes(Flush(layout(1, 2), 6, 3, split=True)) == [
-        "F0 F1 F2 B0 B1 B2 U F3 F4 F5 B3 B4 B5 U",
-        "F0 B0 F2 B2 W2 R U F4 B4 W4 R U",
-        "F1 B1 W1 R U F3 B3 F5 B5 W5 R U",
+def test_replicas_put_weight_gradients_off_for_as_many_units_as_there_are_ranks_before_them() -> None:
+    assert lanes(Flush(layout(2, 1, 2), 6, 6, split=True)) == [
+        "F0 F2 F4 B0 B2 B4 R U",
+        "F1 F3 F5 B1 B3 B5 R U",
+        "F0 F1 F2 B0 F3 B1 F4 B2 W0 F5 B3 W1 B4 W2 B5 W3 W4 W5 U",
+        "F0 B0 F2 B2 F4 B4 W0 W2 W4 R U",
+        "F1 B1 F3 B3 F5 B5 W1 W3 W5 R U",
+    ]
+    # A replica with less than that to do has put off all of it.
+    assert lanes(Flush(layout(1, 2), 3, 3, split=True)) == [
+        "F0 F1 F2 B0 B1 B2 U",
+        "F0 B0 F2 B2 W0 W2 R U",
+        "F1 B1 W1 R U",
     ]
 
 
-@pytest.mark.parametrize("kind", sorted({*kinds.NAMES} - {"1f1b-flush"}))
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    st.integers(1, 9),
+    st.integers(0, 20),
+    st.sampled_from([Flush, GPipe]),
+)
+def test_weight_gradients_come_in_the_order_of_the_units(
+    replicas: list[int], microbatches: int, units: int, kind: type[Flush | GPipe]
+) -> None:
+    schedule = kind(layout(*replicas), units, microbatches, split=True)
+    for stage, ranks in enumerate(schedule.layout):
+        for rank in ranks:
+            actions = list(schedule.actions(rank))
+            first = [each.minibatch for each in actions if isinstance(each, Backward)]
+            second = [each.minibatch for each in actions if isinstance(each, WeightGradient)]
+            assert second == (first if stage else []), "the input stage's backwards are whole"
+
+
+@pytest.mark.parametrize("kind", sorted({*kinds.NAMES} - {"1f1b-flush", "gpipe"}))
 def test_other_schedules_run_backwards_whole(kind: str) -> None:
     with pytest.raises(
-        ScheduleError, match=rf"{kind} runs backwards whole: leave split_backward away, or use 1f1b-flush"
+        ScheduleError, match=rf"{kind} runs backwards whole: leave split_backward away, or use 1f1b-flush or gpipe"
     ):
         kinds.make(kind, layout(1, 1), 8, microbatches=4 if kinds.takes_microbatches(kind) else 1, split=True)
 

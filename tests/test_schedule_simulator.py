@@ -123,25 +123,26 @@ def test_flushes_cost_a_bubble_in_every_minibatch() -> None:
     assert end_s(twice.trace) == pytest.approx((80 + 2) * 24.0)
 
 
-@pytest.mark.parametrize(("p", "m"), [(2, 4), (3, 6), (4, 8)])
-def test_split_backwards_drain_the_pipe_sooner(p: int, m: int) -> None:
-    # Forward, input's and weights' gradients take a second each; p - 1 stages need not wait for the latter.
+@pytest.mark.parametrize("kind", [Flush, GPipe])
+@pytest.mark.parametrize(("p", "m"), [(2, 2), (2, 4), (3, 3), (3, 7), (4, 8), (8, 16)])
+def test_split_backwards_make_the_bubble_smaller(p: int, m: int, kind: type[Flush | GPipe]) -> None:
+    # Forward, input's and weights' gradients take a second each. 1F1B-flush: as ZB-H1, (p - 1)(F + B - W) are left.
     def ends_s(split: bool) -> float:
-        schedule = Flush(layout(*[1] * p), m, m, split=split)
+        schedule = kind(layout(*[1] * p), m, m, split=split)
         return end_s(simulated(schedule, forward_s=1.0, backward_s=2.0, weight_gradient_s=1.0))
 
     assert ends_s(False) == pytest.approx(3 * (m + p - 1))
-    assert ends_s(True) == pytest.approx(3 * (m + p - 1) - (p - 1))
+    assert ends_s(True) == pytest.approx(3 * m + (p - 1) * (1 if kind is Flush else 2))
 
 
 def test_a_unit_is_in_flight_until_its_weight_gradients_are_there() -> None:
     # seconds   0  1  2  3  4  5  6  7
-    # rank 0    F0 F1 .  .  B0 B0 B1 B1
-    # rank 1    .  F0 B0 B0 F1 B1 W1
+    # rank 0    F0 F1 .  B0 B0 B1 B1
+    # rank 1    .  F0 B0 F1 B1 W0 W1
     schedule = Flush(layout(1, 1), 2, 2, split=True)
     plan = planned(schedule.layout, 1.0, 2.0, weight_gradient_s=1.0, parameter_bytes=100, output_bytes=1)
     memory = simulate(schedule, plan, INSTANT).memory
-    assert memory[1] == [(0.0, 100), (1.0, 101), (4.0, 100), (4.0, 101), (7.0, 100)]
+    assert memory[1] == [(0.0, 100), (1.0, 101), (3.0, 102), (6.0, 101), (7.0, 100)]
 
 
 # --- links ----------------------------------------------------------------------------------------

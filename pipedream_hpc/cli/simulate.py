@@ -32,7 +32,7 @@ def run(
     ] = None,
     chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
     split_backward: Annotated[
-        bool, typer.Option(help="As in training: 1f1b-flush with split backwards while the pipe drains.")
+        bool, typer.Option(help="As in training: 1f1b-flush or gpipe with split backwards.")
     ] = False,
     slow: Annotated[
         Optional[list[str]],  # noqa: UP045

@@ -39,7 +39,7 @@ def run(
     split_backward: Annotated[
         bool,
         typer.Option(
-            help="1f1b-flush: while the pipe drains, send a stage's input gradient before its weights' are there."
+            help="1f1b-flush, gpipe: send a stage's input gradient before those of its weights are computed."
         ),
     ] = False,
     precision: Annotated[Optional[str], typer.Option(help="bf16 or fp16: forwards under autocast.")] = None,  # noqa: UP045

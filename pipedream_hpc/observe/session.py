@@ -108,7 +108,7 @@ class Session:
             "replicas": plan.config,
             "seconds": round(time.perf_counter() - self._began, 3),
             "predicted_minibatch_ms": round(plan.bottleneck_s * 1e3, 4) if plan.timed else None,
-            "weight_versions": [stage.in_flight for stage in plan.stages],
+            "in_flight": [stage.in_flight for stage in plan.stages],
             "sent_bytes_per_minibatch": sent,
         }
         if footprints:

@@ -92,7 +92,7 @@ def plan_table(plan: Plan, measured: list[RankSplit] | None = None) -> Table:
     """One row per stage; with `measured`, what a minibatch took beside what was predicted."""
     title = f"{plan.model}: {len(plan.stages)} stages on {plan.ranks} ranks ({plan.config}), {plan.schedule}"
     compute = ["predicted"] if measured is None else ["predicted", "measured"]
-    table = _table(title, "stage", "layers", "ranks", *compute, "weight versions", "parameters", "sent", "limit")
+    table = _table(title, "stage", "layers", "ranks", *compute, "in flight", "parameters", "sent", "limit")
     for index, stage in enumerate(plan.stages):
         first, last = stage.layers[0], stage.layers[-1]
         times = [human_seconds(stage.forward_s + stage.backward_s) if plan.timed else "-"]

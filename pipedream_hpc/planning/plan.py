@@ -58,6 +58,8 @@ class StagePlan:
         stash_bytes: what a minibatch in flight holds from forward to backward: activations, or with recompute
             the stage's input; 0 when not known.
         weight_gradient_s: about what the gradients of weights take of backward_s; 0 when not known.
+        waiting_bytes: what a minibatch whose weights' gradients are put off holds for it beside its activations:
+            gradients of layers' outputs; 0 when not known.
     """
 
     __pydantic_config__ = STRICT
@@ -82,6 +84,7 @@ class StagePlan:
     beside_s: Seconds = 0.0
     stash_bytes: Bytes = 0
     weight_gradient_s: Seconds = 0.0
+    waiting_bytes: Bytes = 0
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -63,6 +63,11 @@ class LayerProfile:
         return self.backward_s / 2 if self.parameter_bytes and self.kind in PRODUCTS else 0.0
 
     @property
+    def waiting_bytes(self) -> int:
+        """What has to be kept for that beside the stash: the output's gradient."""
+        return self.output_bytes if self.weight_gradient_s else 0
+
+    @property
     def work_s(self) -> float:
         """All that one minibatch costs in this layer, in seconds."""
         return self.forward_s + self.backward_s + self.update_s

@@ -68,23 +68,25 @@ class Averager:
         self._used = reduction.bucket(len(packing.buckets) - 1)
         self._used.zero_()
         self._ready = [0] * len(packing.positions)  # parameters of each bucket whose gradient is whole
-        self._next, self._closing, self._finishing = 0, False, False
+        self._next, self._finishing = 0, False
 
-    def add(self, position: int, gradient: torch.Tensor) -> None:
-        """Add a gradient of one of the round's units; called in backward as soon as it is whole."""
+    def add(self, position: int, gradient: torch.Tensor, *, last: bool) -> None:
+        """Add the gradient of a unit; called in backward as soon as it is whole.
+
+        Args:
+            position: of the parameter.
+            gradient: its.
+            last: whether the unit is the round's last here: then the gradient may go.
+        """
         view = self._views[position]
         if self._used[position]:
             view.add_(gradient)
         else:
             view.copy_(gradient)
             self._used[position] = 1
-        if self._closing:
+        if last:
             self._ready[self._packing.places[position][0]] += 1
             self._start_full()
-
-    def last_backward(self) -> None:
-        """The backward that begins now is the round's last here: what is whole now may go."""
-        self._closing = True
 
     def start_rest(self) -> None:
         """No gradient is to come any more in this round: whatever has not gone goes."""
@@ -118,7 +120,7 @@ class Averager:
     def _clear(self) -> None:
         self._used.zero_()
         self._ready = [0] * len(self._packing.positions)
-        self._next, self._closing, self._finishing = 0, False, False
+        self._next, self._finishing = 0, False
 
     def _start_full(self) -> None:
         """Start whole buckets, in order: all replicas start them in the same one."""

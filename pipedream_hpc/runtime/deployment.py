@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pipedream_hpc.model.cut import Cut
 from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.model.profiler import count
 from pipedream_hpc.planning.even import even, replicas_of
+from pipedream_hpc.planning.memory import MemoryParts, MemoryRule
 from pipedream_hpc.planning.plan import COUNTED, Plan, StagePlan
 from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.topology import Level, Topology
@@ -34,7 +36,7 @@ class Manner:
         chunks: stages per rank, for the interleaved schedule.
         accumulate: minibatches per replica to an update.
         agree: whether all stages agree about gradients before they update.
-        split: whether backwards are split while the pipe drains.
+        split: whether backwards are split.
     """
 
     schedule: str | None = None
@@ -68,8 +70,13 @@ def given(plan: Plan | str | Path | int) -> Plan | tuple[int, ...] | int:
     return load(Plan, plan) if isinstance(plan, str | Path) else plan
 
 
-def resolve(wanted: Plan | tuple[int, ...] | int, graph: LayerGraph, manner: Manner) -> Plan:
-    """The plan itself, or an even cut into stages, to be run in this manner."""
+def resolve(wanted: Plan | tuple[int, ...] | int, name: str, graph: LayerGraph, manner: Manner) -> Plan:
+    """The plan itself, or an even cut into stages, as it is run in this manner.
+
+    Raises:
+        PipedreamError: the plan's figures are of another schedule than its own.
+        ScheduleError: the schedule does not go with its layout or microbatches.
+    """
     if isinstance(wanted, int):
         flat = Topology((Level("node", wanted, 0.0, 1e9),), device="counted")
         plan = solve(count(graph), flat, Request(straight=True))
@@ -77,7 +84,56 @@ def resolve(wanted: Plan | tuple[int, ...] | int, graph: LayerGraph, manner: Man
         plan = wanted if isinstance(wanted, Plan) else even(count(graph), wanted)
     if not isinstance(wanted, Plan):
         plan = dataclasses.replace(plan, notes=(*plan.notes, COUNTED))
-    return dataclasses.replace(plan, schedule=manner.schedule or plan.schedule, microbatches=manner.pieces(wanted))
+    if manner.schedule is None:
+        _check_in_flight(plan, name, _schedule(plan, plan.schedule, plan.microbatches, manner, split=False))
+    kind, pieces = manner.schedule or plan.schedule, manner.pieces(wanted)
+    schedule = _schedule(plan, kind, pieces, manner, split=manner.split)
+    return dataclasses.replace(
+        plan,
+        schedule=kind,
+        microbatches=pieces,
+        stages=tuple(_as_run(stage, index, plan, schedule, pieces) for index, stage in enumerate(plan.stages)),
+    )
+
+
+def _schedule(plan: Plan, kind: str, pieces: int, manner: Manner, *, split: bool) -> kinds.AnySchedule:
+    """Of no minibatches: what it says of its stages."""
+    return kinds.make(
+        kind, _layout(plan, kind, manner), 0, microbatches=pieces, accumulate=manner.accumulate, split=split
+    )
+
+
+def _layout(plan: Plan, kind: str, manner: Manner) -> Layout:
+    return folded(plan.layout, manner.chunks) if kind == "interleaved" else plan.layout
+
+
+def _as_run(stage: StagePlan, index: int, planned: Plan, schedule: kinds.AnySchedule, pieces: int) -> StagePlan:
+    """A stage of a plan that is run in another way than it was planned for: what is in flight then, and its memory.
+
+    Args:
+        stage: as planned.
+        index: its number.
+        planned: the plan it is of.
+        schedule: that is run.
+        pieces: that minibatches are cut into.
+    """
+    units, lag, was = schedule.in_flight(index), schedule.lag(index), stage.memory
+    if was is None:
+        return dataclasses.replace(stage, in_flight=units)
+    sent = stage.output_bytes if index + 1 < len(planned.stages) else 0
+    parts = MemoryRule(planned.optimizer, schedule.versions(index), pieces).parts(
+        parameter_bytes=stage.parameter_bytes,
+        stash_bytes=was.activations * planned.microbatches / (1 if stage.recompute else stage.in_flight),
+        input_bytes=max(0, was.slots * planned.microbatches - 2 * sent) / (stage.in_flight + 1),
+        output_bytes=sent,
+        in_flight=units,
+        recompute=stage.recompute,
+        lag=lag,
+        waiting_bytes=stage.waiting_bytes if schedule.splits(index) else 0,
+    )
+    parts["weights"] = schedule.versions(index) * stage.parameter_bytes  # as many slabs, used or not
+    memory = MemoryParts(**{part: math.ceil(size) for part, size in parts.items()})
+    return dataclasses.replace(stage, in_flight=units, memory=memory)
 
 
 @dataclass(frozen=True)
@@ -173,11 +229,8 @@ def deploy(plan: Plan, name: str, graph: LayerGraph, manner: Manner, world: Worl
     if manner.chunks > 1 and plan.schedule != "interleaved":
         raise PipedreamError(f"{plan.schedule} has one stage per rank, not {manner.chunks} chunks: use interleaved")
     stages = _layers_of(plan, graph, name)
-    layout = folded(plan.layout, manner.chunks) if plan.schedule == "interleaved" else plan.layout
-    deployment = Deployment(plan, name, graph, Cut(graph, stages), layout, manner)
-    schedule = deployment.training(0)
-    if manner.schedule is None:
-        _check_in_flight(plan, name, schedule)
+    deployment = Deployment(plan, name, graph, Cut(graph, stages), _layout(plan, plan.schedule, manner), manner)
+    deployment.training(0)  # says what is wrong
     if world.size not in (1, deployment.ranks):
         raise PipedreamError(
             f"{name} is for {deployment.ranks} ranks, but {world.size} were started: "

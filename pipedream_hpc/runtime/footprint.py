@@ -2,7 +2,7 @@
 
 ::
 
-    planned     weights │ gradients │ optimizer │ activations │ slots      planning.memory, for the plan
+    planned     weights │ gradients │ optimizer │ activations │ slots      planning.memory, for the plan as it is run
     measured    weights │ gradients │ optimizer │ activations │ slots      counted here, tensor by tensor
     peak        ├──────────── the process, or its GPU, at its largest ────────────┤
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.planning.memory import MemoryParts
@@ -63,26 +63,35 @@ class Scales:
 
     Attributes:
         unit_bytes: that autograd keeps of the first unit from forward to backward, beside weights and slots.
+        waiting_bytes: of the first unit, between the two parts of its backward: gradients of layers' outputs.
         gradient_bytes: of the first round's gradients.
         in_flight: units alive at once, at most.
     """
 
     def __init__(self) -> None:
         self.unit_bytes: int | None = None
+        self.waiting_bytes = 0
         self.gradient_bytes: int | None = None
         self.in_flight = 0
 
-    def unit(self, results: Iterable[torch.Tensor], module: nn.Module, slots: Iterable[torch.Tensor]) -> None:
-        """Weigh the first unit, just before its backward.
+    def unit(self, graphs: Iterable[Node], others: Iterable[torch.Tensor], data: Iterable[torch.Tensor]) -> None:
+        """Weigh a unit, just before its backward.
 
         Args:
-            results: what backward begins with.
-            module: whose weights do not count.
-            slots: received tensors, which do not count either.
+            graphs: what backward begins with.
+            others: whose memory does not count: weights, received tensors.
+            data: from the data set; a microbatch is a part of a minibatch, and counts as that.
         """
-        if self.unit_bytes is None:
-            others = {tensor.untyped_storage().data_ptr() for tensor in (*module.parameters(), *slots)}
-            self.unit_bytes = kept_bytes(results, others)
+        parts = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in data}
+        kept = kept_storages(graphs)
+        for tensor in others:
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+        self.unit_bytes = sum(parts.get(place, nbytes) for place, nbytes in kept.items())
+
+    def waiting(self, sizes: Iterable[int]) -> None:
+        """Weigh what waits between the parts of a backward."""
+        if not self.waiting_bytes:
+            self.waiting_bytes = sum(sizes)
 
     def round(self, gradients: Iterable[torch.Tensor | None]) -> None:
         """Weigh the first round's gradients."""
@@ -90,27 +99,21 @@ class Scales:
             self.gradient_bytes = sum(gradient.nbytes for gradient in gradients if gradient is not None)
 
 
-def kept_bytes(results: Iterable[torch.Tensor], others: set[int]) -> int:
-    """Bytes of all storages that autograd keeps to go back from `results`.
-
-    Args:
-        results: with a graph behind them.
-        others: addresses of storages that do not count.
-    """
+def kept_storages(graphs: Iterable[Node]) -> dict[int, int]:
+    """Address and bytes of every storage that autograd keeps to go back from `graphs`, the results' `grad_fn`."""
     kept: dict[int, int] = {}
-    todo: list[Any] = [tensor.grad_fn for tensor in results if tensor.grad_fn is not None]
+    todo: list[Any] = list(graphs)
     seen = set(todo)
     while todo:
         node = todo.pop()
         for tensor in _saved(node):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in others:
-                kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage.data_ptr()] = storage.nbytes()
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 todo.append(following)
-    return sum(kept.values())
+    return kept
 
 
 def _saved(node: Any) -> list[torch.Tensor]:
@@ -220,7 +223,8 @@ def _measured(stage: Stage, schedule: Schedule, lines: Lines) -> MemoryParts:
         weights=stage.stash.nbytes,
         gradients=scales.gradient_bytes or 0,
         optimizer=sum(state.nbytes for state in states if isinstance(state, torch.Tensor)),
-        activations=(scales.unit_bytes or 0) * (1 if stage.recomputes else scales.in_flight),
+        activations=(scales.unit_bytes or 0) * (1 + schedule.lag(stage.index) if stage.recomputes else scales.in_flight)
+        + scales.waiting_bytes * (1 + schedule.lag(stage.index)),
         slots=sum(_slots_bytes(stage.index, port[0], port[1], schedule, lines) for port in stage.ports.inboxes),
     )
 

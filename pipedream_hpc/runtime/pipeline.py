@@ -78,8 +78,8 @@ class Pipeline:
         microbatches: to a minibatch, for schedules that cut minibatches, instead of the plan's.
         chunks: stages per rank, for the interleaved schedule.
         accumulate: minibatches per replica that one update learns from.
-        split_backward: while the pipe drains, send the gradient of a stage's input before those of its weights
-            are computed; for 1f1b-flush.
+        split_backward: send the gradient of a stage's input before those of its weights are computed, which are
+            put off; for 1f1b-flush and gpipe.
         scheduler: called with each stage's optimizer, makes its learning-rate scheduler, which is
             stepped once per minibatch: `functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)`.
         clip: how gradients are clipped.
@@ -153,7 +153,7 @@ class Pipeline:
         wanted = given(plan)
         graph = capture(model, cut(example, manner.pieces(wanted))[0], leaves, self._wishes.autocast)
         name = str(plan) if isinstance(plan, str | Path) else "the plan"
-        self._deployment = deploy(resolve(wanted, graph, manner), name, graph, manner, self.world)
+        self._deployment = deploy(resolve(wanted, name, graph, manner), name, graph, manner, self.world)
         self.plan = self._deployment.plan
         self._stall_limit_s, self._tracing = stall_limit_s, trace
         self._peak = Peak(own.torch)

@@ -20,12 +20,15 @@ Whatever else uses the weight, or writes over y, is in the stage's graph and tre
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from pipedream_hpc.planning.profile import PRODUCTS
 
@@ -41,7 +44,7 @@ class Call:
     def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor], leaves: list[nn.Parameter]) -> None:
         self.forward, self.leaves = forward, leaves
         self.x: torch.Tensor | None = None
-        self.y: torch.Tensor | None = None
+        self.y: GradientEdge | None = None
         self.gradient: torch.Tensor | None = None  # of y, once backward has brought it
 
     def finish(self) -> dict[nn.Parameter, torch.Tensor]:
@@ -62,8 +65,9 @@ class _Product(torch.autograd.Function):
         ctx.call = call
         with torch.enable_grad():
             call.x = x.detach().requires_grad_()
-            call.y = call.forward(call.x)
-        return call.y.data  # no view of y', or nobody could write over it
+            y = call.forward(call.x)
+        call.y = get_gradient_edge(y)
+        return y.data  # no view of y', or nobody could write over it
 
     @staticmethod
     @once_differentiable
@@ -76,8 +80,17 @@ class _Product(torch.autograd.Function):
         return to_input, None
 
 
+@dataclass
+class _Unit:
+    """What one unit has put off."""
+
+    calls: list[Call] = field(default_factory=list)
+    # Weights that take part in them, and what a gradient has already, from uses outside those calls.
+    early: dict[nn.Parameter, torch.Tensor | None] = field(default_factory=dict)
+
+
 class PutOff:
-    """The layers of a stage that put the gradients of their weights off.
+    """The layers of a stage that put the gradients of their weights off, and what its units have put off.
 
     Args:
         module: the stage.
@@ -87,26 +100,73 @@ class PutOff:
 
     def __init__(self, module: nn.Module, trained: Callable[[nn.Parameter], bool]) -> None:
         self._trained = trained
-        self._calls: list[Call] | None = None  # of the forward that runs
+        self._units: dict[int, _Unit] = {}
+        self._noting: _Unit | None = None  # whose forward runs
+        self._splitting: _Unit | None = None  # whose backward runs
         for layer in module.modules():
             if type(layer) in _PRODUCTS:
                 layer.forward = _Forward(self, layer, layer.forward)
 
-    def note(self, calls: list[Call] | None) -> None:
-        """Put off what the forward that comes computes with, and note it down in `calls`; None: nothing."""
-        self._calls = calls
+    @contextmanager
+    def noting(self, unit: int) -> Iterator[None]:
+        """Put off what the forward within computes with."""
+        self._noting = self._units[unit] = _Unit()
+        try:
+            yield
+        finally:
+            self._noting = None
+
+    def first_part(self, unit: int, backward: Callable[[], None]) -> None:
+        """Run `backward` of `unit` to the stage's entries, and to the weights that nobody puts off."""
+        own = self._splitting = self._units[unit]
+        sums = [(leaf, leaf.grad) for leaf in own.early]
+        for leaf in own.early:
+            leaf.grad = None
+        backward()
+        self._splitting = None
+        for leaf, before in sums:
+            if leaf.grad is not None:
+                own.early[leaf] = leaf.grad
+            leaf.grad = before
+
+    def keeps(self, leaf: nn.Parameter, gradient: torch.Tensor) -> bool:
+        """Whether `gradient`, which the backward that runs has found of `leaf`, is only a part, and kept here."""
+        if self._splitting is None or leaf not in self._splitting.early:
+            return False
+        self._splitting.early[leaf] = gradient
+        return True
+
+    def second_part(self, unit: int) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Compute what `unit` has put off: weights and their gradients, each to be used while it is in the caches."""
+        own = self._units.pop(unit)
+        while own.calls:  # from the last layer to the first, as in backward
+            call = own.calls.pop()
+            late = call.finish()
+            for leaf in call.leaves:
+                # Added up within the unit first, as a whole backward would have it.
+                both = [gradient for gradient in (late.pop(leaf, None), own.early[leaf]) if gradient is not None]
+                if both:
+                    yield leaf, both[0] if len(both) == 1 else both[0] + both[1]
+
+    def kept(self, unit: int) -> list[torch.Tensor]:
+        """Gradients of layers' outputs that wait for the second part."""
+        return [call.gradient for call in self._units[unit].calls if call.gradient is not None]
+
+    def graphs(self, unit: int) -> list[Node]:
+        """What autograd keeps for `unit` beside the stage's graph."""
+        return [call.y.node for call in self._units[unit].calls if call.y is not None]
 
     def call(self, layer: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Call | None:
         """A call of `layer`; None where its backward is to be whole."""
-        if self._calls is None or not torch.is_grad_enabled() or not x.requires_grad:
+        if self._noting is None or not torch.is_grad_enabled() or not x.requires_grad:
             return None
         leaves = [leaf for leaf in layer._parameters.values() if leaf is not None and leaf.requires_grad]
-        used = {leaf for call in self._calls for leaf in call.leaves}
         # A second call with the same weights is whole: what a unit adds to a weight later is one gradient.
-        if not leaves or not all(map(self._trained, leaves)) or not used.isdisjoint(leaves):
+        if not leaves or not all(map(self._trained, leaves)) or not self._noting.early.keys().isdisjoint(leaves):
             return None
         made = Call(forward, leaves)
-        self._calls.append(made)
+        self._noting.calls.append(made)
+        self._noting.early.update(dict.fromkeys(leaves))
         return made
 
 

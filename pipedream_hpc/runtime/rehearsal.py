@@ -79,7 +79,7 @@ def rehearse(
     # Where stages must agree there is no 1F1B: flushing after every minibatch costs as much where all take turns.
     manner = Manner("1f1b-flush" if wishes.needs_agreement else "1f1b", 1, agree=wishes.needs_agreement)
     wanted = tuple([1] * min(len(graph.layers), 2))
-    deployment = deploy(resolve(wanted, graph, manner), "the rehearsal", graph, manner, _ALONE)
+    deployment = deploy(resolve(wanted, "the rehearsal", graph, manner), "the rehearsal", graph, manner, _ALONE)
     training = deployment.training(len(data))
     workers = assemble(deployment, training, local_wiring(training, deployment.lines, device), wishes)
     stages = [stage for worker in workers for stage in worker.stages.values()]

@@ -9,7 +9,7 @@ transport's business::
     Receive gradient 2     slots
     Backward 2 on v0       backward(exits, gradients) ──► leaves' gradients, parameters' gradients
     Send gradient 2        leaves' gradients ──► outbox
-    Weight gradient 2      what that backward put off, where it is split: parameters' gradients
+    Weight gradient 2      what that backward put off, where it is split; maybe after another backward
     Reduce round 1         gradients averaged over the replicas
     Update to v2           optimizer writes the next version
 """
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Loss
@@ -33,7 +34,7 @@ from pipedream_hpc.model.randomness import seed_for, seed_layers, set_seed
 from pipedream_hpc.runtime.averaging import Averager
 from pipedream_hpc.runtime.feed import Feed
 from pipedream_hpc.runtime.footprint import Scales
-from pipedream_hpc.runtime.put_off import Call, PutOff
+from pipedream_hpc.runtime.put_off import PutOff
 from pipedream_hpc.runtime.stash import WeightStash
 from pipedream_hpc.runtime.statistics import statistics_kept
 from pipedream_hpc.runtime.step import Step
@@ -72,10 +73,6 @@ class _Live:
     exits: tuple[torch.Tensor, ...] = ()
     loss: torch.Tensor | None = None
     weight: torch.Tensor | None = None  # the gradient that backward begins with at the loss
-    calls: list[Call] = field(default_factory=list)  # whose weights' gradients are put off
-    # Weights that take part in them, and what a gradient has already, from uses outside those calls.
-    early: dict[nn.Parameter, torch.Tensor | None] = field(default_factory=dict)
-    sent: list[int] = field(default_factory=list)  # stages whose gradient has gone, but not yet the activation's slot
 
     def gradient_slots(self) -> set[int]:
         """The memory that received gradients stand in."""
@@ -136,8 +133,8 @@ class Stage:
         self._score: Loss = loss
         self._feed: Feed | None = None
         self._schedule: Schedule | None = None
-        self._training, self._put_off = True, put_off
-        self._splitting: _Live | None = None  # the unit whose backward runs its first part
+        self._training, self._put_off, self._splits = True, put_off, False
+        self._last = False  # whether the unit whose backward runs is its round's last here
         self._unit_base = self._trained = self._version_base = 0
         self._current = 0
         self._weights: dict[float, torch.Tensor] = {}
@@ -171,6 +168,7 @@ class Stage:
         self._schedule, self._feed, self._score = schedule, feed, score
         self._unit_base, self._trained = unit_base, trained
         self._training = schedule.training
+        self._splits = schedule.splits(self.index)
         self._version_base = self.stash.version
         self.tally = Tally()
         self.module.train(self._training)
@@ -240,40 +238,41 @@ class Stage:
                 if exit.requires_grad:
                     tensors.append(exit)
                     gradients.append(gradient)
-        self.scales.unit(tensors, self.module, (entry for each in live.entries.values() for entry in each))
-        if self.averager is not None and self._last_of_round(unit):
-            self.averager.last_backward()
+        if self.scales.unit_bytes is None:
+            self._weigh(unit, live, tensors)
+        self._last = self._last_of_round(unit)
         if self._adding not in (None, self.stash.slab_of(self._unit_base + unit)):
             self._add(self.stash.take(self._adding))
             self._adding = None
-        if tensors and live.calls:
-            self._run_first_part(live, tensors, gradients)
+        slots = live.gradient_slots()
+        if tensors and self._splits:
+            self._run_first_part(unit, tensors, gradients, slots)
         elif tensors:
             _run_backward(tensors, gradients)
         live.loss, live.exits = None, ()
-        slots = live.gradient_slots()
         for entries in live.entries.values():
             for entry in entries:
-                # A stage of views hands the very gradient on that came in; that send may still be
-                # under way when the slot is given back.
-                entry.grad = _apart(entry.grad, slots)
-        if not self._splits(unit):
+                # A stage of views hands the very gradient on that came in, or one that stands where a weight's
+                # does. The send may still be under way when the slot is given back, or the next unit's is added.
+                entry.grad = _alone(entry.grad)
+        if not self._splits:
             self._take_over(unit, live, slots)
             if not live.entries:
                 self._leave(unit)
 
     def weight_gradient(self, action: WeightGradient) -> None:
+        assert self._put_off is not None
+        assert self._schedule is not None
         unit, live = action.minibatch, self._live[action.minibatch]
         self._check_version(unit, action)
-        late = {leaf: gradient for call in live.calls for leaf, gradient in call.finish().items()}
-        for leaf, early in live.early.items():
-            # Added up within the unit first, as a whole backward would have it.
-            both = [gradient for gradient in (late.get(leaf), early) if gradient is not None]
-            if both:
-                self._add_late(leaf, both[0] if len(both) == 1 else both[0] + both[1])
-        live.calls, live.early = [], {}
+        self._last = self._last_of_round(unit)
+        for leaf, gradient in self._put_off.second_part(unit):
+            if self.averager is not None:
+                self.averager.add(self.stash.position_of(leaf), gradient, last=self._last)
+            else:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
         self._take_over(unit, live, live.gradient_slots())
-        for far in live.sent:
+        for far in self._schedule.sources(self.index):
             self._release(unit, "activation", far)
         self._leave(unit)
 
@@ -296,8 +295,7 @@ class Stage:
         # The stage's output may not depend on all of its input.
         gradients = [torch.zeros_like(entry) if entry.grad is None else entry.grad for entry in wanted]
         outbox.send(self._unit_base + unit, gradients)
-        if self._splits(unit):
-            live.sent.append(action.far)
+        if self._splits:
             return
         self._release(unit, "activation", action.far)
         if not live.entries:
@@ -338,34 +336,23 @@ class Stage:
         assert self._schedule is not None
         return self._schedule.targets(self.index)[-1]
 
-    def _run_first_part(self, live: _Live, tensors: list[torch.Tensor], gradients: list[torch.Tensor | None]) -> None:
+    def _run_first_part(
+        self, unit: int, tensors: list[torch.Tensor], gradients: list[torch.Tensor | None], slots: set[int]
+    ) -> None:
         """Backward to the entries, and to what nobody puts off."""
-        live.early = dict.fromkeys(leaf for call in live.calls for leaf in call.leaves)
-        sums = [(leaf, leaf.grad) for leaf in live.early]
-        for leaf in live.early:
-            leaf.grad = None
-        self._splitting = live
-        _run_backward(tensors, gradients)
-        self._splitting = None
-        for leaf, before in sums:
-            if leaf.grad is not None:
-                live.early[leaf] = leaf.grad
-            leaf.grad = before
+        assert self._put_off is not None
+        self._put_off.first_part(unit, lambda: _run_backward(tensors, gradients))
+        waiting = {_storage(gradient): gradient.untyped_storage().nbytes() for gradient in self._put_off.kept(unit)}
+        self.scales.waiting(size for place, size in waiting.items() if place not in slots)
+        if self.averager is None:
+            # The next unit's gradients are added to these in place, before the second part has read its own.
+            self.stash.keep_apart(self.stash.slab_of(self._unit_base + unit), slots.union(waiting))
 
     def _ready(self, position: int, leaf: nn.Parameter, gradient: torch.Tensor) -> None:
         """A weight's gradient is whole, for the replicas to average; or the rest of it was put off."""
         assert self.averager is not None
-        if self._splitting is not None and leaf in self._splitting.early:
-            self._splitting.early[leaf] = gradient
-        else:
-            self.averager.add(position, gradient)
-
-    def _add_late(self, leaf: nn.Parameter, gradient: torch.Tensor) -> None:
-        """A gradient of which a part was put off: added to where backward would have left it."""
-        if self.averager is not None:
-            self.averager.add(self.stash.position_of(leaf), gradient)
-        else:
-            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+        if self._put_off is None or not self._put_off.keeps(leaf, gradient):
+            self.averager.add(position, gradient, last=self._last)
 
     def _take_over(self, unit: int, live: _Live, slots: set[int]) -> None:
         """The backward of a unit is whole: its gradients are the stage's, and its version and slots free."""
@@ -403,13 +390,21 @@ class Stage:
             elif gradient is not None:
                 total.add_(gradient)
 
+    def _weigh(self, unit: int, live: _Live, tensors: list[torch.Tensor]) -> None:
+        """What the first unit keeps until its backward, beside weights and slots, before that begins."""
+        graphs = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        if self._splits:
+            assert self._put_off is not None
+            graphs += self._put_off.graphs(unit)
+        entries = [entry for each in live.entries.values() for entry in each]
+        assert self._feed is not None
+        read = [*live.inputs, self._feed.target(unit) if self.output else None]
+        data = [each for each in tree_leaves(read) if isinstance(each, torch.Tensor)]
+        self.scales.unit(graphs, [*self.module.parameters(), *entries], data)
+
     def _last_of_round(self, unit: int) -> bool:
         assert self._schedule is not None
         return self._schedule.last_of_round(self.index, unit)
-
-    def _splits(self, unit: int) -> bool:
-        assert self._schedule is not None
-        return self._put_off is not None and self._schedule.splits(self.index, unit)
 
     def _run(self, unit: int, live: _Live, *, gradients: bool) -> tuple[tuple[torch.Tensor, ...], Any]:
         """The module on a unit: its exits, and how the model's output scored if it is the output stage."""
@@ -424,13 +419,10 @@ class Stage:
                 arguments[position] = argument.clone()  # the data set's own
             elif argument.requires_grad:
                 arguments[position] = enter(argument)
-        if self._put_off is not None:
-            self._put_off.note(live.calls if gradients and self._splits(unit) else None)
         count = len(self.part.exits)
         with _grad(gradients), self._precision():
-            returned = self.part.run(arguments, self._call)
-            if self._put_off is not None:
-                self._put_off.note(None)
+            with self._put_off.noting(unit) if self._put_off is not None and gradients else _AS_IT_IS:
+                returned = self.part.run(arguments, self._call)
             if not self.output:
                 return returned[:count], None
             assert self._feed is not None
@@ -506,6 +498,19 @@ def _run_backward(tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Ten
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _users(tensor: torch.Tensor) -> int:
+    """Of the memory that `tensor` stands in, and one more for asking."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+_ONE_USER = _users(torch.empty(1))
+
+
+def _alone(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """`tensor`, copied if anything else stands in its memory."""
+    return tensor.clone() if tensor is not None and _users(tensor) > _ONE_USER else tensor
 
 
 def _apart(tensor: torch.Tensor | None, slots: Sequence[int] | set[int]) -> torch.Tensor | None:

@@ -176,8 +176,12 @@ class Schedule(Protocol):
         """Whether every backward runs on the version of its forward."""
         ...
 
-    def splits(self, stage: int, unit: int) -> bool:
-        """Whether a WeightGradient follows the Backward of `unit` in `stage`."""
+    def splits(self, stage: int) -> bool:
+        """Whether every Backward in `stage` has a WeightGradient that follows it."""
+        ...
+
+    def lag(self, stage: int) -> int:
+        """Backwards of a replica of `stage` that come between one and its WeightGradient."""
         ...
 
     def last_of_round(self, stage: int, unit: int) -> bool:

@@ -24,9 +24,11 @@ _WHOLE: dict[str, type[OneFOneB | ModelParallel | ForwardOnly]] = {
     "naive": Naive,
     "forward-only": ForwardOnly,
 }
+#: The pipe is empty at every update.
+_FLUSHED: dict[str, type[Flush | GPipe]] = {"1f1b-flush": Flush, "gpipe": GPipe}
+#: Of microbatches.
 _CUT: dict[str, type[Flush | GPipe | TwoBW | Interleaved]] = {
-    "1f1b-flush": Flush,
-    "gpipe": GPipe,
+    **_FLUSHED,
     "2bw": TwoBW,
     "interleaved": Interleaved,
 }
@@ -61,15 +63,16 @@ def make(
         links: which stages talk; by default each and the next.
         accumulate: minibatches per replica to an update; where minibatches are cut, whole minibatches.
         agree: whether all stages agree about a round before they update.
-        split: whether backwards are split while the pipe drains (1f1b-flush only).
+        split: whether backwards are split (1f1b-flush and gpipe only).
 
     Raises:
         ScheduleError: no such schedule, or it does not go with this layout or number of microbatches.
     """
-    if kind == "1f1b-flush":
-        return Flush(layout, units, microbatches * accumulate, links=links, agree=agree, split=split)
+    if kind in _FLUSHED:
+        return _FLUSHED[kind](layout, units, microbatches * accumulate, links=links, agree=agree, split=split)
     if split and kind in NAMES:
-        raise ScheduleError(f"{kind} runs backwards whole: leave split_backward away, or use 1f1b-flush")
+        splitting = " or ".join(_FLUSHED)
+        raise ScheduleError(f"{kind} runs backwards whole: leave split_backward away, or use {splitting}")
     if kind in _CUT:
         return _CUT[kind](layout, units, microbatches * accumulate, links=links, agree=agree)
     if kind not in _WHOLE:

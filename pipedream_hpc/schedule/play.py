@@ -57,7 +57,9 @@ def activation_slots(schedule: Schedule, source: int, target: int) -> int:
 
 def gradient_slots(schedule: Schedule, source: int, target: int) -> int:
     """Slots of a gradient channel from `target` back to `source`; likewise."""
-    return GRADIENT_SLOTS if source + 1 == target else max(GRADIENT_SLOTS, schedule.in_flight(source))
+    # Gradients that weights' are still to be computed from stay in theirs.
+    adjacent = GRADIENT_SLOTS + schedule.lag(source)
+    return adjacent if source + 1 == target else max(adjacent, schedule.in_flight(source))
 
 
 @dataclass(slots=True)
@@ -175,7 +177,7 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
             if kind is Forward or kind is Backward or kind is Update or kind is WeightGradient:
                 if clockwork is not None:
                     me.clock_s = start + clockwork.compute(me.rank, action)  # type: ignore[arg-type]
-                if kind is WeightGradient or (kind is Backward and not schedule.splits(action.stage, action.minibatch)):  # type: ignore[union-attr]
+                if kind is WeightGradient or (kind is Backward and not schedule.splits(action.stage)):
                     for held in me.done_with.pop((action.stage, action.minibatch), ()):  # type: ignore[union-attr]
                         free(held, me.clock_s)
                 elif not training and ends[action.stage]:
@@ -246,7 +248,7 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
                         me.entries = []
                 elif action.payload == "gradient":
                     entry = me.inbox.get((action.stage, "activation", action.peer, action.far))
-                    if entry is not None and schedule.splits(action.stage, action.minibatch):
+                    if entry is not None and schedule.splits(action.stage):
                         me.done_with.setdefault((action.stage, action.minibatch), []).append(entry)
                     elif entry is not None:
                         free(entry, gone_s)

@@ -5,7 +5,7 @@ and no rank ever asks another what to do next. At a stage it passes twice::
 
     receive activation k ──► forward k  ──► send activation k          (no receive at the input stage,
     send gradient k      ◄── backward k ◄── receive gradient k          no send at the output stage)
-    weight gradient k                                                   (where backwards are split)
+    weight gradient k                                                   (where backwards are split, maybe later)
 
 After the last backward of a round comes `reduce`, where there are replicas, and `update`. The
 gradient has gone upstream by then: upstream must not wait for the other replicas of this stage,
@@ -31,7 +31,6 @@ from pipedream_hpc.schedule.actions import (
     ScheduleError,
     Send,
     Update,
-    WeightGradient,
 )
 
 
@@ -97,9 +96,13 @@ class Routed:
             if not self.targets(stage):
                 raise ScheduleError(f"stage {stage} sends nothing to the stages behind it")
 
-    def splits(self, stage: int, unit: int) -> bool:
-        """Never; 1F1B with flush may."""
+    def splits(self, stage: int) -> bool:
+        """Never; schedules of microbatches may."""
         return False
+
+    def lag(self, stage: int) -> int:
+        """None."""
+        return 0
 
     def last_of_round(self, stage: int, unit: int) -> bool:
         """Whether the replica that has `unit` has none after it in the same round."""
@@ -174,7 +177,6 @@ class Routed:
             *[Receive(stage, unit, "gradient", self._peer(far, unit), far) for far in targets],
             Backward(stage, unit, version),
             *[Send(stage, unit, "gradient", self._peer(far, unit), far) for far in sources],
-            *([WeightGradient(stage, unit, version)] if self.splits(stage, unit) else ()),
         )
 
     def _update(self, stage: int, round: int) -> tuple[Action, ...]:
