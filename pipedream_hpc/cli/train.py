@@ -38,9 +38,7 @@ def run(
     chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
     split_backward: Annotated[
         bool,
-        typer.Option(
-            help="1f1b-flush, gpipe: send a stage's input gradient before those of its weights are computed."
-        ),
+        typer.Option(help="1f1b-flush, gpipe: send a stage's input gradient before those of its weights are computed."),
     ] = False,
     precision: Annotated[Optional[str], typer.Option(help="bf16 or fp16: forwards under autocast.")] = None,  # noqa: UP045
     master_weights: Annotated[bool, typer.Option(help="Keep a float32 master of every bfloat16 weight.")] = False,

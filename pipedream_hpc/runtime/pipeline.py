@@ -257,11 +257,10 @@ class Pipeline:
             self._peak.begin(core_bytes(self.stages, training, lines, packs=not self.route.staged))
         self._begun = True
         total, pieces = length_of(loader), self._deployment.pieces
+        first = min(self._workers[0].stages)
 
-        def finished(worker: Worker, action: Action) -> None:
-            if on_minibatch is None or worker is not self._workers[0] or not isinstance(action, Backward):
-                return
-            if action.stage == min(worker.stages) and (action.minibatch + 1) % pieces == 0:
+        def finished(action: Backward) -> None:
+            if on_minibatch is not None and action.stage == first and (action.minibatch + 1) % pieces == 0:
                 on_minibatch((action.minibatch + 1) // pieces, total)
 
         return self._pass(loader, total, self._deployment.training(total), None, finished)
@@ -362,7 +361,7 @@ class Pipeline:
         total: int,
         schedule: AnySchedule,
         metric: Loss | None,
-        finished: Callable[[Worker, Action], None],
+        finished: Callable[[Backward], None],
     ) -> float:
         """Run one schedule over one pass of the loader; `metric` None means training."""
         training = metric is None
@@ -383,7 +382,7 @@ class Pipeline:
         total: int,
         schedule: AnySchedule,
         metric: Loss | None,
-        finished: Callable[[Worker, Action], None],
+        finished: Callable[[Backward], None],
     ) -> float:
         training = metric is None
         try:
@@ -400,9 +399,10 @@ class Pipeline:
                 )
             began_ns = self._wiring.common_epoch_ns()
             with no_stalls() as collector:
-                for worker, action in self._execute(schedule):
-                    finished(worker, action)
-                    if isinstance(action, Update):
+                for _, action in self._execute(schedule):
+                    if isinstance(action, Backward):
+                        finished(action)
+                    elif isinstance(action, Update):
                         collector.between_updates()
             for worker in self._workers:
                 worker.end()

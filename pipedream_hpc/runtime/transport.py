@@ -233,12 +233,14 @@ class MpiOutbox:
     def send(self, unit: int, tensors: Sequence[torch.Tensor]) -> None:
         leaving, places = [], []
         for boundary, tensor in zip(self._boundaries, tensors, strict=True):
-            boundary.check(tensor, self._what)
+            whole = tensor.shape == boundary.shape
+            if not whole or tensor.dtype != boundary.dtype:
+                boundary.check(tensor, self._what)
             if tensor.requires_grad:
                 tensor = tensor.detach()  # it outlives the unit, and its graph must not
             tensor = tensor.contiguous()
             leaving.append(tensor)
-            places.append((tensor.data_ptr(), None if tensor.shape == boundary.shape else tensor.shape))
+            places.append((tensor.data_ptr(), None if whole else tensor.shape))
         self._channel.send(unit, places, self._stall_limit_s, self._stream())
         self._under_way.append(leaving)
 

@@ -31,6 +31,16 @@ from pipedream_hpc.schedule.actions import (
 )
 from pipedream_hpc.schedule.trace import KIND_OF, Kind, Span
 
+#: What a stage does by itself; the rest is about several.
+_STAGES_DO: dict[type, Callable[[Stage, Any], None]] = {
+    Receive: Stage.receive,
+    Send: Stage.send,
+    Forward: Stage.forward,
+    Backward: Stage.backward,
+    WeightGradient: Stage.weight_gradient,
+    Update: Stage.update,
+}
+
 
 class ActionError(RuntimeError):
     """An action failed: says on which rank, in which stage, at which action; the cause is chained."""
@@ -56,16 +66,6 @@ class Worker:
     ) -> None:
         self.rank, self.stages = rank, {stage.index: stage for stage in stages}
         self._agreement, self._handed_in = agreement, False
-        self._do: dict[type, Callable[[Any], None]] = {
-            Receive: lambda action: self.stages[action.stage].receive(action),
-            Send: lambda action: self.stages[action.stage].send(action),
-            Forward: lambda action: self.stages[action.stage].forward(action),
-            Backward: lambda action: self.stages[action.stage].backward(action),
-            WeightGradient: lambda action: self.stages[action.stage].weight_gradient(action),
-            Update: lambda action: self.stages[action.stage].update(action),
-            Reduce: self._reduce,
-            Agree: self._agree,
-        }
         self._schedule: Schedule | None = None
         self._device, self._clock = device, clock_of(CPU)
         self._spans: list[tuple[int, Kind, int, int, Mark, Mark]] | None = None
@@ -115,7 +115,14 @@ class Worker:
         """
         began = self._clock.mark() if self._spans is not None else None
         try:
-            self._do[type(action)](action)
+            does = _STAGES_DO.get(type(action))
+            if does is not None:
+                does(self.stages[action.stage], action)
+            elif isinstance(action, Reduce):
+                self._reduce(action)
+            else:
+                assert isinstance(action, Agree)
+                self._agree(action)
         except PipedreamError as error:
             raise PipedreamError(f"rank {self.rank} (stage {action.stage}) at '{action}': {error}") from error
         except Exception as error:

@@ -163,21 +163,24 @@ class Routed:
         turn = (replicas.index(rank) - first) % len(replicas)
         return range(first + turn, self.minibatches if end is None else end, len(replicas))
 
-    def _forward(self, stage: int, unit: int, version: int) -> tuple[Action, ...]:
-        sources, targets = self._neighbours[0][stage], self._neighbours[1][stage]
-        return (
-            *[Receive(stage, unit, "activation", self._peer(far, unit), far) for far in sources],
-            Forward(stage, unit, version),
-            *[Send(stage, unit, "activation", self._peer(far, unit), far) for far in targets],
-        )
+    @cached_property
+    def _ends(self) -> tuple[tuple[tuple[tuple[int, tuple[int, ...]], ...], ...], ...]:
+        """Of every stage, the stages before and behind that it talks to, with their ranks."""
+        return tuple(tuple(tuple((far, self.layout[far]) for far in each) for each in way) for way in self._neighbours)
 
-    def _backward(self, stage: int, unit: int, version: int) -> tuple[Action, ...]:
-        sources, targets = self._neighbours[0][stage], self._neighbours[1][stage]
-        return (
-            *[Receive(stage, unit, "gradient", self._peer(far, unit), far) for far in targets],
-            Backward(stage, unit, version),
-            *[Send(stage, unit, "gradient", self._peer(far, unit), far) for far in sources],
-        )
+    def _forward(self, stage: int, unit: int, version: int) -> Iterator[Action]:
+        for far, ranks in self._ends[0][stage]:
+            yield Receive(stage, unit, "activation", ranks[unit % len(ranks)], far)
+        yield Forward(stage, unit, version)
+        for far, ranks in self._ends[1][stage]:
+            yield Send(stage, unit, "activation", ranks[unit % len(ranks)], far)
+
+    def _backward(self, stage: int, unit: int, version: int) -> Iterator[Action]:
+        for far, ranks in self._ends[1][stage]:
+            yield Receive(stage, unit, "gradient", ranks[unit % len(ranks)], far)
+        yield Backward(stage, unit, version)
+        for far, ranks in self._ends[0][stage]:
+            yield Send(stage, unit, "gradient", ranks[unit % len(ranks)], far)
 
     def _update(self, stage: int, round: int) -> tuple[Action, ...]:
         made = Update(stage, round + 1)
@@ -186,10 +189,6 @@ class Routed:
             return (*agree, made)
         units = self.per_update(stage)
         return Reduce(stage, round, min(units, self.minibatches - round * units)), *agree, made
-
-    def _peer(self, stage: int, unit: int) -> int:
-        ranks = self.layout[stage]
-        return ranks[unit % len(ranks)]
 
 
 @dataclass(frozen=True)
