@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
@@ -31,6 +30,7 @@ from pipedream_hpc.model.cut import Part, enter
 from pipedream_hpc.model.graph import Value
 from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.randomness import seed_for, seed_layers, set_seed
+from pipedream_hpc.runtime.accumulation import Accumulation
 from pipedream_hpc.runtime.averaging import Averager
 from pipedream_hpc.runtime.feed import Feed
 from pipedream_hpc.runtime.footprint import Scales
@@ -136,14 +136,11 @@ class Stage:
             far: [exit_of[value.name] for value in values if value.needs_gradient] for far, values in outgoing.items()
         }
         self._live: dict[int, _Live] = {}
-        self._sum: list[torch.Tensor | None] = []  # of the units of a round so far
-        self._adding: int | None = None  # the slab on whose leaves they stand meanwhile
-        self._whole: list[torch.Tensor | None] | None = None  # of a round, averaged
+        self._accumulation = Accumulation(stash, averager, put_off.keeps if put_off is not None else None)
         self._score: Loss = loss
         self._feed: Feed | None = None
         self._schedule: Schedule | None = None
         self._training, self._put_off, self._splits = True, put_off, False
-        self._last = False  # whether the unit whose backward runs is its round's last here
         self._unit_base = self._trained = self._version_base = 0
         self._current = 0
         self._weights: dict[float, torch.Tensor] = {}
@@ -151,8 +148,6 @@ class Stage:
         self.scales = Scales()
         #: Shown ("gradient", round, names and tensors) before every update, and ("weight", ...) after it.
         self.watch: Callable[[str, int, Iterable[tuple[str, torch.Tensor | None]]], None] | None = None
-        if averager is not None:
-            stash.when_ready(self._ready)
 
         def reseed(name: str) -> None:
             """The same masks under any plan: drawn from (seed, unit, layer)."""
@@ -247,10 +242,7 @@ class Stage:
                     gradients.append(gradient)
         if self.scales.unit_bytes is None:
             self._weigh(unit, live, tensors)
-        self._last = self._schedule.last_of_round(self.index, unit)
-        if self._adding not in (None, self.stash.slab_of(self._unit_base + unit)):
-            self._add(self.stash.take(self._adding))
-            self._adding = None
+        self._begin_backward(unit)
         slots = live.gradient_slots()
         if tensors and self._splits:
             self._run_first_part(unit, tensors, gradients, slots)
@@ -272,12 +264,9 @@ class Stage:
         assert self._schedule is not None
         unit, live = action.minibatch, self._live[action.minibatch]
         self._check_version(unit, action)
-        self._last = self._schedule.last_of_round(self.index, unit)
+        self._begin_backward(unit)
         for leaf, gradient in self._put_off.second_part(unit):
-            if self.averager is not None:
-                self.averager.add(self.stash.position_of(leaf), gradient, last=self._last)
-            else:
-                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+            self._accumulation.add(leaf, gradient)
         self._take_over(unit, live, live.gradient_slots())
         for far in self._schedule.sources(self.index):
             self._release(unit, "activation", far)
@@ -312,7 +301,8 @@ class Stage:
         assert self._schedule is not None
         round = action.version - 1
         count = self.step.count(self._schedule, self.index, round)
-        gradients, self._whole = self.gradients(count), None
+        gradients = self._accumulation.total(count)
+        self._accumulation.close()
         self.scales.round(gradients)
         number = self.stash.version
         if self.watch is not None:
@@ -324,17 +314,8 @@ class Stage:
             self.watch("weight", number, zip(self.stash.trained_names, self.stash.trained, strict=True))
 
     def gradients(self, count: int) -> list[torch.Tensor | None]:
-        """The round's gradients, averaged over its `count` units; the same when asked for again before the update."""
-        if self._whole is None:
-            if self.averager is not None:
-                self._whole = self.averager.average(count)
-            else:
-                self._whole = self._sum or [None] * len(self.stash.trained)
-                for gradient in self._whole:
-                    if gradient is not None and count > 1:
-                        gradient.div_(count)
-            self._sum = []
-        return self._whole
+        """The round's gradients, averaged over its `count` units."""
+        return self._accumulation.total(count)
 
     # ------------------------------------------------------------------
 
@@ -342,6 +323,11 @@ class Stage:
     def _last_target(self) -> int:
         assert self._schedule is not None
         return self._schedule.targets(self.index)[-1]
+
+    def _begin_backward(self, unit: int) -> None:
+        assert self._schedule is not None
+        last = self._schedule.last_of_round(self.index, unit)
+        self._accumulation.begin(self.stash.slab_of(self._unit_base + unit), last=last)
 
     def _run_first_part(
         self, unit: int, tensors: list[torch.Tensor], gradients: list[torch.Tensor | None], slots: set[int]
@@ -351,51 +337,19 @@ class Stage:
         self._put_off.first_part(unit, lambda: _run_backward(tensors, gradients))
         waiting = {_storage(gradient): gradient.untyped_storage().nbytes() for gradient in self._put_off.kept(unit)}
         self.scales.waiting(size for place, size in waiting.items() if place not in slots)
-        if self.averager is None:
-            # The next unit's gradients are added to these in place, before the second part has read its own.
-            self.stash.keep_apart(self.stash.slab_of(self._unit_base + unit), slots.union(waiting))
-
-    def _ready(self, position: int, leaf: nn.Parameter, gradient: torch.Tensor) -> None:
-        """A weight's gradient is whole, for the replicas to average; or the rest of it was put off."""
-        assert self.averager is not None
-        if self._put_off is None or not self._put_off.keeps(leaf, gradient):
-            self.averager.add(position, gradient, last=self._last)
+        # The next unit's gradients are added to these in place, before the second part has read its own.
+        self._accumulation.keep_apart(self.stash.slab_of(self._unit_base + unit), slots.union(waiting))
 
     def _take_over(self, unit: int, live: _Live, slots: set[int]) -> None:
         """The backward of a unit is whole: its gradients are the stage's, and its version and slots free."""
-        if self.averager is None:
-            self._collect(unit, slots)
+        slab = self.stash.slab_of(self._unit_base + unit)
+        # A parameter's gradient may stand in the slot, which is given back before the update.
+        self._accumulation.keep_apart(slab, slots)
+        self._accumulation.end(slab)
         self.stash.let_go(self._unit_base + unit)
         for far in live.gradients:
             self._release(unit, "gradient", far)
         live.gradients = {}
-
-    def _collect(self, unit: int, slots: set[int]) -> None:
-        """Keep the gradients of a unit until its round is over.
-
-        As long as a round's units run on one version, autograd itself adds them up on its leaves, while each
-        gradient is still in the caches. The sums are the same, bit for bit.
-        """
-        slab = self.stash.slab_of(self._unit_base + unit)
-        if slots:
-            # A parameter's gradient may stand in the slot, which is given back before the update.
-            self.stash.keep_apart(slab, slots)
-        if self._sum or self._last:
-            self._add(self.stash.take(slab))
-            self._adding = None
-        else:
-            self._adding = slab
-
-    def _add(self, gradients: list[torch.Tensor | None]) -> None:
-        if not self._sum:
-            self._sum = gradients
-            return
-        for position, gradient in enumerate(gradients):
-            total = self._sum[position]
-            if total is None:
-                self._sum[position] = gradient
-            elif gradient is not None:
-                total.add_(gradient)
 
     def _weigh(self, unit: int, live: _Live, tensors: list[torch.Tensor]) -> None:
         """What the first unit keeps until its backward, beside weights and slots, before that begins."""
