@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from pipedream_hpc import __version__
 from pipedream_hpc.cli import app
 from pipedream_hpc.files import load, save
+from pipedream_hpc.observe.metrics import minibatch_s, split
+from pipedream_hpc.observe.tables import human_seconds
 from pipedream_hpc.observe.trace_file import load_trace
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.profile import Profile
@@ -133,6 +135,17 @@ def test_train_in_one_process(planned: Command) -> None:
     summary = json.loads(Path("out/summary.json").read_text())
     assert (summary["epochs"], summary["ranks"], summary["stages"]) == (3, 2, 2)
     assert load_trace("out/trace.json").minibatches == 8
+
+
+def test_what_is_told_of_microbatches_is_of_whole_minibatches(planned: Command) -> None:
+    gpipe = ("--schedule", "gpipe", "--microbatches", 4, "--split-backward")
+    output = planned("train", JOB, "--plan", "plan.json", "--out", "out", "--epochs", 1, *gpipe)
+    trace, summary = load_trace("out/trace.json"), json.loads(Path("out/summary.json").read_text())
+    assert (trace.minibatches, trace.microbatches) == (32, 4)
+    assert summary["in_flight"] == [4, 4]
+    assert summary["minibatch_ms"] == pytest.approx(minibatch_s(trace) * 1e3, abs=1e-3)
+    assert f"{human_seconds(minibatch_s(trace))} per minibatch measured" in output
+    assert minibatch_s(trace) > 4 * split(trace)[0].forward_s
 
 
 def test_train_stops_at_the_accuracy_asked_for(planned: Command) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pictures
 import pytest
 
@@ -62,6 +64,12 @@ def test_replicas_that_finish_together_count_as_so_many() -> None:
         rank 1  F1 B1 B1 B1 F3 B3 B3 B3 F5 B5 B5 B5 F7 B7 B7 B7 F9 B9 B9 B9
         """
     assert minibatch_s(pictures.trace(picture, layout=((0, 1),))) == pytest.approx(2e-3)
+
+
+def test_microbatches_make_up_minibatches() -> None:
+    # Two to a minibatch: the flush comes once in it.
+    trace = pictures.trace("rank 0  F0 F1 . B0 B1 U F2 F3 . B2 B3 U F4 F5 . B4 B5 U F6 F7 . B6 B7 U")
+    assert minibatch_s(replace(trace, microbatches=2)) == pytest.approx(6e-3)
 
 
 def test_a_single_minibatch_takes_what_it_took() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pictures
 import pytest
 from rich.console import Console
@@ -57,6 +59,11 @@ def test_a_plan_beside_what_was_measured() -> None:
     for cell in ("block0[a] … block0[b] (2)", "3 ms", "4 ms", " 2 ", "4.0 MB", "250 kB", "compute"):
         assert cell in first
     assert "4 ms" in second
+    # Of microbatches it is as many times as much.
+    thirds = [
+        line for line in text(plan_table(replace(plan, microbatches=3), measured)).splitlines() if "block" in line
+    ]
+    assert ["12 ms" in line for line in thirds] == [True, True]
 
 
 def test_bytes_sent_are_activations_on_and_gradients_back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ def test_a_long_trace_is_cut_and_says_so() -> None:
     assert _window_s(trace, 12) == pytest.approx(24e-3)
     assert _title(trace, _window_s(trace, 12)) == "measured: the first 12 of 40 minibatches"
     assert _title(trace, 1.0) == "measured: all 40 minibatches"
+    assert _title(replace(trace, microbatches=4), 1.0) == "measured: all 40 microbatches"
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:

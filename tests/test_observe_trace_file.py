@@ -38,7 +38,7 @@ SPANS = st.builds(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(spans=st.lists(SPANS, max_size=5))
 def test_comes_back_to_the_nanosecond(tmp_path: Path, spans: list[Span]) -> None:
-    trace = Trace("simulated", ((0,), (1,)), 7, tuple(spans))
+    trace = Trace("simulated", ((0,), (1,)), 8, tuple(spans), microbatches=4)
     save_trace(trace, tmp_path / "trace.json")
     again = load_trace(tmp_path / "trace.json")
 
@@ -48,7 +48,8 @@ def test_comes_back_to_the_nanosecond(tmp_path: Path, spans: list[Span]) -> None
         )
 
     assert in_ns(again.spans) == in_ns(trace.spans)
-    assert (again.source, again.layout, again.minibatches) == ("simulated", ((0,), (1,)), 7)
+    assert (again.source, again.layout, again.minibatches) == ("simulated", ((0,), (1,)), 8)
+    assert again.microbatches == 4
 
 
 def test_is_a_chrome_trace(tmp_path: Path) -> None:

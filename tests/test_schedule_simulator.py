@@ -116,7 +116,7 @@ def test_without_pipelining_one_stage_works_at_a_time(p: int) -> None:
 def test_flushes_cost_a_bubble_in_every_minibatch() -> None:
     schedule = Flush(layout(1, 1, 1), 80, 8)
     trace = simulate(schedule, planned(schedule.layout, 8.0, 16.0), INSTANT, microbatches=8).trace
-    assert minibatch_s(trace, 8) == pytest.approx((8 + 2) * 3.0)
+    assert minibatch_s(trace) == pytest.approx((8 + 2) * 3.0)
     twice = simulate(
         kinds.make("2bw", layout(1, 1, 1), 80, microbatches=8), planned(schedule.layout, 8.0, 16.0), INSTANT
     )

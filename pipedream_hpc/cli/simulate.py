@@ -92,7 +92,7 @@ def run(
     peaks = {rank: peak(memory) for rank, memory in simulation.memory.items()}
     most = ", ".join(human_bytes(max(peaks[rank] for rank in ranks)) for ranks in layout[: len(layout) // chunks])
     console.print(
-        f"{human_seconds(minibatch_s(trace, pieces))} per minibatch in the steady state, "
+        f"{human_seconds(minibatch_s(trace))} per minibatch in the steady state, "
         f"bubble {bubble(splits):.1%}\n"
         f"no deadlock in {proof.actions} actions; weight versions per stage: {versions}\n"
         f"most memory of weights and activations per {'rank' if chunks > 1 else 'stage'}: {most}\n"

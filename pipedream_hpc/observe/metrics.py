@@ -30,8 +30,8 @@ class RankSplit:
     Attributes:
         rank: the rank.
         stages: the stages it worked on; more than one if the schedule is interleaved.
-        forward_s: median forward of one minibatch.
-        backward_s: median backward of one minibatch, both parts where it is split.
+        forward_s: median forward of one minibatch, or microbatch.
+        backward_s: likewise of backward, both parts where it is split.
         seconds: total by kind of action; `receive` is waiting for messages, `agree` for all ranks, `idle`
             the time with no action at all, such as before the first minibatch arrives.
         span_s: from the first action of any rank to the last: the same for all ranks of a trace.
@@ -89,16 +89,17 @@ def left_at(trace: Trace) -> list[float]:
     return sorted(s.end_s for s in trace.spans if s.kind == "backward" and s.stage == 0)
 
 
-def minibatch_s(trace: Trace, microbatches: int = 1) -> float:
+def minibatch_s(trace: Trace) -> float:
     """Seconds per minibatch in the steady state.
 
     Median interval between minibatches that leave the pipeline, leaving out as many at either end
     as there are ranks: start-up, and drain, where backwards have no new forwards beside them. The R
     replicas of an input stage may finish together and then all be busy, so the interval taken is
-    that over R minibatches. Where what went through were `microbatches` to a minibatch, it is that
-    over a whole minibatch, whose flush comes once in it. A trace too short for all this is taken
-    whole, and one of a single minibatch gives the time that took.
+    that over R minibatches. Where what went through were microbatches, it is that over a whole
+    minibatch, whose flush comes once in it. A trace too short for all this is taken whole, and one
+    of a single minibatch gives the time that took.
     """
+    microbatches = trace.microbatches
     ends = left_at(trace)
     ranks, together = len(trace.stages_of), math.lcm(len(trace.layout[0]), microbatches)
     steady = ends[ranks:-ranks] if len(ends) > 2 * ranks + together else ends

@@ -98,7 +98,9 @@ def plan_table(plan: Plan, measured: list[RankSplit] | None = None) -> Table:
         times = [human_seconds(stage.forward_s + stage.backward_s) if plan.timed else "-"]
         if measured is not None:
             own = [each for each in measured if index in each.stages]
-            times.append(human_seconds(sum(each.forward_s + each.backward_s for each in own) / len(own)))
+            times.append(
+                human_seconds(plan.microbatches * sum(each.forward_s + each.backward_s for each in own) / len(own))
+            )
         table.add_row(
             str(index),
             f"{first} … {last} ({len(stage.layers)})" if first != last else first,

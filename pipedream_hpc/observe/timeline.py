@@ -44,7 +44,7 @@ def draw(traces: Trace | Sequence[Trace], path: str | Path, *, minibatches: int 
     """Draw one trace, or several over each other on one time axis, as PNG.
 
     Forward and backward carry the minibatch's number; updates are thin marks; waiting is left
-    white. Drawn is the time until `minibatches` minibatches have left the pipeline of the slowest
+    white. Drawn is the time until `minibatches` of them (or microbatches) have left the pipeline of the slowest
     trace: start-up and the beginning of the steady state, which then goes on alike.
 
     Raises:
@@ -133,9 +133,9 @@ def _window_s(trace: Trace, minibatches: int) -> float:
 def _title(trace: Trace, window_s: float) -> str:
     began_s, ended_s = extent(trace)
     if ended_s - began_s <= window_s:
-        return f"{trace.source}: all {trace.minibatches} minibatches"
+        return f"{trace.source}: all {trace.minibatches} {trace.units}"
     done = sum(end_s - began_s <= window_s for end_s in left_at(trace))
-    return f"{trace.source}: the first {done} of {trace.minibatches} minibatches"
+    return f"{trace.source}: the first {done} of {trace.minibatches} {trace.units}"
 
 
 def _lanes(axis: Axes, trace: Trace, window_s: float, scale: float) -> None:

@@ -43,6 +43,7 @@ def save_trace(trace: Trace, path: str | Path) -> None:
         "source": trace.source,
         "layout": trace.layout,
         "minibatches": trace.minibatches,
+        "microbatches": trace.microbatches,
         "displayTimeUnit": "ms",
     }
     spans = sorted(trace.spans, key=lambda span: (span.rank, span.start_s, span.end_s))

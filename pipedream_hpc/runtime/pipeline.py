@@ -36,13 +36,14 @@ from pipedream_hpc.runtime.agreement import (
 )
 from pipedream_hpc.runtime.assembly import Wishes, assemble, feed_of, shared_statistics
 from pipedream_hpc.runtime.checkpoint import Checkpoints, Position
-from pipedream_hpc.runtime.deployment import Manner, deploy, given, resolve
+from pipedream_hpc.runtime.deployment import deploy
 from pipedream_hpc.runtime.emulator import carry_out, emulate
 from pipedream_hpc.runtime.feed import Feed, cut
 from pipedream_hpc.runtime.footprint import Footprint, Peak, core_bytes, footprint
 from pipedream_hpc.runtime.garbage import no_stalls
 from pipedream_hpc.runtime.gathering import whole_state
 from pipedream_hpc.runtime.handshake import agree
+from pipedream_hpc.runtime.manner import Manner, given, resolve
 from pipedream_hpc.runtime.reading import start_workers_apart
 from pipedream_hpc.runtime.route import choose_route
 from pipedream_hpc.runtime.stage import Stage
@@ -296,7 +297,7 @@ class Pipeline:
         spans = self._spans
         if self.world.comm is not None and self.world.size > 1:
             spans = [span for part in self.world.comm.allgather(spans) for span in part]
-        return Trace("measured", self._deployment.layout, self._last_units, tuple(spans))
+        return Trace("measured", self._deployment.layout, self._last_units, tuple(spans), self.pieces)
 
     def footprints(self) -> list[Footprint]:
         """Memory of every rank, planned and measured, after `fit`. Collective; the same on all ranks."""

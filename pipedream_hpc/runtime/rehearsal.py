@@ -26,8 +26,9 @@ from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.model.randomness import generators_kept
 from pipedream_hpc.planning.profile import LayerProfile, Profile
 from pipedream_hpc.runtime.assembly import Wishes, assemble, feed_of
-from pipedream_hpc.runtime.deployment import Manner, deploy, resolve
+from pipedream_hpc.runtime.deployment import deploy
 from pipedream_hpc.runtime.emulator import emulate
+from pipedream_hpc.runtime.manner import Manner, resolve
 from pipedream_hpc.runtime.view import CPU
 from pipedream_hpc.runtime.wiring import local_wiring
 from pipedream_hpc.schedule.trace import Span

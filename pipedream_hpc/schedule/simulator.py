@@ -169,7 +169,7 @@ def simulate(
         ]
     held = stash_bytes or [stage.stash_bytes or stage.output_bytes for stage in plan.stages]
     return Simulation(
-        Trace("simulated", schedule.layout, schedule.minibatches, tuple(spans)),
+        Trace("simulated", schedule.layout, schedule.minibatches, tuple(spans), microbatches),
         tuple(stage.parameter_bytes for stage in plan.stages),
         tuple(size // microbatches for size in held),
     )

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import ClassVar, Literal
 
 from pipedream_hpc.files import STRICT
+from pipedream_hpc.planning.profile import Count
 from pipedream_hpc.schedule.actions import Agree, Backward, Forward, Receive, Reduce, Send, Update, WeightGradient
 
 Kind = Literal["forward", "backward", "weight-gradient", "receive", "send", "reduce", "agree", "update"]
@@ -58,6 +59,7 @@ class Trace:
         layout: ranks of every stage.
         minibatches: how many units went through.
         spans: in any order.
+        microbatches: units to a minibatch, where minibatches are cut.
     """
 
     __pydantic_config__ = STRICT
@@ -68,6 +70,12 @@ class Trace:
     layout: tuple[tuple[int, ...], ...]
     minibatches: int
     spans: tuple[Span, ...]
+    microbatches: Count = 1
+
+    @property
+    def units(self) -> str:
+        """What went through, in words."""
+        return "minibatches" if self.microbatches == 1 else "microbatches"
 
     @cached_property
     def stages_of(self) -> dict[int, tuple[int, ...]]:
