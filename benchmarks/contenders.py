@@ -306,10 +306,13 @@ class Ours(Way):
         microbatches: int = 1,
         *,
         trace: bool = False,
-        split: bool = True,
+        split: bool = False,
+        zero_bubble: bool = False,
     ) -> None:
-        super().__init__(f"pipedream_hpc {schedule}", schedule, microbatches)
-        self._workload, self._cuts, self._trace, self.split = workload, cuts, trace, split
+        how = ", zero bubble" if zero_bubble else ", split" if split else ""
+        super().__init__(f"pipedream_hpc {schedule}{how}", schedule, microbatches)
+        self._workload, self._cuts, self._trace = workload, cuts, trace
+        self._split, self._zero_bubble = split, zero_bubble
 
     def open(self) -> None:
         torch.manual_seed(1)
@@ -324,7 +327,8 @@ class Ours(Way):
             plan=2,
             schedule=self.kind,
             microbatches=self.microbatches if self.microbatches > 1 else None,
-            split_backward=self.kind in ("1f1b-flush", "gpipe") and self.split,
+            split_backward=self._split,
+            zero_bubble=self._zero_bubble,
             leaves=[Piece],
             trace=self._trace,
         )

@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
     )
     cuts = (0, 1, 1)  # two halves of one quarter each
     ours, theirs = (
-        c.Ours(workload, cuts, "1f1b-flush", count, split=False),
+        c.Ours(workload, cuts, "1f1b-flush", count),
         c.TorchPipeline(workload, cuts, "Schedule1F1B", count),
     )
     layer, entry, target = nn.Linear(8, 8), torch.randn(size, 8, requires_grad=True), torch.randn(size, 8)

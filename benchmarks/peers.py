@@ -5,13 +5,13 @@
 
 Asynchronous 1F1B is filled once and drained once in an epoch: its time is that from one minibatch's end to another's,
 as many as two turns of the others have. Everybody else fills and drains with every batch, and is timed whole.
-1F1B-flush runs with split_backward, on the bits of whole backwards.
+Synchronous ways run with whole backwards, as torch's same schedule does, and with split ones, on the same bits.
 
 Starts two ranks itself. The same models, cut at the same place, on the same cores with one thread each, take
 turns in one run; medians of milliseconds per global batch. What should come out: asynchronous 1F1B at least
 1.15 times as fast as torch's 1F1B at its best number of microbatches (1.4 times on the MLP), and at least
 0.95 of the two-copies bound where the cut is balanced within 5 %; 1F1B-flush and GPipe at least 1.05 times
-as fast as torch's same schedule at the same number of microbatches, with the gradients of one process.
+as fast as torch's same schedule, with the gradients of one process.
 """
 
 from __future__ import annotations
@@ -38,8 +38,16 @@ TORCH = (
     "ScheduleZBVZeroBubble",
     "ScheduleDualPipeV",
 )
-OURS = ("1f1b-flush", "gpipe")
-SAME = {"1f1b-flush": "Schedule1F1B", "gpipe": "ScheduleGPipe"}
+#: Schedule, and how: backwards whole, split, or split with twice as many microbatches in flight.
+OURS: tuple[tuple[str, dict[str, bool]], ...] = (
+    ("1f1b-flush", {}),
+    ("1f1b-flush", {"split": True}),
+    ("1f1b-flush", {"zero_bubble": True}),
+    ("gpipe", {}),
+    ("gpipe", {"split": True}),
+)
+#: torch's same schedule.
+SAME = {"1f1b-flush": "1F1B", "gpipe": "GPipe"}
 
 
 def main() -> None:
@@ -88,7 +96,7 @@ def run(options: argparse.Namespace) -> None:
     ways: list[c.Way] = [c.Copies(workload, cuts), stages, c.Ddp(workload, cuts), c.Ours(workload, cuts, "1f1b")]
     for m in options.microbatches:
         ways += [c.TorchPipeline(workload, cuts, kind, m) for kind in TORCH]
-        ways += [c.Ours(workload, cuts, kind, m) for kind in OURS]
+        ways += [c.Ours(workload, cuts, kind, m, **how) for kind, how in OURS]
     samples: dict[str, list[float]] = defaultdict(list)
     halves: list[list[float]] = []
     failed: dict[str, str] = {}
@@ -168,14 +176,26 @@ def report(found: dict[str, Any], console: Console) -> None:
         f"schedules ({best.replace('|', ', m = ')}), {medians['torch DDP|1'] / own:.2f} x torch DDP, "
         f"{copies / own:.2f} of the two-copies bound"
     )
-    for ours, theirs in SAME.items():
-        ratios = [
-            f"m = {name.split('|')[1]}: {medians[other] / median:.2f}"
-            for name, median in medians.items()
-            if name.startswith(f"pipedream_hpc {ours}|")
-            and (other := f"torch {theirs.removeprefix('Schedule')}|{name.split('|')[1]}") in medians
-        ]
-        console.print(f"{ours} beside torch's {theirs}, times as fast: {', '.join(ratios)}")
+    same = Table("times as fast as torch's same schedule", "m", "at the same m", "at the best m of each")
+    for way in dict.fromkeys(name.split("|")[0] for name in medians):
+        theirs = SAME.get(way.removeprefix("pipedream_hpc ").split(",")[0])
+        if theirs is None or way.startswith("torch"):
+            continue
+        counts = [m for m in found_at(medians, way) if f"torch {theirs}|{m}" in medians]
+        ratios = [medians[f"torch {theirs}|{m}"] / medians[f"{way}|{m}"] for m in counts]
+        at_best = _best(found, f"torch {theirs}|")[0] / _best(found, f"{way}|")[0]
+        same.add_row(
+            way.removeprefix("pipedream_hpc "),
+            ", ".join(counts),
+            ", ".join(f"{ratio:.2f}" for ratio in ratios),
+            f"{at_best:.2f}",
+        )
+    console.print(same)
+
+
+def found_at(medians: dict[str, float], way: str) -> list[str]:
+    """Numbers of microbatches at which `way` ran."""
+    return [m for name, m in (key.split("|") for key in medians) if name == way]
 
 
 def draw(every: list[dict[str, Any]], path: Path) -> None:

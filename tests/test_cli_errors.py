@@ -111,6 +111,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (f"train {JOB} --plan 2 --schedule forward-only", "the forward-only schedule trains nothing"),
         (f"train {JOB} --plan 2 --chunks 2", "1f1b has one stage per rank, not 2 chunks: use interleaved"),
         (f"train {JOB} --plan 2 --split-backward", "1f1b runs backwards whole: leave split_backward away"),
+        (f"train {JOB} --plan 2 --schedule gpipe --zero-bubble", "zero_bubble is for 1f1b-flush, not for gpipe"),
         (f"train {JOB} --plan 2 --out occupied/out", "occupied/out: cannot be written: Not a directory"),
         (f"train {JOB} --plan 2 --resume", "--resume needs to know from where"),
         (f"train {JOB} --plan 2 --precision fp16", "for fp16 or clipping over the model use 1f1b-flush or gpipe"),

@@ -82,6 +82,7 @@ def test_recompute_keeps_the_activations_of_one_minibatch() -> None:
         ({"schedule": "1f1b-flush", "microbatches": 4}, [3, 2, 1]),
         ({"schedule": "1f1b-flush", "microbatches": 2}, [2, 2, 1]),
         ({"schedule": "1f1b-flush", "microbatches": 4, "split_backward": True}, [3, 3, 3]),
+        ({"schedule": "1f1b-flush", "microbatches": 8, "zero_bubble": True}, [5, 5, 5]),
         ({"schedule": "gpipe", "microbatches": 4}, [4, 4, 4]),
         ({"schedule": "gpipe", "microbatches": 4, "split_backward": True}, [4, 4, 4]),
         ({"schedule": "vertical-sync"}, [3, 2, 1]),

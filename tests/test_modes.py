@@ -22,6 +22,7 @@ from pipedream_hpc.verification.reference import Way
 
 PLANS = ["1", "2", "4", "1-1", "2-1", "1-2", "2-1-1", "1-2-1", "3-1", "1-1-1-1"]
 #: Two epochs, whose ends fill no round of 2, 3 or 4, the last minibatch being short.
+SPLITTING = ("split_backward", "zero_bubble")
 UNEVEN = {"epochs": [11, 7], "last": 5, "model": "plain"}
 
 
@@ -54,13 +55,17 @@ def cases() -> list[dict[str, Any]]:
     found += [case("2-2", "1f1b-flush", microbatches=4, clip=(0.1, "model"), **split)]
     found += [case("1-1-1", "1f1b-flush", microbatches=2, precision="bf16", **split)]
     found += [case("1-1", "1f1b-flush", "adam", microbatches=2, **half, **split)]
+    found += [case(plan, "gpipe", microbatches=4, **split) for plan in ("1-1", "2-1", "1-2-1")]
+    zero: dict[str, Any] = {"zero_bubble": True}
+    found += [case(plan, "1f1b-flush", microbatches=5, **zero) for plan in ("1-1", "2-1", "1-1-1", "1-1-1-1")]
+    found += [case("1-2-1", "1f1b-flush", "adam", microbatches=4, recompute=True, **zero)]
     return found
 
 
 def named(wanted: dict[str, Any]) -> str:
     extra = [
         f"{key}={wanted[key]}"
-        for key in ("microbatches", "accumulate", "clip", "precision", "recompute", "master_weights", "split_backward")
+        for key in ("microbatches", "accumulate", "clip", "precision", "recompute", "master_weights", *SPLITTING)
         if key in wanted
     ]
     return " ".join([wanted["plan"], wanted["kind"], wanted["optimizer"], *extra])
@@ -74,7 +79,7 @@ def replicas(wanted: dict[str, Any]) -> list[int]:
 
 
 def options(wanted: dict[str, Any]) -> dict[str, Any]:
-    keys = ("microbatches", "accumulate", "precision", "recompute", "master_weights", "split_backward")
+    keys = ("microbatches", "accumulate", "precision", "recompute", "master_weights", *SPLITTING)
     found = {key: wanted[key] for key in keys if key in wanted}
     return {**found, "schedule": wanted["kind"]}
 

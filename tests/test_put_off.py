@@ -194,6 +194,8 @@ LAYERS: list[Callable[[], nn.Module]] = [
 
 def trained(layer: Callable[[], nn.Module], plan: str, *, split: bool, **options: Any) -> dict[str, torch.Tensor]:
     """All weights after two epochs of three minibatches, of stages in this process."""
+    if not split:
+        options.pop("zero_bubble", None)
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), layer(), nn.Tanh(), layer(), nn.Flatten(), nn.Linear(18, 4))
     batches = [(torch.randn(SAMPLES, ROWS, WIDTH), torch.randint(4, (SAMPLES,))) for _ in range(3)]
@@ -226,7 +228,9 @@ def test_the_weights_are_those_of_whole_backwards(layer: Callable[[], nn.Module]
 
 
 @pytest.mark.parametrize(
-    "options", [{"recompute": True}, {"precision": "bf16"}, {"schedule": "gpipe"}], ids=["recompute", "bf16", "gpipe"]
+    "options",
+    [{"recompute": True}, {"precision": "bf16"}, {"schedule": "gpipe"}, {"zero_bubble": True}],
+    ids=["recompute", "bf16", "gpipe", "zero bubble"],
 )
 def test_however_forwards_are_run(options: dict[str, Any]) -> None:
     layer = LAYERS[1]
@@ -311,6 +315,8 @@ def test_a_module_that_differentiates_twice_is_told_so() -> None:
     [
         ({"schedule": "1f1b"}, "1f1b runs backwards whole: leave split_backward away, or use 1f1b-flush"),
         ({"schedule": "1f1b-flush", "microbatches": 2, "compiler": "eager"}, "compiled stages run backwards whole"),
+        ({"zero_bubble": True, "microbatches": 2, "compiler": "eager"}, "backwards whole: leave zero_bubble away"),
+        ({"schedule": "2bw", "zero_bubble": True}, "zero_bubble is for 1f1b-flush, not for 2bw: leave it away"),
     ],
 )
 def test_where_backwards_cannot_be_split(options: dict[str, Any], words: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -253,6 +255,15 @@ def test_1f1b_flush_with_split_backwards(replicas: tuple[int, ...], whole: list[
     assert drawn(Flush(members, 4, 4, split=True), backward_s=2.0, weight_gradient_s=1.0) == split
 
 
+def test_1f1b_flush_without_a_bubble() -> None:
+    # Two minibatches: the second begins where the first ends.
+    zero = Flush(layout(1, 1), 8, 4, split=True, zero_bubble=True)
+    assert drawn(zero, backward_s=2.0, weight_gradient_s=1.0) == [
+        "F0 F1 F2 B0 B0 F3 B1 B1 B2 B2 B3 B3 F4 F5 F6 B4 B4 F7 B5 B5 B6 B6 B7 B7",
+        ".  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3 F4 B4 F5 B5 F6 B6 W4 F7 B7 W5 W6 W7",
+    ]
+
+
 def test_gpipe_with_split_backwards() -> None:
     assert drawn(GPipe(layout(1, 1, 1), 4, 4), backward_s=2.0) == [
         "F0 F1 F2 F3 .  .  .  .  .  .  B0 B0 B1 B1 B2 B2 B3 B3",
@@ -286,10 +297,10 @@ def test_replicas_put_weight_gradients_off_for_as_many_units_as_there_are_ranks_
     st.lists(st.integers(1, 3), min_size=1, max_size=4),
     st.integers(1, 9),
     st.integers(0, 20),
-    st.sampled_from([Flush, GPipe]),
+    st.sampled_from([Flush, partial(Flush, zero_bubble=True), GPipe]),
 )
 def test_weight_gradients_come_in_the_order_of_the_units(
-    replicas: list[int], microbatches: int, units: int, kind: type[Flush | GPipe]
+    replicas: list[int], microbatches: int, units: int, kind: Callable[..., Flush | GPipe]
 ) -> None:
     schedule = kind(layout(*replicas), units, microbatches, split=True)
     for stage, ranks in enumerate(schedule.layout):

@@ -135,6 +135,18 @@ def test_split_backwards_make_the_bubble_smaller(p: int, m: int, kind: type[Flus
     assert ends_s(True) == pytest.approx(3 * m + (p - 1) * (1 if kind is Flush else 2))
 
 
+@pytest.mark.parametrize(("p", "m"), [(2, 4), (2, 7), (3, 6), (4, 8), (4, 13)])
+def test_without_a_bubble_no_stage_waits_at_an_update(p: int, m: int) -> None:
+    schedule = Flush(layout(*[1] * p), 6 * m, m, split=True, zero_bubble=True)
+    plan = planned(schedule.layout, m * 1.0, m * 2.0, weight_gradient_s=m * 1.0)
+    trace = simulate(schedule, plan, INSTANT, microbatches=m).trace
+    for stage in range(p):
+        updates = [span.end_s for span in trace.spans if span.kind == "update" and span.stage == stage]
+        # But for the first minibatch, which has to fill the pipe.
+        assert [after - before for before, after in pairwise(updates)] == pytest.approx([3 * m] * 5)
+    assert all(schedule.in_flight(stage) == 2 * p - 1 for stage in range(p))
+
+
 def test_a_unit_is_in_flight_until_its_weight_gradients_are_there() -> None:
     # seconds   0  1  2  3  4  5  6  7
     # rank 0    F0 F1 .  B0 B0 B1 B1

@@ -65,9 +65,17 @@ def schedules(draw: st.DrawFn, most_accumulated: int = 3) -> kinds.AnySchedule:
     accumulate = 1 if kind == "interleaved" else draw(st.integers(1, most_accumulated))
     units = draw(st.integers(0, 60 // microbatches)) * microbatches
     split = kind in ("1f1b-flush", "gpipe") and draw(st.booleans())
+    zero_bubble = split and kind == "1f1b-flush" and draw(st.booleans())
     try:
         return kinds.make(
-            kind, members, units, microbatches=microbatches, links=links, accumulate=accumulate, split=split
+            kind,
+            members,
+            units,
+            microbatches=microbatches,
+            links=links,
+            accumulate=accumulate,
+            split=split,
+            zero_bubble=zero_bubble,
         )
     except ScheduleError:
         assert kind == "2bw", "no other is refused here"

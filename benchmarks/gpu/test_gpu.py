@@ -132,6 +132,8 @@ def test_channel_without_the_wait_sends_what_was_there_before(route: str) -> Non
         ("2-1", {}),
         ("1-1-1", {"schedule": "gpipe", "microbatches": 2}),
         ("1-1-1", {"schedule": "1f1b-flush", "microbatches": 2, "split_backward": True}),
+        ("1-1", {"schedule": "1f1b-flush", "microbatches": 4, "zero_bubble": True}),
+        ("1-1", {"schedule": "gpipe", "microbatches": 2, "split_backward": True}),
         ("1-1", {"precision": "bf16"}),
     ],
 )

@@ -34,6 +34,9 @@ def run(
     split_backward: Annotated[
         bool, typer.Option(help="As in training: 1f1b-flush or gpipe with split backwards.")
     ] = False,
+    zero_bubble: Annotated[
+        bool, typer.Option(help="As in training: 1f1b-flush with twice as many microbatches in flight.")
+    ] = False,
     slow: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="RANK=TIMES: this rank takes so many times as long to compute. May be repeated."),
@@ -79,7 +82,9 @@ def run(
     layout = folded(planned.layout, chunks) if chunks > 1 else planned.layout
     kind = schedule or planned.schedule
     pieces = microbatches or (planned.microbatches if schedule in (None, planned.schedule) else 1)
-    chosen = kinds.make(kind, layout, minibatches * pieces, microbatches=pieces, split=split_backward)
+    chosen = kinds.make(
+        kind, layout, minibatches * pieces, microbatches=pieces, split=split_backward, zero_bubble=zero_bubble
+    )
     proof = verify(chosen)
     links = load(Topology, topology) if topology else instant
     simulation = simulate(chosen, planned, links, slow=stragglers, microbatches=pieces)

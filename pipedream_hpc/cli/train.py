@@ -40,6 +40,12 @@ def run(
         bool,
         typer.Option(help="1f1b-flush, gpipe: send a stage's input gradient before those of its weights are computed."),
     ] = False,
+    zero_bubble: Annotated[
+        bool,
+        typer.Option(
+            help="1f1b-flush: do so, with twice as many microbatches in flight, so that no stage waits at an update."
+        ),
+    ] = False,
     precision: Annotated[Optional[str], typer.Option(help="bf16 or fp16: forwards under autocast.")] = None,  # noqa: UP045
     master_weights: Annotated[bool, typer.Option(help="Keep a float32 master of every bfloat16 weight.")] = False,
     compiler: Annotated[
@@ -81,6 +87,7 @@ def run(
         microbatches=microbatches,
         chunks=chunks,
         split_backward=split_backward,
+        zero_bubble=zero_bubble,
         precision=precision,
         master_weights=master_weights,
         compiler=compiler,

@@ -48,6 +48,7 @@ def agree_on_start(world: World, deployment: Deployment, seed: int, *, limit_s: 
             deployment.manner.accumulate,
         ),
         "whether backwards are split (--split-backward)": deployment.manner.split,
+        "whether that is to leave no bubble (--zero-bubble)": deployment.manner.zero_bubble,
         "seed": seed,
         "version of pipedream_hpc": __version__,
         "version of torch": torch.__version__,

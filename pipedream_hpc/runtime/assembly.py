@@ -184,7 +184,7 @@ def _stage(
         ports,
         wishes.loss,
         wishes.seed,
-        put_off=PutOff(part.module, stash.trains) if deployment.manner.split and training.sources(index) else None,
+        put_off=PutOff(part.module, stash.trains) if training.splits(index) else None,
         recompute=planned if wishes.recompute is None else wishes.recompute,
         precision=wishes.autocast or contextlib.nullcontext,
         compiler=wishes.compiler,

@@ -90,6 +90,7 @@ class Deployment:
             accumulate=self.manner.accumulate,
             agree=self.manner.agree,
             split=self.manner.split,
+            zero_bubble=self.manner.zero_bubble,
         )
 
     def evaluation(self, minibatches: int) -> kinds.AnySchedule:

@@ -39,6 +39,7 @@ class Manner:
         accumulate: minibatches per replica to an update.
         agree: whether all stages agree about gradients before they update.
         split: whether backwards are split.
+        zero_bubble: whether they are, with twice as many units in flight.
     """
 
     schedule: str | None = None
@@ -47,6 +48,7 @@ class Manner:
     accumulate: int = 1
     agree: bool = False
     split: bool = False
+    zero_bubble: bool = False
 
     def pieces(self, wanted: Plan | tuple[int, ...] | int) -> int:
         """Units that a minibatch is cut into."""
@@ -87,9 +89,11 @@ def resolve(wanted: Plan | tuple[int, ...] | int, name: str, graph: LayerGraph, 
     if not isinstance(wanted, Plan):
         plan = dataclasses.replace(plan, notes=(*plan.notes, COUNTED))
     if manner.schedule is None:
-        _check_in_flight(plan, name, _schedule(plan, plan.schedule, plan.microbatches, manner, split=False))
+        _check_in_flight(
+            plan, name, _schedule(plan, plan.schedule, plan.microbatches, Manner(accumulate=manner.accumulate))
+        )
     kind, pieces = manner.schedule or plan.schedule, manner.pieces(wanted)
-    schedule = _schedule(plan, kind, pieces, manner, split=manner.split)
+    schedule = _schedule(plan, kind, pieces, manner)
     return dataclasses.replace(
         plan,
         schedule=kind,
@@ -104,10 +108,16 @@ def _counted(graph: LayerGraph, pieces: int) -> Profile:
     return scaled(profile, minibatch=profile.minibatch * pieces)
 
 
-def _schedule(plan: Plan, kind: str, pieces: int, manner: Manner, *, split: bool) -> kinds.AnySchedule:
+def _schedule(plan: Plan, kind: str, pieces: int, manner: Manner) -> kinds.AnySchedule:
     """Of no minibatches: what it says of its stages."""
     return kinds.make(
-        kind, layout_of(plan, kind, manner), 0, microbatches=pieces, accumulate=manner.accumulate, split=split
+        kind,
+        layout_of(plan, kind, manner),
+        0,
+        microbatches=pieces,
+        accumulate=manner.accumulate,
+        split=manner.split,
+        zero_bubble=manner.zero_bubble,
     )
 
 

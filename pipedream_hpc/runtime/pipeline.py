@@ -81,6 +81,8 @@ class Pipeline:
         accumulate: minibatches per replica that one update learns from.
         split_backward: send the gradient of a stage's input before those of its weights are computed, which are
             put off; for 1f1b-flush and gpipe.
+        zero_bubble: do so, and have as many microbatches in flight as leave no bubble: twice as many, less one.
+            For 1f1b-flush.
         scheduler: called with each stage's optimizer, makes its learning-rate scheduler, which is
             stepped once per minibatch: `functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)`.
         clip: how gradients are clipped.
@@ -118,6 +120,7 @@ class Pipeline:
         chunks: int = 1,
         accumulate: int = 1,
         split_backward: bool = False,
+        zero_bubble: bool = False,
         scheduler: SchedulerFactory | None = None,
         clip: Clip | None = None,
         precision: str | None = None,
@@ -141,8 +144,9 @@ class Pipeline:
         self._wishes = Wishes(
             loss, optimizer, scheduler, clip, precision, recompute, compiler, seed, own.torch, master_weights
         )
-        if split_backward and compiler:
-            raise PipedreamError("compiled stages run backwards whole: leave split_backward away, or compiler")
+        if (split_backward or zero_bubble) and compiler:
+            asked = "zero_bubble" if zero_bubble else "split_backward"
+            raise PipedreamError(f"compiled stages run backwards whole: leave {asked} away, or compiler")
         manner = Manner(
             schedule,
             microbatches,
@@ -150,6 +154,7 @@ class Pipeline:
             accumulate,
             agree=self._wishes.needs_agreement,
             split=split_backward,
+            zero_bubble=zero_bubble,
         )
         wanted = given(plan)
         graph = capture(model, cut(example, manner.pieces(wanted))[0], leaves, self._wishes.autocast)

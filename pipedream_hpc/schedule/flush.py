@@ -23,6 +23,13 @@ of equal length::
     split   stage 0   F0 F1 F2 .  .  BW BW F3 BW BW BW BW BW BW U
             stage 1      F0 F1 .  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3 U
             stage 2         F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3 U
+
+With twice the warm-up and twice the lag no stage waits for another once the pipe is full, over the updates: the next
+minibatch comes in while the weights' gradients of this one are computed. That is ZB-H2, for 2 p - 1 units in flight on
+every stage. Two stages, minibatches of four::
+
+    zero    stage 0   F0 F1 F2 BW BW F3 BW BW BW BW BW BW U F4 F5 F6 BW BW F7 ...
+    bubble  stage 1      F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3 U F4 B4 F5 B5 F6 ...
 """
 
 from __future__ import annotations
@@ -34,18 +41,28 @@ from pipedream_hpc.schedule.flushed import Flushed
 
 @dataclass(frozen=True)
 class Flush(Flushed):
-    """1F1B within every minibatch of `microbatches` units, then one update."""
+    """1F1B within every minibatch of `microbatches` units, then one update.
+
+    Attributes:
+        zero_bubble: whether warm-up and lag are twice as long; only where backwards are split.
+    """
+
+    zero_bubble: bool = False
 
     def lag(self, stage: int) -> int:
-        """Ranks before the stage by its replicas, rounded up: what the warm-up is to those behind it."""
+        """Ranks before the stage by its replicas, rounded up, as the warm-up is of those behind it; or twice that."""
         if not self.splits(stage):
             return 0
-        replicas = len(self.layout[stage])
-        return min(-(-sum(map(len, self.layout[:stage])) // replicas), self._most_local(stage) - 1)
+        before = -(-sum(map(len, self.layout[:stage])) // len(self.layout[stage]))
+        return min(self._times * before, self._most_local(stage) - 1)
 
     def in_flight(self, stage: int) -> int:
-        """W + 1 and the lag, or all of a minibatch if they are fewer."""
-        return min(self._warm_ups[stage] + 1 + self.lag(stage), self._most_local(stage))
+        """Warm-up, lag and one, or all of a minibatch if they are fewer."""
+        return min(self._times * self._warm_ups[stage] + 1 + self.lag(stage), self._most_local(stage))
+
+    @property
+    def _times(self) -> int:
+        return 2 if self.zero_bubble else 1
 
     def _ahead(self, stage: int, count: int) -> int:
-        return self._warm_ups[stage]
+        return self._times * self._warm_ups[stage]

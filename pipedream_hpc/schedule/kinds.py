@@ -24,15 +24,15 @@ _WHOLE: dict[str, type[OneFOneB | ModelParallel | ForwardOnly]] = {
     "naive": Naive,
     "forward-only": ForwardOnly,
 }
-#: The pipe is empty at every update.
-_FLUSHED: dict[str, type[Flush | GPipe]] = {"1f1b-flush": Flush, "gpipe": GPipe}
 #: Of microbatches.
 _CUT: dict[str, type[Flush | GPipe | TwoBW | Interleaved]] = {
-    **_FLUSHED,
+    "1f1b-flush": Flush,
+    "gpipe": GPipe,
     "2bw": TwoBW,
     "interleaved": Interleaved,
 }
 NAMES = (*_WHOLE, *_CUT)
+_SPLITTING = ("1f1b-flush", "gpipe")
 
 AnySchedule = OneFOneB | ModelParallel | ForwardOnly | Flush | GPipe | TwoBW | Interleaved
 
@@ -52,6 +52,7 @@ def make(
     accumulate: int = 1,
     agree: bool = False,
     split: bool = False,
+    zero_bubble: bool = False,
 ) -> AnySchedule:
     """The schedule `kind` for `units` units.
 
@@ -64,17 +65,23 @@ def make(
         accumulate: minibatches per replica to an update; where minibatches are cut, whole minibatches.
         agree: whether all stages agree about a round before they update.
         split: whether backwards are split (1f1b-flush and gpipe only).
+        zero_bubble: whether they are, with twice as many units in flight (1f1b-flush only).
 
     Raises:
         ScheduleError: no such schedule, or it does not go with this layout or number of microbatches.
     """
-    if kind in _FLUSHED:
-        return _FLUSHED[kind](layout, units, microbatches * accumulate, links=links, agree=agree, split=split)
-    if split and kind in NAMES:
-        splitting = " or ".join(_FLUSHED)
-        raise ScheduleError(f"{kind} runs backwards whole: leave split_backward away, or use {splitting}")
+    if zero_bubble and kind in NAMES and kind != "1f1b-flush":
+        raise ScheduleError(f"zero_bubble is for 1f1b-flush, not for {kind}: leave it away, or use that schedule")
+    if split and kind in NAMES and kind not in _SPLITTING:
+        raise ScheduleError(f"{kind} runs backwards whole: leave split_backward away, or use {' or '.join(_SPLITTING)}")
+    update = microbatches * accumulate
+    if kind == "1f1b-flush":
+        split = split or zero_bubble
+        return Flush(layout, units, update, links=links, agree=agree, split=split, zero_bubble=zero_bubble)
+    if kind == "gpipe":
+        return GPipe(layout, units, update, links=links, agree=agree, split=split)
     if kind in _CUT:
-        return _CUT[kind](layout, units, microbatches * accumulate, links=links, agree=agree)
+        return _CUT[kind](layout, units, update, links=links, agree=agree)
     if kind not in _WHOLE:
         raise ScheduleError(f"there is no schedule '{kind}': choose from {', '.join(NAMES)}")
     if microbatches != 1:
