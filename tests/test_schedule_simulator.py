@@ -152,9 +152,10 @@ def test_a_unit_is_in_flight_until_its_weight_gradients_are_there() -> None:
     # rank 0    F0 F1 .  B0 B0 B1 B1
     # rank 1    .  F0 B0 F1 B1 W0 W1
     schedule = Flush(layout(1, 1), 2, 2, split=True)
-    plan = planned(schedule.layout, 1.0, 2.0, weight_gradient_s=1.0, parameter_bytes=100, output_bytes=1)
+    sizes = {"parameter_bytes": 100, "output_bytes": 1, "waiting_bytes": 10}
+    plan = planned(schedule.layout, 1.0, 2.0, weight_gradient_s=1.0, **sizes)
     memory = simulate(schedule, plan, INSTANT).memory
-    assert memory[1] == [(0.0, 100), (1.0, 101), (3.0, 102), (6.0, 101), (7.0, 100)]
+    assert memory[1] == [(0.0, 100), (1.0, 101), (2.0, 111), (3.0, 112), (4.0, 122), (6.0, 111), (7.0, 100)]
 
 
 # --- links ----------------------------------------------------------------------------------------

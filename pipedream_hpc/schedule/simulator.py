@@ -39,16 +39,18 @@ class Simulation:
         trace: when everything should happen.
         parameter_bytes: of one weight version, by stage.
         stash_bytes: that a unit in flight holds, by stage.
+        waiting_bytes: that it holds as well between the two parts of its backward, by stage.
     """
 
     trace: Trace
     parameter_bytes: tuple[int, ...]
     stash_bytes: tuple[int, ...]
+    waiting_bytes: tuple[int, ...]
 
     @cached_property
     def memory(self) -> Memory:
         """Bytes of weights and activations on every rank over time."""
-        return memory_over_time(self.trace, self.parameter_bytes, self.stash_bytes)
+        return memory_over_time(self.trace, self.parameter_bytes, self.stash_bytes, self.waiting_bytes)
 
 
 class PlannedTimes:
@@ -172,6 +174,7 @@ def simulate(
         Trace("simulated", schedule.layout, schedule.minibatches, tuple(spans), microbatches),
         tuple(stage.parameter_bytes for stage in plan.stages),
         tuple(size // microbatches for size in held),
+        tuple(stage.waiting_bytes // microbatches for stage in plan.stages),
     )
 
 
