@@ -25,13 +25,17 @@ constexpr int yields_if_crowded = 50;
 // How long a receive that cannot be cancelled is waited for.
 constexpr double longest_goodbye_s = 1.0;
 
-// Between two polls of the progress thread, which cost about 10 µs each with waking up and going to sleep.
-// A poll that took longer than an empty one has moved bytes, and more are likely to follow: whether MPI copies
-// a message at once or in a thousand pieces, this finds out. Otherwise it rests for twice as long each time;
-// something of ours to push, or a compute phase that is short against a moment's delay, allows for less.
-constexpr microseconds while_copying(20), while_moving(50), while_pushing(200), while_idle(500), longest_pause(4000);
+// Between two polls of the progress thread. A poll that took longer than an empty one has moved bytes, and more are
+// likely to follow: whether MPI copies a message at once or in a thousand pieces, this finds out. Otherwise it rests
+// for twice as long each time; something of ours to push, or a compute phase that is short against a moment's delay,
+// allows for less.
+constexpr microseconds while_copying(20), while_moving(50), while_pushing(200), while_idle(500);
 constexpr microseconds empty_poll(3), short_phase(1000);
-constexpr int pauses_per_phase = 12;
+// With a core of its own a poll costs nobody anything. Of a core that computes it takes some 50 µs with waking up,
+// going to sleep and what compute finds of its caches: so often that a message that needs three polls hides behind a
+// phase.
+constexpr int pauses_per_phase = 12, pauses_per_phase_if_shared = 4;
+constexpr microseconds longest_pause(4000), longest_pause_if_shared(20000);
 // While the main thread polls, to wake up is only to find that out, at 10 µs of the core that polls.
 constexpr microseconds while_waiting(1000);
 
@@ -209,9 +213,12 @@ microseconds Progress::pause(microseconds last, microseconds polled) const {
   // Between two calls at once there is next to no compute: the longest of the last few phases counts.
   const auto current = std::chrono::duration_cast<microseconds>(Clock::now() - computing_since_);
   const microseconds phase = std::max(current, *std::max_element(phases_.begin(), phases_.end()));
+  const bool shared = cores_.empty();
+  const microseconds longest = shared ? longest_pause_if_shared : longest_pause;
   // The main thread polls often enough by itself.
   if (phase < short_phase) return longest_pause;
-  return std::min(2 * last, std::clamp(phase / pauses_per_phase, shortest, longest_pause));
+  const int pauses = shared ? pauses_per_phase_if_shared : pauses_per_phase;
+  return std::min(2 * last, std::clamp(phase / pauses, shortest, longest));
 }
 
 void Progress::computed_until_now() {
@@ -398,9 +405,12 @@ void Progress::run() {
     }
     const Lock held(mutex_, std::try_to_lock);
     if (!held || failure_) continue;
-    const Clock::time_point began = Clock::now();
+    Clock::time_point began = Clock::now();
     try {
       ++statistics_.polls_computing;
+      // What the first takes says nothing: compute has had the caches meanwhile.
+      poll();
+      began = Clock::now();
       poll();
     } catch (...) {
       // kept in failure_, for the main thread at its next call

@@ -66,6 +66,8 @@ def test_exact_on_ranks(job: Path, launched: int, words: list[str]) -> None:
         ["--plan", "3", "--schedule", "vertical-sync"],
         ["--plan", "2", "--schedule", "2bw", "--microbatches", "3"],
         ["--plan", "2", "--precision", "bf16"],
+        ["--plan", "3", "--schedule", "gpipe", "--microbatches", "3", "--split-backward"],
+        ["--plan", "2-1", "--schedule", "1f1b-flush", "--microbatches", "4", "--zero-bubble"],
     ],
 )
 def test_exact_in_one_process(job: Path, words: list[str]) -> None:

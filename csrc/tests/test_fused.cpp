@@ -89,8 +89,8 @@ TEST_CASE("masters are stepped in place, and the weights are their roundings") {
     for (const std::size_t count : sizes) {
       for (const std::size_t off : {0, 1}) {  // on a line of the caches, and beside it
         Tensor tensor(count);
-        std::vector<std::uint16_t> room(count + line, 7);
-        std::uint16_t* const halves = on_a_line(room.data()) + off;
+        std::vector<std::uint16_t> room(count + 2 * line, 7);
+        std::uint16_t* const halves = on_a_line(room.data() + 1) + off;
         Operand operand = tensor.operand();
         operand.target = halves;
         fused_step(rule, {operand}, {true, false}, run);
@@ -101,8 +101,44 @@ TEST_CASE("masters are stepped in place, and the weights are their roundings") {
           wrong += halves[i] != bfloat16_from(bits);
         }
         CHECK(wrong == 0);
+        CHECK(halves[-1] == 7);
         CHECK(halves[count] == 7);
       }
     }
+  }
+}
+
+TEST_CASE("Adam makes the same masters, weights and averages whichever way it runs") {
+  constexpr Adam adam{-0.01f, 0.99f, 0.1f, 0.99f, 0.01f, 0.5f, 1e-8f, 1.0f, Decay::decoupled};
+  struct Made {
+    std::vector<float> weights, first, second;
+    std::vector<std::uint16_t> halves;
+    bool operator==(const Made& other) const {
+      return weights == other.weights && first == other.first && second == other.second && halves == other.halves;
+    }
+  };
+  for (const std::size_t count : sizes) {
+    std::vector<Made> by_rounding[2];  // multiply and add rounded twice, and once
+    for (const Run& run : runs()) {
+      Tensor tensor(count);
+      std::vector<float> second(count, 0.25f);
+      Made made;
+      made.halves.assign(count + 2, 7);
+      Operand operand = tensor.operand();
+      operand.target = made.halves.data() + 1;
+      operand.second = second.data();
+      fused_step(adam, {operand}, {true, false}, run);
+      CHECK(made.halves.front() == 7);
+      CHECK(made.halves.back() == 7);
+      made.weights = tensor.weights;
+      made.first = tensor.buffer;
+      made.second = second;
+      by_rounding[run.contracted].push_back(made);
+    }
+    for (const std::vector<Made>& alike : by_rounding) {
+      for (const Made& made : alike) CHECK(made == alike.front());
+    }
+    const Tensor before(count);
+    CHECK(by_rounding[0].front().weights != before.weights);
   }
 }

@@ -24,6 +24,12 @@ def run(
         typer.Option(help="To a minibatch, for the schedules that cut it.", min=1),
     ] = None,
     chunks: Annotated[int, typer.Option(help="Stages per rank, for interleaved.", min=1)] = 1,
+    split_backward: Annotated[
+        bool, typer.Option(help="As in training: 1f1b-flush or gpipe with split backwards.")
+    ] = False,
+    zero_bubble: Annotated[
+        bool, typer.Option(help="As in training: 1f1b-flush with twice as many microbatches in flight.")
+    ] = False,
     precision: Annotated[Optional[str], typer.Option(help="bf16: forwards under autocast.")] = None,  # noqa: UP045
     master_weights: Annotated[bool, typer.Option(help="Keep a float32 master of every bfloat16 weight.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
@@ -78,6 +84,8 @@ def run(
         schedule=schedule,
         microbatches=microbatches,
         chunks=chunks,
+        split_backward=split_backward,
+        zero_bubble=zero_bubble,
         precision=precision,
         master_weights=master_weights,
         device=device,
