@@ -407,7 +407,7 @@ void Progress::run() {
     if (!held || failure_) continue;
     Clock::time_point began = Clock::now();
     try {
-      ++statistics_.polls_computing;
+      statistics_.polls_computing += 2;
       // What the first takes says nothing: compute has had the caches meanwhile.
       poll();
       began = Clock::now();

@@ -106,6 +106,13 @@ def test_ranks_with_examples_of_different_sizes() -> None:
     assert "on rank 1" in text
 
 
+def test_ranks_that_run_backwards_in_different_parts() -> None:
+    assert sentence(fails("parts")) == (
+        "ranks disagree about the parts of backwards (--split-backward, --zero-bubble): split on rank 0, "
+        "split, without a bubble on rank 1: start every rank with the same"
+    )
+
+
 def test_ranks_with_loaders_of_different_lengths() -> None:
     assert "ranks disagree about the minibatches: 20 on rank 0, 19 on rank 3" in sentence(fails("length"))
 

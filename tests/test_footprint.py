@@ -74,6 +74,45 @@ def test_recompute_keeps_the_activations_of_one_minibatch() -> None:
     assert kept == 2 * again
 
 
+class Block(nn.Module):
+    """A layer made of others, wide within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(16, 128), nn.Linear(128, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.narrow(self.wide(x).sigmoid())
+
+
+@pytest.mark.parametrize("recompute", [None, True])
+def test_layers_made_of_others_keep_what_waits_within_them(recompute: bool | None) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(Block(), Block(), Block()), torch.randn(64, 16), torch.randn(64, 16)
+    loss = nn.functional.mse_loss
+    profile = measure(capture(model, x, [Block]), x, minibatches=1, warm_up=0, loss=lambda output: loss(output, y))
+    assert [layer.waiting_bytes for layer in profile.layers] == [64 * (128 + 16) * F] * 3
+    plan = solve(profile, Topology((Level("node", 3, 0.0, 1e12),), "cpu"), Request(straight=True))
+    with Pipeline(
+        model,
+        loss=loss,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        example=x,
+        plan=plan,
+        schedule="1f1b-flush",
+        microbatches=8,
+        zero_bubble=True,
+        recompute=recompute,
+        leaves=[Block],
+        device="cpu",
+    ) as pipeline:
+        pipeline.fit([(x, y)] * 2)
+        for each in pipeline.footprints():
+            assert each.planned is not None
+            assert each.planned.activations / 2 <= each.measured.activations <= each.planned.activations + 256
+
+
+@pytest.mark.parametrize("anew", [None, True, False])
 @pytest.mark.parametrize("recompute", ["never", "always"])
 @pytest.mark.parametrize(
     ("options", "in_flight"),
@@ -90,7 +129,7 @@ def test_recompute_keeps_the_activations_of_one_minibatch() -> None:
     ids=lambda each: "-".join(map(str, each.values())) if isinstance(each, dict) else "",
 )
 def test_a_plan_knows_the_memory_of_the_way_it_is_run(
-    recompute: Recompute, options: dict[str, Any], in_flight: list[int]
+    recompute: Recompute, anew: bool | None, options: dict[str, Any], in_flight: list[int]
 ) -> None:
     """Planned for 1F1B on whole minibatches. Layers put out their input's size, and linear ones keep it."""
     torch.manual_seed(0)
@@ -107,6 +146,7 @@ def test_a_plan_knows_the_memory_of_the_way_it_is_run(
         optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
         example=x,
         plan=plan,
+        recompute=anew,
         device="cpu",
         **options,
     ) as pipeline:

@@ -92,6 +92,45 @@ class Alike(Kept):
         return self.inner(x) + self.shift.view_as(x)
 
 
+class Computed(Written):
+    """The layer's weight is no parameter of its own, but computed in every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        del self.inner.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.inner.weight = self.raw.tanh()
+        return self.inner(x)
+
+
+class Steepest(Written):
+    """The slope of a layer within the forward, which no gradient comes to afterwards."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            entry = x if x.requires_grad else x.detach().requires_grad_()
+            slope, pull = torch.autograd.grad(self.inner(entry).tanh().sum(), [entry, self.inner.bias])
+        return self.inner(x + 0.1 * slope.sign() + pull.mean())
+
+
+class Deep(Written):
+    """Several layers whose forward is run again in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(4)])
+        self.runs = 0
+        self.layers[0].register_forward_hook(self.count)
+
+    def count(self, *_: Any) -> None:
+        self.runs += 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(checkpoint(self.layers, x, use_reentrant=False))
+
+
 class Normed(Written):
     """The weight is computed from others."""
 
@@ -188,7 +227,7 @@ LAYERS: list[Callable[[], nn.Module]] = [
     lambda: nn.Linear(WIDTH, WIDTH),
     lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True),
     Written, Twice, Shared, Tied, Branches, Frozen, Normed, Checkpointed, Reentrant, Swish, Derived, Stopped, Convolved,
-    Without, Alike,
+    Without, Alike, Computed, Steepest, Deep,
 ]  # fmt: skip
 
 
@@ -280,6 +319,16 @@ def test_the_first_part_computes_no_gradient_that_can_wait() -> None:
     late = dict(put_off.second_part(5))
     got = [late.get(parameter, parameter.grad) for parameter in (entry, *layers.parameters())]
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_checkpointed_layers_run_their_forward_once_more_only() -> None:
+    layer = Deep()
+    put_off, x = PutOff(layer, lambda leaf: True), torch.randn(2, WIDTH, requires_grad=True)
+    with put_off.noting(0):
+        out = layer(x)
+    put_off.first_part(0, lambda: out.sum().backward())
+    assert len(list(put_off.second_part(0))) == 2, "the layer beside them puts its weight and bias off"
+    assert layer.runs == 2
 
 
 def test_nothing_is_kept_of_a_unit_that_is_done() -> None:

@@ -311,6 +311,14 @@ def test_weight_gradients_come_in_the_order_of_the_units(
             assert second == (first if stage else []), "the input stage's backwards are whole"
 
 
+def test_stages_that_agree_need_as_many_replicas_each() -> None:
+    Flush(layout(2, 2), 4, 4, agree=True)
+    with pytest.raises(
+        ScheduleError, match=r"some have more replicas than others, here 1-2-1: give every stage as many"
+    ):
+        Flush(layout(1, 2, 1), 4, 4, agree=True)
+
+
 @pytest.mark.parametrize("kind", sorted({*kinds.NAMES} - {"1f1b-flush", "gpipe"}))
 def test_other_schedules_run_backwards_whole(kind: str) -> None:
     with pytest.raises(

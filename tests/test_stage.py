@@ -58,3 +58,48 @@ def test_a_gradient_that_is_sent_stands_in_memory_of_its_own(middle: type[nn.Mod
         pipeline.fit([(x, y)] * 3)
     assert len(sent) == 6
     assert all(torch.equal(now, then) for now, then in sent), "as MPI would have read it, however late"
+
+
+class Added(nn.Module):
+    """A layer, and a weight as large as what it puts out: the gradient that comes in is that of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.shift = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.zeros(SAMPLES * WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.shift.view(SAMPLES, WIDTH)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_weights_gradient_leaves_the_slot_before_that_is_given_back(split: bool) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(4 * SAMPLES, WIDTH), torch.randn(4 * SAMPLES, 2)
+    with Pipeline(
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), Added(), nn.Linear(WIDTH, 2)),
+        loss=nn.functional.mse_loss,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        example=x,
+        plan="1-1-1",
+        schedule="1f1b-flush",
+        microbatches=4,
+        split_backward=split,
+        leaves=[Added],
+        device="cpu",
+    ) as pipeline:
+        stage = pipeline.stages[1]
+        (inbox,) = (box for port, box in stage.ports.inboxes.items() if port[0] == "gradient")
+        release = inbox.release
+
+        def given_back(unit: int) -> None:
+            """From here on the slot is for the next gradient."""
+            for slot in inbox._slots:  # type: ignore[attr-defined]
+                places = {tensor.untyped_storage().data_ptr() for tensor in slot}
+                for parameter in stage.stash.trained:
+                    assert parameter.grad is None or parameter.grad.untyped_storage().data_ptr() not in places
+            release(unit)
+
+        inbox.release = given_back  # type: ignore[method-assign]
+        pipeline.fit([(x, y)] * 2)
+        # The gradient that came in waits with the layer, but in its slot, which counts already.
+        assert stage.scales.waiting_bytes == 0

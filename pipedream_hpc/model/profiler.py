@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from pipedream_hpc.errors import PipedreamError
@@ -19,7 +20,7 @@ from pipedream_hpc.model.cut import Cut, Part, enter
 from pipedream_hpc.model.graph import Layer, LayerGraph
 from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.untouched import untouched
-from pipedream_hpc.planning.profile import LayerProfile, Profile
+from pipedream_hpc.planning.profile import PRODUCTS, LayerProfile, Profile
 
 
 def measure(
@@ -75,7 +76,8 @@ def measure(
         device=name,
         minibatch=_minibatch(graph),
         layers=tuple(
-            _profile(layer, *figures) for layer, *figures in zip(graph.layers, forward, backward, stashed, strict=True)
+            _profile(layer, took_s, back_s, *sizes)
+            for layer, took_s, back_s, sizes in zip(graph.layers, forward, backward, stashed, strict=True)
         ),
         edges=graph.edges,
     )
@@ -156,7 +158,7 @@ def count(graph: LayerGraph, model: str = "") -> Profile:
     layers = []
     for layer in graph.layers:
         forward_s = (layer.operations + layer.output_bytes // 4) / 1e9
-        layers.append(_profile(layer, forward_s, 2 * forward_s, stash_bytes=0))
+        layers.append(_profile(layer, forward_s, 2 * forward_s, stash_bytes=0, inner_bytes=0))
     name = model or type(graph.module).__name__
     return Profile(name, "counted", _minibatch(graph), tuple(layers), graph.edges)
 
@@ -166,8 +168,8 @@ def _stashed_by_layer(
     arguments: tuple[Any, ...],
     loss: Callable[[Any], torch.Tensor] | None,
     precision: Precision | None,
-) -> list[int]:
-    """Run each layer by itself on what the layers before it put out, to see what it stashes.
+) -> list[tuple[int, int]]:
+    """Run each layer by itself on what the layers before it put out, to see what it stashes, and puts out within.
 
     What the loss stashes counts with the last layer: of a language model as much as its output.
     """
@@ -184,16 +186,19 @@ def _stashed_by_layer(
         for position in part.rewrites:
             given[position] = enter(given[position]) if given[position].requires_grad else given[position].clone()
         with (precision or nullcontext)():
-            stash_bytes, returned = _stashed_bytes(part, given, loss)
-        stashed.append(stash_bytes)
+            stash_bytes, inner_bytes, returned = _stashed_bytes(part, given, loss)
+        stashed.append((stash_bytes, inner_bytes))
         values.update((value.name, exit.detach()) for value, exit in zip(part.exits, returned, strict=False))
     return stashed
 
 
 def _stashed_bytes(
     part: Part, given: list[Any], loss: Callable[[Any], torch.Tensor] | None
-) -> tuple[int, tuple[Any, ...]]:
-    """What autograd keeps from this layer's forward to its backward, without the weights; what it returns."""
+) -> tuple[int, int, tuple[Any, ...]]:
+    """Bytes that autograd keeps from this layer's forward to its backward, without the weights; bytes that products in
+    it put out; and what it returns.
+    """
+    put_out = 0
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in part.module.parameters()}
 
@@ -203,11 +208,18 @@ def _stashed_bytes(
             kept[storage.data_ptr()] = _allocated(storage)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    def count_out(module: nn.Module, given: Any, out: Any) -> None:
+        nonlocal put_out
+        put_out += out.nbytes if isinstance(out, torch.Tensor) else 0
+
+    products = [module for module in part.module.modules() if type(module).__name__ in PRODUCTS]
+    with ExitStack() as hooks, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for module in products:
+            hooks.callback(module.register_forward_hook(count_out).remove)
         returned = part.run(given)
         if part.output and loss is not None:
             loss(returned[-1])
-    return sum(kept.values()), returned
+    return sum(kept.values()), put_out, returned
 
 
 def _allocated(storage: torch.UntypedStorage) -> int:
@@ -215,7 +227,7 @@ def _allocated(storage: torch.UntypedStorage) -> int:
     return -(-storage.nbytes() // 512) * 512 if storage.device.type == "cuda" else storage.nbytes()
 
 
-def _profile(layer: Layer, forward_s: float, backward_s: float, stash_bytes: int) -> LayerProfile:
+def _profile(layer: Layer, forward_s: float, backward_s: float, stash_bytes: int, inner_bytes: int) -> LayerProfile:
     return LayerProfile(
         name=layer.name,
         kind=layer.kind,
@@ -224,6 +236,7 @@ def _profile(layer: Layer, forward_s: float, backward_s: float, stash_bytes: int
         output_bytes=layer.output_bytes,
         parameter_bytes=layer.parameter_bytes,
         stash_bytes=stash_bytes,
+        inner_bytes=0 if layer.kind in PRODUCTS else inner_bytes,
         output_shape=layer.output_shape,
         output_dtype=None if layer.output_dtype is None else str(layer.output_dtype).removeprefix("torch."),
     )

@@ -39,6 +39,7 @@ class LayerProfile:
         output_shape: shape of the output, first dimension the minibatch; None when imported.
         output_dtype: such as `float32`; None when imported.
         update_s: time of the optimizer's step on its parameters; 0 when not measured.
+        inner_bytes: bytes that products within a layer made of others put out; 0 when not measured.
     """
 
     __pydantic_config__ = STRICT
@@ -53,6 +54,7 @@ class LayerProfile:
     output_shape: tuple[Annotated[int, Ge(0)], ...] | None = None
     output_dtype: str | None = None
     update_s: Seconds = 0.0
+    inner_bytes: Bytes = 0
 
     @property
     def weight_gradient_s(self) -> float:
@@ -64,8 +66,8 @@ class LayerProfile:
 
     @property
     def waiting_bytes(self) -> int:
-        """What has to be kept for that beside the stash: the output's gradient."""
-        return self.output_bytes if self.weight_gradient_s else 0
+        """What has to be kept beside the stash where the weights' gradients wait: those of outputs."""
+        return self.output_bytes if self.parameter_bytes and self.kind in PRODUCTS else self.inner_bytes
 
     @property
     def work_s(self) -> float:

@@ -34,6 +34,7 @@ def scaled(profile: Profile, *, minibatch: int | None = None, compute: float = 1
             update_s=each.update_s * compute,
             output_bytes=round(each.output_bytes * part),
             stash_bytes=round(each.stash_bytes * part),
+            inner_bytes=round(each.inner_bytes * part),
             output_shape=(samples, *shape[1:]) if shape and shape[0] == profile.minibatch else shape,
         )
 

@@ -47,7 +47,6 @@ class Wishes:
     scheduler: SchedulerFactory | None
     clip: Clip | None
     precision: str | None
-    recompute: bool | None
     compiler: str | None
     seed: int
     device: torch.device = CPU
@@ -172,7 +171,6 @@ def _stage(
             # The last bucket says which parameters had a gradient: the host looks at it.
             reduction = StagedReduction(reduction, packing.buckets, CopyStream(wishes.device), on_host=1)
         averager = Averager(packing, reduction)
-    planned = deployment.plan.stages[index].recompute
     return Stage(
         index,
         replica,
@@ -185,7 +183,7 @@ def _stage(
         wishes.loss,
         wishes.seed,
         put_off=PutOff(part.module, stash.trains) if training.splits(index) else None,
-        recompute=planned if wishes.recompute is None else wishes.recompute,
+        recompute=deployment.plan.stages[index].recompute,
         precision=wishes.autocast or contextlib.nullcontext,
         compiler=wishes.compiler,
     )

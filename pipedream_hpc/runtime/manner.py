@@ -40,6 +40,7 @@ class Manner:
         agree: whether all stages agree about gradients before they update.
         split: whether backwards are split.
         zero_bubble: whether they are, with twice as many units in flight.
+        recompute: whether stages run their forwards again before backwards; None for what the plan says of each.
     """
 
     schedule: str | None = None
@@ -49,6 +50,12 @@ class Manner:
     agree: bool = False
     split: bool = False
     zero_bubble: bool = False
+    recompute: bool | None = None
+
+    @property
+    def parts(self) -> str:
+        """How backwards are run, in words."""
+        return "split, without a bubble" if self.zero_bubble else "split" if self.split else "whole"
 
     def pieces(self, wanted: Plan | tuple[int, ...] | int) -> int:
         """Units that a minibatch is cut into."""
@@ -98,7 +105,9 @@ def resolve(wanted: Plan | tuple[int, ...] | int, name: str, graph: LayerGraph, 
         plan,
         schedule=kind,
         microbatches=pieces,
-        stages=tuple(_as_run(stage, index, plan, schedule, pieces) for index, stage in enumerate(plan.stages)),
+        stages=tuple(
+            _as_run(stage, index, plan, schedule, pieces, manner.recompute) for index, stage in enumerate(plan.stages)
+        ),
     )
 
 
@@ -125,7 +134,9 @@ def layout_of(plan: Plan, kind: str, manner: Manner) -> Layout:
     return folded(plan.layout, manner.chunks) if kind == "interleaved" else plan.layout
 
 
-def _as_run(stage: StagePlan, index: int, planned: Plan, schedule: kinds.AnySchedule, pieces: int) -> StagePlan:
+def _as_run(
+    stage: StagePlan, index: int, planned: Plan, schedule: kinds.AnySchedule, pieces: int, recompute: bool | None
+) -> StagePlan:
     """A stage of a plan that is run in another way than it was planned for: what is in flight then, and its memory.
 
     Args:
@@ -134,10 +145,12 @@ def _as_run(stage: StagePlan, index: int, planned: Plan, schedule: kinds.AnySche
         planned: the plan it is of.
         schedule: that is run.
         pieces: that minibatches are cut into.
+        recompute: whether forwards are run again; None as planned.
     """
+    again = stage.recompute if recompute is None else recompute
     units, lag, was = schedule.in_flight(index), schedule.lag(index), stage.memory
     if was is None:
-        return dataclasses.replace(stage, in_flight=units)
+        return dataclasses.replace(stage, in_flight=units, recompute=again)
     sent = stage.output_bytes if index + 1 < len(planned.stages) else 0
     parts = MemoryRule(planned.optimizer, schedule.versions(index), pieces).parts(
         parameter_bytes=stage.parameter_bytes,
@@ -145,13 +158,13 @@ def _as_run(stage: StagePlan, index: int, planned: Plan, schedule: kinds.AnySche
         input_bytes=max(0, was.slots * planned.microbatches - 2 * sent) / (stage.in_flight + 1),
         output_bytes=sent,
         in_flight=units,
-        recompute=stage.recompute,
+        recompute=again,
         lag=lag,
         waiting_bytes=stage.waiting_bytes if schedule.splits(index) else 0,
     )
     parts["weights"] = schedule.versions(index) * stage.parameter_bytes  # as many slabs, used or not
     memory = MemoryParts(**{part: math.ceil(size) for part, size in parts.items()})
-    return dataclasses.replace(stage, in_flight=units, memory=memory)
+    return dataclasses.replace(stage, in_flight=units, memory=memory, recompute=again)
 
 
 def _check_in_flight(plan: Plan, name: str, schedule: Schedule) -> None:

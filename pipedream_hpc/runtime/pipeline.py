@@ -141,9 +141,7 @@ class Pipeline:
         self.devices = agree_on_devices(self.world, own, limit_s=stall_limit_s)
         #: How boundary tensors travel between ranks.
         self.route = choose_route(self.world, own, limit_s=stall_limit_s)
-        self._wishes = Wishes(
-            loss, optimizer, scheduler, clip, precision, recompute, compiler, seed, own.torch, master_weights
-        )
+        self._wishes = Wishes(loss, optimizer, scheduler, clip, precision, compiler, seed, own.torch, master_weights)
         if (split_backward or zero_bubble) and compiler:
             asked = "zero_bubble" if zero_bubble else "split_backward"
             raise PipedreamError(f"compiled stages run backwards whole: leave {asked} away, or compiler")
@@ -155,6 +153,7 @@ class Pipeline:
             agree=self._wishes.needs_agreement,
             split=split_backward,
             zero_bubble=zero_bubble,
+            recompute=recompute,
         )
         wanted = given(plan)
         graph = capture(model, cut(example, manner.pieces(wanted))[0], leaves, self._wishes.autocast)

@@ -11,11 +11,13 @@ are added up in another order.
 
 How. The forward of such a layer is a graph of its own, which the stage's graph knows as one function of x alone::
 
-    stage     ... ──► x ──► [ function ] ──► y ──► ...        its backward asks the inner graph for gx, and keeps gy
+    stage     ... ──► x, W ──► [ function ] ──► y ──► ...     its backward asks the inner graph for gx, and keeps gy
     inner             x' ─┐
                       W  ─┴► product ──► y'                   asked for gW with that gy, when there is time
 
-Whatever else uses the weight, or writes over y, is in the stage's graph and treated as ever.
+Whatever else uses the weight, or writes over y, is in the stage's graph and treated as ever. A layer whose weight is
+no parameter of its own is whole, and so is one within activation checkpointing, which would run its forward again for
+every such graph.
 """
 
 from __future__ import annotations
@@ -34,15 +36,19 @@ from pipedream_hpc.planning.profile import PRODUCTS
 
 #: Exactly these: a class derived from one may do anything.
 _PRODUCTS = frozenset(getattr(nn, kind) for kind in PRODUCTS)
+#: What they compute with, when nobody has put anything else in the place of these parameters.
+_KEYS = {"weight", "bias"}
 
 
 class Call:
     """One call of a layer in the forward of a unit, until the gradients of its weights are there."""
 
-    __slots__ = ("forward", "gradient", "leaves", "x", "y")
+    __slots__ = ("forward", "gradient", "leaves", "unit", "x", "y")
 
-    def __init__(self, forward: Callable[[torch.Tensor], torch.Tensor], leaves: list[nn.Parameter]) -> None:
-        self.forward, self.leaves = forward, leaves
+    def __init__(
+        self, unit: _Unit, forward: Callable[[torch.Tensor], torch.Tensor], leaves: list[nn.Parameter]
+    ) -> None:
+        self.unit, self.forward, self.leaves = unit, forward, leaves
         self.x: torch.Tensor | None = None
         self.y: GradientEdge | None = None
         self.gradient: torch.Tensor | None = None  # of y, once backward has brought it
@@ -58,10 +64,10 @@ class Call:
 
 
 class _Product(torch.autograd.Function):
-    """The layer of a call as a function of its input."""
+    """The layer of a call as a function of its input and its weights."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, call: Call) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, call: Call, *leaves: nn.Parameter) -> torch.Tensor:
         ctx.call = call
         with torch.enable_grad():
             call.x = x.detach().requires_grad_()
@@ -71,13 +77,16 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         call: Call = ctx.call
         assert call.x is not None
         assert call.y is not None
+        if not call.unit.splitting:  # somebody differentiates within the forward
+            to_input, *to_leaves = torch.autograd.grad(call.y, [call.x, *call.leaves], gradient, retain_graph=True)
+            return (to_input, None, *to_leaves)
         call.gradient = gradient
         (to_input,) = torch.autograd.grad(call.y, call.x, gradient, retain_graph=True)
-        return to_input, None
+        return (to_input, None, *[None] * len(call.leaves))
 
 
 @dataclass
@@ -87,6 +96,7 @@ class _Unit:
     calls: list[Call] = field(default_factory=list)
     # Weights that take part in them, and what a gradient has already, from uses outside those calls.
     early: dict[nn.Parameter, torch.Tensor | None] = field(default_factory=dict)
+    splitting: bool = False  # whether its backward runs its first part
 
 
 class PutOff:
@@ -119,11 +129,12 @@ class PutOff:
     def first_part(self, unit: int, backward: Callable[[], None]) -> None:
         """Run `backward` of `unit` to the stage's entries, and to the weights that nobody puts off."""
         own = self._splitting = self._units[unit]
+        own.splitting = True
         sums = [(leaf, leaf.grad) for leaf in own.early]
         for leaf in own.early:
             leaf.grad = None
         backward()
-        self._splitting = None
+        own.splitting, self._splitting = False, None
         for leaf, before in sums:
             if leaf.grad is not None:
                 own.early[leaf] = leaf.grad
@@ -160,11 +171,16 @@ class PutOff:
         """A call of `layer`; None where its backward is to be whole."""
         if self._noting is None or not torch.is_grad_enabled() or not x.requires_grad:
             return None
+        if (
+            torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+            or not layer._parameters.keys() >= _KEYS
+        ):
+            return None
         leaves = [leaf for leaf in layer._parameters.values() if leaf is not None and leaf.requires_grad]
         # A second call with the same weights is whole: what a unit adds to a weight later is one gradient.
         if not leaves or not all(map(self._trained, leaves)) or not self._noting.early.keys().isdisjoint(leaves):
             return None
-        made = Call(forward, leaves)
+        made = Call(self._noting, forward, leaves)
         self._noting.calls.append(made)
         self._noting.early.update(dict.fromkeys(leaves))
         return made
@@ -180,6 +196,6 @@ class _Forward:
         if len(arguments) == 1 and not named:
             call = self._owner.call(self._layer, self._forward, arguments[0])
             if call is not None:
-                made: torch.Tensor = _Product.apply(arguments[0], call)  # type: ignore[no-untyped-call]
+                made: torch.Tensor = _Product.apply(arguments[0], call, *call.leaves)  # type: ignore[no-untyped-call]
                 return made
         return self._forward(*arguments, **named)

@@ -76,7 +76,7 @@ def rehearse(
     if len(data) < 2:
         return None
     clip = job.clip if job.clip is not None and job.clip.over == "stage" else None
-    wishes = Wishes(job.loss, job.optimizer, job.scheduler, clip, precision, False, None, 0, device)
+    wishes = Wishes(job.loss, job.optimizer, job.scheduler, clip, precision, None, 0, device)
     # Where stages must agree there is no 1F1B: flushing after every minibatch costs as much where all take turns.
     manner = Manner("1f1b-flush" if wishes.needs_agreement else "1f1b", 1, agree=wishes.needs_agreement)
     wanted = tuple([1] * min(len(graph.layers), 2))

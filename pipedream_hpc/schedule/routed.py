@@ -79,7 +79,13 @@ class Routed:
     def __post_init__(self) -> None:
         if self.accumulate < 1:
             raise ScheduleError(f"an update needs gradients of at least one minibatch, not of {self.accumulate}")
-        if self.agree and not (self.synchronous and len({len(ranks) for ranks in self.layout}) == 1):
+        if self.agree and self.synchronous and len({len(ranks) for ranks in self.layout}) > 1:
+            raise ScheduleError(
+                "stages cannot agree about gradients (to clip by their global norm, or to scale losses) where some "
+                f"have more replicas than others, here {'-'.join(str(len(ranks)) for ranks in self.layout)}: give "
+                "every stage as many; otherwise bf16, and clip per stage"
+            )
+        if self.agree and not self.synchronous:
             raise ScheduleError(
                 "stages cannot agree about gradients (to clip by their global norm, or to scale losses) where each "
                 "updates by itself: for fp16 or clipping over the model use 1f1b-flush or gpipe; otherwise bf16, and "

@@ -43,6 +43,10 @@ def main() -> None:
         batches[3] = (torch.zeros(chains.SAMPLES + 1, chains.FEATURES), torch.zeros(chains.SAMPLES + 1).long())
     if how == "example" and os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
         example = example[:5]
+    more = {}
+    if how == "parts":
+        own = {"zero_bubble": True} if os.environ.get("OMPI_COMM_WORLD_RANK") == "1" else {"split_backward": True}
+        more = {"schedule": "1f1b-flush", "microbatches": 2, **own}
     stamp()
     pipeline = Pipeline(
         chains.plain_model(),
@@ -51,6 +55,7 @@ def main() -> None:
         example=example,
         plan=rest[0] if rest else 4,
         stall_limit_s=3,
+        **more,
     )
     if how == "data" and pipeline.rank == 3:
         batches = chains.minibatches(20)[::-1]
