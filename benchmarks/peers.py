@@ -200,7 +200,7 @@ def found_at(medians: dict[str, float], way: str) -> list[str]:
 
 def draw(every: list[dict[str, Any]], path: Path) -> None:
     """The best of every way, side by side."""
-    figure = Figure(figsize=(4.4 * len(every), 4.4), layout="constrained")
+    figure = Figure(figsize=(5.0 * len(every), 4.6), layout="constrained")
     for axes, found in zip(figure.subplots(1, len(every), squeeze=False)[0], every, strict=True):
         names = list(dict.fromkeys(name.split("|")[0] for name in found["seconds"]))
         best = sorted((_best(found, f"{name}|") for name in names), reverse=True)
@@ -209,7 +209,7 @@ def draw(every: list[dict[str, Any]], path: Path) -> None:
             "tab:blue" if "pipedream" in name else "tab:orange" if "torch" in name else "tab:gray" for name in labels
         ]
         axes.barh(labels, [median * 1e3 for median, _ in best], color=colors)
-        axes.set_title(found["model"].replace(", batch", ",\nbatch"), fontsize="medium")
+        axes.set_title(found["model"].replace(", ", ",\n"), fontsize="medium")
         axes.set_xlabel("ms per global batch")
         axes.tick_params(labelsize="small")
     figure.savefig(path, dpi=130)
