@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -31,22 +32,38 @@ class Same(nn.Module):
         return x.view(SAMPLES, WIDTH)
 
 
-@pytest.mark.parametrize("middle", [Shift, Same])
-def test_a_gradient_that_is_sent_stands_in_memory_of_its_own(middle: type[nn.Module]) -> None:
-    torch.manual_seed(0)
-    sent: list[tuple[torch.Tensor, torch.Tensor]] = []
-    x, y = torch.randn(2 * SAMPLES, WIDTH), torch.randn(2 * SAMPLES, 2)
-    with Pipeline(
-        nn.Sequential(nn.Linear(WIDTH, WIDTH), middle(), nn.Linear(WIDTH, 2)),
+class Added(nn.Module):
+    """A layer, and a weight as large as what it puts out: the gradient that comes in is that of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.shift = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.zeros(SAMPLES * WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.shift.view(SAMPLES, WIDTH)
+
+
+def around(middle: nn.Module, x: torch.Tensor, **options: Any) -> Pipeline:
+    """Three stages, `middle` being the second."""
+    return Pipeline(
+        nn.Sequential(nn.Linear(WIDTH, WIDTH), middle, nn.Linear(WIDTH, 2)),
         loss=nn.functional.mse_loss,
         optimizer=partial(torch.optim.SGD, lr=0.1),
         example=x,
         plan="1-1-1",
         schedule="1f1b-flush",
-        microbatches=2,
-        leaves=[Shift, Same],
+        leaves=[type(middle)],
         device="cpu",
-    ) as pipeline:
+        **options,
+    )
+
+
+@pytest.mark.parametrize("middle", [Shift, Same])
+def test_a_gradient_that_is_sent_stands_in_memory_of_its_own(middle: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    sent: list[tuple[torch.Tensor, torch.Tensor]] = []
+    x, y = torch.randn(2 * SAMPLES, WIDTH), torch.randn(2 * SAMPLES, 2)
+    with around(middle(), x, microbatches=2) as pipeline:
         (outbox,) = (box for port, box in pipeline.stages[1].ports.outboxes.items() if port[0] == "gradient")
         send = outbox.send
 
@@ -60,33 +77,11 @@ def test_a_gradient_that_is_sent_stands_in_memory_of_its_own(middle: type[nn.Mod
     assert all(torch.equal(now, then) for now, then in sent), "as MPI would have read it, however late"
 
 
-class Added(nn.Module):
-    """A layer, and a weight as large as what it puts out: the gradient that comes in is that of both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.shift = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.zeros(SAMPLES * WIDTH))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inner(x) + self.shift.view(SAMPLES, WIDTH)
-
-
 @pytest.mark.parametrize("split", [False, True])
 def test_a_weights_gradient_leaves_the_slot_before_that_is_given_back(split: bool) -> None:
     torch.manual_seed(0)
     x, y = torch.randn(4 * SAMPLES, WIDTH), torch.randn(4 * SAMPLES, 2)
-    with Pipeline(
-        nn.Sequential(nn.Linear(WIDTH, WIDTH), Added(), nn.Linear(WIDTH, 2)),
-        loss=nn.functional.mse_loss,
-        optimizer=partial(torch.optim.SGD, lr=0.1),
-        example=x,
-        plan="1-1-1",
-        schedule="1f1b-flush",
-        microbatches=4,
-        split_backward=split,
-        leaves=[Added],
-        device="cpu",
-    ) as pipeline:
+    with around(Added(), x, microbatches=4, split_backward=split) as pipeline:
         stage = pipeline.stages[1]
         (inbox,) = (box for port, box in stage.ports.inboxes.items() if port[0] == "gradient")
         release = inbox.release

@@ -96,9 +96,8 @@ def resolve(wanted: Plan | tuple[int, ...] | int, name: str, graph: LayerGraph, 
     if not isinstance(wanted, Plan):
         plan = dataclasses.replace(plan, notes=(*plan.notes, COUNTED))
     if manner.schedule is None:
-        _check_in_flight(
-            plan, name, _schedule(plan, plan.schedule, plan.microbatches, Manner(accumulate=manner.accumulate))
-        )
+        whole = dataclasses.replace(manner, split=False, zero_bubble=False)  # as plans are made
+        _check_in_flight(plan, name, _schedule(plan, plan.schedule, plan.microbatches, whole))
     kind, pieces = manner.schedule or plan.schedule, manner.pieces(wanted)
     schedule = _schedule(plan, kind, pieces, manner)
     return dataclasses.replace(

@@ -19,6 +19,7 @@ input stage's backwards are not split, since nobody waits for them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ from pipedream_hpc.schedule.routed import Microbatched, alternate
 
 
 @dataclass(frozen=True)
-class Flushed(Microbatched):
+class Flushed(Microbatched, ABC):
     """Every replica runs ahead by some forwards, then alternates; one update per minibatch of `microbatches` units.
 
     Attributes:
@@ -55,6 +56,6 @@ class Flushed(Microbatched):
             yield from weights[max(0, len(own) - lag) :]
             yield from self._update(stage, number)
 
+    @abstractmethod
     def _ahead(self, stage: int, count: int) -> int:
         """Forwards before the first backward, of `count`."""
-        raise NotImplementedError
