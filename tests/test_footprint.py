@@ -79,10 +79,10 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.wide, self.narrow = nn.Linear(16, 128), nn.Linear(128, 16)
+        self.norm, self.wide, self.narrow = nn.LayerNorm(16), nn.Linear(16, 128), nn.Linear(128, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.narrow(self.wide(x).sigmoid())
+        return self.narrow(self.wide(self.norm(x)).sigmoid())
 
 
 @pytest.mark.parametrize("recompute", [None, True])
@@ -92,6 +92,7 @@ def test_layers_made_of_others_keep_what_waits_within_them(recompute: bool | Non
     loss = nn.functional.mse_loss
     profile = measure(capture(model, x, [Block]), x, minibatches=1, warm_up=0, loss=lambda output: loss(output, y))
     assert [layer.waiting_bytes for layer in profile.layers] == [64 * (128 + 16) * F] * 3
+    assert [layer.outside_bytes for layer in profile.layers] == [2 * 16 * F] * 3
     plan = solve(profile, Topology((Level("node", 3, 0.0, 1e12),), "cpu"), Request(straight=True))
     with Pipeline(
         model,
@@ -110,6 +111,11 @@ def test_layers_made_of_others_keep_what_waits_within_them(recompute: bool | Non
         for each in pipeline.footprints():
             assert each.planned is not None
             assert each.planned.activations / 2 <= each.measured.activations <= each.planned.activations + 256
+            # The norm's gradients wait until those of the products are there, in as many units.
+            (stage,) = each.stages
+            waiting = 0 if stage == 0 else 1 + min(2 * stage, 8)
+            assert each.measured.gradients == plan.stages[stage].parameter_bytes + waiting * 2 * 16 * F
+            assert each.planned.gradients == each.measured.gradients
 
 
 @pytest.mark.parametrize("anew", [None, True, False])

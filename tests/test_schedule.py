@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from schedules import drawn, lanes, layout, versions
 
 from pipedream_hpc.schedule import kinds
-from pipedream_hpc.schedule.actions import Backward, Reduce, ScheduleError, Send, WeightGradient
+from pipedream_hpc.schedule.actions import Backward, Reduce, ScheduleError, Send, Update, WeightGradient
 from pipedream_hpc.schedule.data_parallel import DataParallel
 from pipedream_hpc.schedule.flush import Flush
 from pipedream_hpc.schedule.forward_only import ForwardOnly
@@ -229,7 +230,7 @@ def test_interleaved_says_what_it_needs() -> None:
             ],
             [
                 "F0 F1 .  B0 B0 F2 B1 B1 F3 B2 B2 B3 B3",
-                ".  F0 B0 F1 B1 W0 F2 B2 W1 F3 B3 W2 W3",
+                ".  F0 B0 F1 B1 B1 F2 B2 B2 F3 B3 W0 W3",
             ],
         ),
         (
@@ -241,7 +242,7 @@ def test_interleaved_says_what_it_needs() -> None:
             ],
             [
                 "F0 F1 F2 .  .  B0 B0 F3 B1 B1 B2 B2 B3 B3",
-                ".  F0 F1 .  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3",
+                ".  F0 F1 .  B0 F2 B1 B1 F3 B2 W0 B3 W2 W3",
                 ".  .  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3",
             ],
         ),
@@ -260,7 +261,7 @@ def test_1f1b_flush_without_a_bubble() -> None:
     zero = Flush(layout(1, 1), 8, 4, split=True, zero_bubble=True)
     assert drawn(zero, backward_s=2.0, weight_gradient_s=1.0) == [
         "F0 F1 F2 B0 B0 F3 B1 B1 B2 B2 B3 B3 F4 F5 F6 B4 B4 F7 B5 B5 B6 B6 B7 B7",
-        ".  F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3 F4 B4 F5 B5 F6 B6 W4 F7 B7 W5 W6 W7",
+        ".  F0 B0 F1 B1 F2 B2 B2 F3 B3 W0 W1 W3 F4 B4 F5 B5 F6 B6 B6 F7 B7 W4 W5 W7",
     ]
 
 
@@ -272,8 +273,8 @@ def test_gpipe_with_split_backwards() -> None:
     ]
     assert drawn(GPipe(layout(1, 1, 1), 4, 4, split=True), backward_s=2.0, weight_gradient_s=1.0) == [
         "F0 F1 F2 F3 .  .  .  .  B0 B0 B1 B1 B2 B2 B3 B3",
-        ".  F0 F1 F2 F3 .  .  B0 W0 B1 W1 B2 W2 B3 W3",
-        ".  .  F0 F1 F2 F3 B0 W0 B1 W1 B2 W2 B3 W3",
+        ".  F0 F1 F2 F3 .  .  B0 B1 B1 B2 B2 B3 B3 W0",
+        ".  .  F0 F1 F2 F3 B0 B1 B2 B2 B3 B3 W0 W1",
     ]
 
 
@@ -299,16 +300,29 @@ def test_replicas_put_weight_gradients_off_for_as_many_units_as_there_are_ranks_
     st.integers(0, 20),
     st.sampled_from([Flush, partial(Flush, zero_bubble=True), GPipe]),
 )
-def test_weight_gradients_come_in_the_order_of_the_units(
+def test_only_the_first_and_the_last_units_of_a_minibatch_put_anything_off(
     replicas: list[int], microbatches: int, units: int, kind: Callable[..., Flush | GPipe]
 ) -> None:
     schedule = kind(layout(*replicas), units, microbatches, split=True)
     for stage, ranks in enumerate(schedule.layout):
         for rank in ranks:
-            actions = list(schedule.actions(rank))
-            first = [each.minibatch for each in actions if isinstance(each, Backward)]
-            second = [each.minibatch for each in actions if isinstance(each, WeightGradient)]
-            assert second == (first if stage else []), "the input stage's backwards are whole"
+            waiting: list[int] = []
+            done: list[int] = []  # since the last update
+            pattern = ""  # of a minibatch: s for a split backward, w for a whole one
+            for action in schedule.actions(rank):
+                if isinstance(action, Backward):
+                    split = schedule.puts_off(stage, action.minibatch)
+                    (waiting if split else done).append(action.minibatch)
+                    pattern += "s" if split else "w"
+                elif isinstance(action, WeightGradient):
+                    assert action.minibatch == waiting.pop(0), "the oldest first"
+                    done.append(action.minibatch)
+                elif isinstance(action, Update):
+                    assert waiting == []
+                    assert [schedule.last_of_round(stage, unit) for unit in done] == [*[False] * len(done), True][1:]
+                    assert re.fullmatch("s*w*s*" if stage else "w*", pattern), "the input stage's are whole"
+                    done, pattern = [], ""
+                assert len(waiting) <= schedule.lag(stage) + 1
 
 
 def test_stages_that_agree_need_as_many_replicas_each() -> None:

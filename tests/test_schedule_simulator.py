@@ -135,6 +135,36 @@ def test_split_backwards_make_the_bubble_smaller(p: int, m: int, kind: type[Flus
     assert ends_s(True) == pytest.approx(3 * m + (p - 1) * (1 if kind is Flush else 2))
 
 
+class SplitsAll(Flush):
+    """As published: every backward is split."""
+
+    def _puts_off(self, stage: int, turn: int, count: int) -> bool:
+        return self.splits(stage)
+
+
+@given(
+    st.integers(2, 5),
+    st.integers(1, 12),
+    st.integers(1, 3),
+    st.booleans(),
+    st.floats(0.1, 2.0),
+    st.floats(0.1, 2.0),
+    st.floats(0.1, 1.0),
+)
+def test_to_split_more_backwards_than_the_first_and_the_last_gains_nothing(
+    p: int, m: int, minibatches: int, zero_bubble: bool, forward_s: float, input_s: float, ratio: float
+) -> None:
+    # Weights' gradients take as long as the input's, or less: half of a product's backward, none of the others'.
+    weight_s = ratio * input_s
+
+    def ends_s(kind: type[Flush]) -> float:
+        schedule = kind(layout(*[1] * p), minibatches * m, m, split=True, zero_bubble=zero_bubble)
+        times = {"forward_s": forward_s, "backward_s": input_s + weight_s, "weight_gradient_s": weight_s}
+        return end_s(simulated(schedule, **times))
+
+    assert ends_s(Flush) <= ends_s(SplitsAll) + 1e-9
+
+
 @pytest.mark.parametrize(("p", "m"), [(2, 4), (2, 7), (3, 6), (4, 8), (4, 13)])
 def test_without_a_bubble_no_stage_waits_at_an_update(p: int, m: int) -> None:
     schedule = Flush(layout(*[1] * p), 6 * m, m, split=True, zero_bubble=True)

@@ -235,6 +235,7 @@ def _profile(layer: Layer, forward_s: float, backward_s: float, stash_bytes: int
         backward_s=backward_s,
         output_bytes=layer.output_bytes,
         parameter_bytes=layer.parameter_bytes,
+        outside_bytes=layer.outside_bytes,
         stash_bytes=stash_bytes,
         inner_bytes=0 if layer.kind in PRODUCTS else inner_bytes,
         output_shape=layer.output_shape,

@@ -58,6 +58,7 @@ def even(profile: Profile, replicas: Sequence[int]) -> Plan:
                 backward_s=backward_s,
                 weight_gradient_s=sum(x.weight_gradient_s for x in own),
                 waiting_bytes=sum(x.waiting_bytes for x in own),
+                outside_bytes=sum(x.outside_bytes for x in own),
                 compute_s=(forward_s + backward_s) / count,
                 sync_s=0.0,
                 boundary_s=0.0,

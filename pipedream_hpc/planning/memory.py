@@ -10,9 +10,10 @@ With f minibatches in flight and v weight versions (weight stashing: v = f)::
     slots         (f + 1) a_in      activations received: those in flight, and one ahead
                   + 2 a_out         gradients received: one at work, one ahead
 
-The current minibatch counts as in flight: on the last stage f is 1, not 0. Where backwards are split, and l of them
-come between a backward and its weights' gradients, f is larger; (l + 1) g are kept as well, g being the gradients of
-outputs of layers that put theirs off; recompute keeps (l + 1) S; and 2 + l gradients are received.
+The current minibatch counts as in flight: on the last stage f is 1, not 0. Where backwards are split, and the weights'
+gradients of l units wait while another's backward runs, f is larger; (l + 1) g are kept as well, g being the gradients
+of outputs of layers that put theirs off, and (l + 1) times the gradients of the weights of the others; recompute keeps
+(l + 1) S; and 2 + l gradients are received.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ class MemoryRule:
         recompute: bool,
         lag: int = 0,
         waiting_bytes: Amount = 0,
+        outside_bytes: Amount = 0,
     ) -> dict[str, Amount]:
         """Bytes by part, for numbers or arrays of them.
 
@@ -122,12 +124,13 @@ class MemoryRule:
             recompute: whether the forward is run again before the backward.
             lag: l, where backwards are split.
             waiting_bytes: g for a whole minibatch, where backwards are split.
+            outside_bytes: of weights whose gradients are not put off, where others' are.
         """
         versions = in_flight if self.versions is None else np.minimum(self.versions, in_flight * self.microbatches)
         piece = 1 / self.microbatches
         return {
             "weights": versions * parameter_bytes,
-            "gradients": parameter_bytes,
+            "gradients": parameter_bytes + (1 + lag) * outside_bytes,
             "optimizer": OPTIMIZERS[self.optimizer] * parameter_bytes,
             "activations": ((1 + lag if recompute else in_flight) * stash_bytes + (1 + lag) * waiting_bytes) * piece,
             "slots": ((in_flight + 1) * input_bytes + (2 + lag) * output_bytes) * piece,

@@ -60,6 +60,7 @@ class StagePlan:
         weight_gradient_s: about what the gradients of weights take of backward_s; 0 when not known.
         waiting_bytes: what a minibatch whose weights' gradients are put off holds for it beside its activations:
             gradients of layers' outputs; 0 when not known.
+        outside_bytes: bytes of parameters whose gradients are not put off, and wait for those that are; 0 likewise.
     """
 
     __pydantic_config__ = STRICT
@@ -85,6 +86,7 @@ class StagePlan:
     stash_bytes: Bytes = 0
     weight_gradient_s: Seconds = 0.0
     waiting_bytes: Bytes = 0
+    outside_bytes: Bytes = 0
 
     def __post_init__(self) -> None:
         if not self.layers:

@@ -40,6 +40,7 @@ class LayerProfile:
         output_dtype: such as `float32`; None when imported.
         update_s: time of the optimizer's step on its parameters; 0 when not measured.
         inner_bytes: bytes that products within a layer made of others put out; 0 when not measured.
+        outside_bytes: bytes of the trainable parameters that belong to no product; 0 when not known.
     """
 
     __pydantic_config__ = STRICT
@@ -55,6 +56,7 @@ class LayerProfile:
     output_dtype: str | None = None
     update_s: Seconds = 0.0
     inner_bytes: Bytes = 0
+    outside_bytes: Bytes = 0
 
     @property
     def weight_gradient_s(self) -> float:

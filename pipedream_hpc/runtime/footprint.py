@@ -64,13 +64,14 @@ class Scales:
     Attributes:
         unit_bytes: that autograd keeps of the first unit from forward to backward, beside weights and slots.
         waiting_bytes: of the first unit, between the two parts of its backward: gradients of layers' outputs.
+        early_bytes: likewise: gradients of the weights of layers that do not put theirs off.
         gradient_bytes: of the first round's gradients.
         in_flight: units alive at once, at most.
     """
 
     def __init__(self) -> None:
         self.unit_bytes: int | None = None
-        self.waiting_bytes = 0
+        self.waiting_bytes = self.early_bytes = 0
         self.gradient_bytes: int | None = None
         self.in_flight = 0
 
@@ -88,10 +89,10 @@ class Scales:
             kept.pop(tensor.untyped_storage().data_ptr(), None)
         self.unit_bytes = sum(parts.get(place, nbytes) for place, nbytes in kept.items())
 
-    def waiting(self, sizes: Iterable[int]) -> None:
-        """Weigh what waits between the parts of a backward."""
+    def waiting(self, outputs: Iterable[int], early: Iterable[torch.Tensor]) -> None:
+        """Weigh what waits between the parts of a backward: gradients of outputs in bytes, and those of weights."""
         if not self.waiting_bytes:
-            self.waiting_bytes = sum(sizes)
+            self.waiting_bytes, self.early_bytes = sum(outputs), sum(gradient.nbytes for gradient in early)
 
     def round(self, gradients: Iterable[torch.Tensor | None]) -> None:
         """Weigh the first round's gradients."""
@@ -221,7 +222,7 @@ def _measured(stage: Stage, schedule: Schedule, lines: Lines) -> MemoryParts:
     states = tree_leaves(list(optimizer.state.values())) if optimizer is not None else []
     return MemoryParts(
         weights=stage.stash.nbytes,
-        gradients=scales.gradient_bytes or 0,
+        gradients=(scales.gradient_bytes or 0) + scales.early_bytes * (1 + schedule.lag(stage.index)),
         optimizer=sum(state.nbytes for state in states if isinstance(state, torch.Tensor)),
         activations=(scales.unit_bytes or 0) * (1 + schedule.lag(stage.index) if stage.recomputes else scales.in_flight)
         + scales.waiting_bytes * (1 + schedule.lag(stage.index)),

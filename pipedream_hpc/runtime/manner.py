@@ -53,9 +53,14 @@ class Manner:
     recompute: bool | None = None
 
     @property
+    def times_split(self) -> int:
+        """0 where backwards are whole, 1 where they are split, 2 where twice as many units are in flight for it."""
+        return 2 if self.zero_bubble else int(self.split)
+
+    @property
     def parts(self) -> str:
         """How backwards are run, in words."""
-        return "split, without a bubble" if self.zero_bubble else "split" if self.split else "whole"
+        return ("whole", "split", "split, without a bubble")[self.times_split]
 
     def pieces(self, wanted: Plan | tuple[int, ...] | int) -> int:
         """Units that a minibatch is cut into."""
@@ -160,6 +165,7 @@ def _as_run(
         recompute=again,
         lag=lag,
         waiting_bytes=stage.waiting_bytes if schedule.splits(index) else 0,
+        outside_bytes=stage.outside_bytes if schedule.splits(index) else 0,
     )
     parts["weights"] = schedule.versions(index) * stage.parameter_bytes  # as many slabs, used or not
     memory = MemoryParts(**{part: math.ceil(size) for part, size in parts.items()})

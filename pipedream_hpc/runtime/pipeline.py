@@ -225,6 +225,11 @@ class Pipeline:
         return self._deployment.manner.accumulate
 
     @property
+    def split(self) -> int:
+        """0 where backwards are whole, 1 where they are split, 2 where twice as many units are in flight for it."""
+        return self._deployment.manner.times_split
+
+    @property
     def seed(self) -> int:
         """What the order of the data and dropout masks depend on."""
         return self._wishes.seed

@@ -5,9 +5,9 @@ A backward through y = x Wᵀ computes two things, neither of which needs the ot
     whole    │ gx = gy W │ gW = gyᵀ x │ gx ... │ gW ... │ send gx                       from the last layer to the first
     split    │ gx = gy W │ gx ... │ send gx    │ gW = gyᵀ x │ gW ... │
 
-Linear layers and convolutions put theirs off; the others, whose weights take little, do not. Nothing is computed
-otherwise than before, so the bits are the same; but of a weight that is used three times in a unit, whose gradients
-are added up in another order.
+Linear layers and convolutions put theirs off; the others, whose weights take little, do not, but what is found of
+them is kept until all is there: a unit's gradients are added to the round's as a whole. They are those of a whole
+backward, to the bit; but of a weight that is used three times in a unit, whose gradients add up in another order.
 
 How. The forward of such a layer is a graph of its own, which the stage's graph knows as one function of x alone::
 
@@ -94,8 +94,9 @@ class _Unit:
     """What one unit has put off."""
 
     calls: list[Call] = field(default_factory=list)
-    # Weights that take part in them, and what a gradient has already, from uses outside those calls.
-    early: dict[nn.Parameter, torch.Tensor | None] = field(default_factory=dict)
+    leaves: set[nn.Parameter] = field(default_factory=set)  # that take part in them
+    # What the first part of its backward has found of any weight's gradient, from uses outside those calls.
+    early: dict[nn.Parameter, torch.Tensor] = field(default_factory=dict)
     splitting: bool = False  # whether its backward runs its first part
 
 
@@ -104,12 +105,13 @@ class PutOff:
 
     Args:
         module: the stage.
-        trained: whether a parameter is one of the stage's own. One that is borrowed from another stage is not: its
-            gradient goes there with that of the stage's input.
+        trained: whether a parameter is one of the stage's own, of which there is one version. One that is borrowed
+            from another stage is not: its gradient goes there with that of the stage's input.
     """
 
     def __init__(self, module: nn.Module, trained: Callable[[nn.Parameter], bool]) -> None:
         self._trained = trained
+        self._leaves = [leaf for leaf in module.parameters() if trained(leaf)]
         self._units: dict[int, _Unit] = {}
         self._noting: _Unit | None = None  # whose forward runs
         self._splitting: _Unit | None = None  # whose backward runs
@@ -127,11 +129,11 @@ class PutOff:
             self._noting = None
 
     def first_part(self, unit: int, backward: Callable[[], None]) -> None:
-        """Run `backward` of `unit` to the stage's entries, and to the weights that nobody puts off."""
+        """Run `backward` of `unit` to the stage's entries; what it finds of weights is kept here."""
         own = self._splitting = self._units[unit]
         own.splitting = True
-        sums = [(leaf, leaf.grad) for leaf in own.early]
-        for leaf in own.early:
+        sums = [(leaf, leaf.grad) for leaf in self._leaves]
+        for leaf in self._leaves:
             leaf.grad = None
         backward()
         own.splitting, self._splitting = False, None
@@ -141,8 +143,8 @@ class PutOff:
             leaf.grad = before
 
     def keeps(self, leaf: nn.Parameter, gradient: torch.Tensor) -> bool:
-        """Whether `gradient`, which the backward that runs has found of `leaf`, is only a part, and kept here."""
-        if self._splitting is None or leaf not in self._splitting.early:
+        """Whether `gradient`, which the backward that runs has found of `leaf`, is kept here for the second part."""
+        if self._splitting is None:
             return False
         self._splitting.early[leaf] = gradient
         return True
@@ -155,13 +157,20 @@ class PutOff:
             late = call.finish()
             for leaf in call.leaves:
                 # Added up within the unit first, as a whole backward would have it.
-                both = [gradient for gradient in (late.pop(leaf, None), own.early[leaf]) if gradient is not None]
+                both = [
+                    gradient for gradient in (late.pop(leaf, None), own.early.pop(leaf, None)) if gradient is not None
+                ]
                 if both:
                     yield leaf, both[0] if len(both) == 1 else both[0] + both[1]
+        yield from own.early.items()
 
     def kept(self, unit: int) -> list[torch.Tensor]:
         """Gradients of layers' outputs that wait for the second part."""
         return [call.gradient for call in self._units[unit].calls if call.gradient is not None]
+
+    def early(self, unit: int) -> list[torch.Tensor]:
+        """Gradients of weights that nobody puts off, and that wait for those of the others."""
+        return list(self._units[unit].early.values())
 
     def graphs(self, unit: int) -> list[Node]:
         """What autograd keeps for `unit` beside the stage's graph."""
@@ -178,11 +187,11 @@ class PutOff:
             return None
         leaves = [leaf for leaf in layer._parameters.values() if leaf is not None and leaf.requires_grad]
         # A second call with the same weights is whole: what a unit adds to a weight later is one gradient.
-        if not leaves or not all(map(self._trained, leaves)) or not self._noting.early.keys().isdisjoint(leaves):
+        if not leaves or not all(map(self._trained, leaves)) or not self._noting.leaves.isdisjoint(leaves):
             return None
         made = Call(self._noting, forward, leaves)
         self._noting.calls.append(made)
-        self._noting.early.update(dict.fromkeys(leaves))
+        self._noting.leaves.update(leaves)
         return made
 
 

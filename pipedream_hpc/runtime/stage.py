@@ -73,6 +73,7 @@ class _Live:
     exits: tuple[torch.Tensor, ...] = ()
     loss: torch.Tensor | None = None
     weight: torch.Tensor | None = None  # the gradient that backward begins with at the loss
+    split: bool = False  # whether its backward has two parts
 
     def gradient_slots(self) -> set[int]:
         """The memory that received gradients stand in."""
@@ -140,7 +141,7 @@ class Stage:
         self._score: Loss = loss
         self._feed: Feed | None = None
         self._schedule: Schedule | None = None
-        self._training, self._put_off, self._splits = True, put_off, False
+        self._training, self._put_off = True, put_off
         self._unit_base = self._trained = self._version_base = 0
         self._current = 0
         self._weights: dict[float, torch.Tensor] = {}
@@ -173,7 +174,6 @@ class Stage:
         self._schedule, self._feed, self._score = schedule, feed, score
         self._unit_base, self._trained = unit_base, trained
         self._training = schedule.training
-        self._splits = schedule.splits(self.index)
         self._version_base = self.stash.version
         self.tally = Tally()
         self.module.train(self._training)
@@ -209,12 +209,14 @@ class Stage:
 
     def forward(self, action: Forward) -> None:
         assert self._feed is not None
+        assert self._schedule is not None
         unit = action.minibatch
         live = self._live.setdefault(unit, _Live())
         live.inputs = [self._feed.input(unit, argument) for argument in self.part.inputs]
         if self._training:
             self.stash.acquire(self._unit_base + unit, self._version_base + action.version)
             self.scales.in_flight = max(self.scales.in_flight, self.stash.holders)
+            live.split = self._put_off is not None and self._schedule.puts_off(self.index, unit)
         keep = self._training and not self.recomputes
         live.exits, score = self._run(unit, live, gradients=keep)
         if self.output:
@@ -242,20 +244,20 @@ class Stage:
                     gradients.append(gradient)
         if self.scales.unit_bytes is None:
             self._weigh(unit, live, tensors)
-        self._begin_backward(unit)
-        slots = live.gradient_slots()
-        if tensors and self._splits:
-            self._run_first_part(unit, tensors, gradients, slots)
-        elif tensors:
-            _run_backward(tensors, gradients)
+        if live.split:
+            self._run_first_part(unit, live, tensors, gradients)
+        else:
+            self._begin_backward(unit)
+            if tensors:
+                _run_backward(tensors, gradients)
         live.loss, live.exits = None, ()
         for entries in live.entries.values():
             for entry in entries:
                 # A stage of views hands the very gradient on that came in, or one that stands where a weight's
                 # does. The send may still be under way when the slot is given back, or the next unit's is added.
                 entry.grad = _alone(entry.grad)
-        if not self._splits:
-            self._take_over(unit, live, slots)
+        if not live.split:
+            self._take_over(unit, live)
             if not live.entries:
                 self._leave(unit)
 
@@ -267,7 +269,7 @@ class Stage:
         self._begin_backward(unit)
         for leaf, gradient in self._put_off.second_part(unit):
             self._accumulation.add(leaf, gradient)
-        self._take_over(unit, live, live.gradient_slots())
+        self._take_over(unit, live)
         for far in self._schedule.sources(self.index):
             self._release(unit, "activation", far)
         self._leave(unit)
@@ -291,7 +293,7 @@ class Stage:
         # The stage's output may not depend on all of its input.
         gradients = [torch.zeros_like(entry) if entry.grad is None else entry.grad for entry in wanted]
         outbox.send(self._unit_base + unit, gradients)
-        if self._splits:
+        if live.split:
             return
         self._release(unit, "activation", action.far)
         if not live.entries:
@@ -330,21 +332,22 @@ class Stage:
         self._accumulation.begin(self.stash.slab_of(self._unit_base + unit), last=last)
 
     def _run_first_part(
-        self, unit: int, tensors: list[torch.Tensor], gradients: list[torch.Tensor | None], slots: set[int]
+        self, unit: int, live: _Live, tensors: list[torch.Tensor], gradients: list[torch.Tensor | None]
     ) -> None:
-        """Backward to the entries, and to what nobody puts off."""
+        """Backward to the entries; what it finds of weights on the way is kept for the second part."""
         assert self._put_off is not None
-        self._put_off.first_part(unit, lambda: _run_backward(tensors, gradients))
+        if tensors:
+            self._put_off.first_part(unit, lambda: _run_backward(tensors, gradients))
         waiting = {_storage(gradient): gradient.untyped_storage().nbytes() for gradient in self._put_off.kept(unit)}
-        self.scales.waiting(size for place, size in waiting.items() if place not in slots)
-        # The next unit's gradients are added to these in place, before the second part has read its own.
-        self._accumulation.keep_apart(self.stash.slab_of(self._unit_base + unit), slots.union(waiting))
+        slots = live.gradient_slots()
+        outputs = (size for place, size in waiting.items() if place not in slots)
+        self.scales.waiting(outputs, self._put_off.early(unit))
 
-    def _take_over(self, unit: int, live: _Live, slots: set[int]) -> None:
+    def _take_over(self, unit: int, live: _Live) -> None:
         """The backward of a unit is whole: its gradients are the stage's, and its version and slots free."""
         slab = self.stash.slab_of(self._unit_base + unit)
         # A parameter's gradient may stand in the slot, which is given back before the update.
-        self._accumulation.keep_apart(slab, slots)
+        self._accumulation.keep_apart(slab, live.gradient_slots())
         self._accumulation.end(slab)
         self.stash.let_go(self._unit_base + unit)
         for far in live.gradients:
@@ -354,7 +357,7 @@ class Stage:
     def _weigh(self, unit: int, live: _Live, tensors: list[torch.Tensor]) -> None:
         """What the first unit keeps until its backward, beside weights and slots, before that begins."""
         graphs = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
-        if self._splits:
+        if live.split:
             assert self._put_off is not None
             graphs += self._put_off.graphs(unit)
         entries = [entry for each in live.entries.values() for entry in each]
@@ -378,7 +381,7 @@ class Stage:
                 arguments[position] = enter(argument)
         count = len(self.part.exits)
         with _grad(gradients), self._precision():
-            with self._put_off.noting(unit) if self._put_off is not None and gradients else _AS_IT_IS:
+            with self._put_off.noting(unit) if self._put_off is not None and live.split and gradients else _AS_IT_IS:
                 returned = self.part.run(arguments, self._call)
             if not self.output:
                 return returned[:count], None

@@ -177,15 +177,19 @@ class Schedule(Protocol):
         ...
 
     def splits(self, stage: int) -> bool:
-        """Whether every Backward in `stage` has a WeightGradient that follows it."""
+        """Whether any Backward in `stage` has a WeightGradient that follows it."""
+        ...
+
+    def puts_off(self, stage: int, unit: int) -> bool:
+        """Whether the Backward of `unit` in `stage` has a WeightGradient that follows it."""
         ...
 
     def lag(self, stage: int) -> int:
-        """Backwards of a replica of `stage` that come between one and its WeightGradient."""
+        """Most units of a replica of `stage` whose WeightGradient waits while another's Backward runs."""
         ...
 
     def last_of_round(self, stage: int, unit: int) -> bool:
-        """Whether a replica of `stage` has no unit after `unit` that the same update learns from."""
+        """Whether a replica of `stage` has all gradients that an update learns from once it has those of `unit`."""
         ...
 
     def sources(self, stage: int) -> tuple[int, ...]:

@@ -11,17 +11,17 @@ One weight version, and the semantics of plain minibatch SGD, as GPipe; but a st
 than W + 1 microbatches, W of them from the warm-up, where GPipe holds all m. The bubble is the same:
 (p - 1) / (m + p - 1) of the time with p stages.
 
-Where backwards are split (see `flushed`), the weights' gradients of a stage wait until as many units have passed as
-there are stages before it. Upstream gets its gradients as if backwards were nothing but B; this is ZB-H1 of Qi et al.
-(ICLR 2024, section 2.2), (p - 1) 2 W shorter, and every stage holds what the first one does, p units. With F, B and W
-of equal length::
+Where backwards are split (see `flushed`), a stage begins by splitting as many as there are stages before it. Upstream
+gets its gradients as if backwards were nothing but B; this is as short as ZB-H1 of Qi et al. (ICLR 2024, section 2.2),
+(p - 1) 2 W shorter than with whole ones, and every stage holds what the first one does, p units. With F, B and W of
+equal length::
 
     whole   stage 0   F0 F1 F2 .  .  .  .  BW BW F3 BW BW .  BW BW .  BW BW U
             stage 1      F0 F1 .  .  BW BW F2 BW BW F3 BW BW .  BW BW       U
             stage 2         F0 BW BW F1 BW BW F2 BW BW F3 BW BW             U
 
     split   stage 0   F0 F1 F2 .  .  BW BW F3 BW BW BW BW BW BW U
-            stage 1      F0 F1 .  B0 F2 B1 W0 F3 B2 W1 B3 W2 W3 U
+            stage 1      F0 F1 .  B0 F2 BW BW F3 B2 W0 B3 W2 W3 U
             stage 2         F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3 U
 
 With twice the warm-up and twice the lag no stage waits for another once the pipe is full, over the updates: the next
@@ -29,7 +29,7 @@ minibatch comes in while the weights' gradients of this one are computed. That i
 every stage. Two stages, minibatches of four::
 
     zero    stage 0   F0 F1 F2 BW BW F3 BW BW BW BW BW BW U F4 F5 F6 BW BW F7 ...
-    bubble  stage 1      F0 B0 F1 B1 F2 B2 W0 F3 B3 W1 W2 W3 U F4 B4 F5 B5 F6 ...
+    bubble  stage 1      F0 B0 F1 B1 F2 BW BW F3 B3 W0 W1 W3 U F4 B4 F5 B5 F6 ...
 """
 
 from __future__ import annotations
@@ -50,11 +50,8 @@ class Flush(Flushed):
     zero_bubble: bool = False
 
     def lag(self, stage: int) -> int:
-        """Ranks before the stage by its replicas, rounded up, as the warm-up is of those behind it; or twice that."""
-        if not self.splits(stage):
-            return 0
-        before = -(-sum(map(len, self.layout[:stage])) // len(self.layout[stage]))
-        return min(self._times * before, self._most_local(stage) - 1)
+        """As many units as there are stages before it; or twice that."""
+        return min(self._times * self._before(stage), self._most_local(stage)) if self.splits(stage) else 0
 
     def in_flight(self, stage: int) -> int:
         """Warm-up, lag and one, or all of a minibatch if they are fewer."""
@@ -66,3 +63,7 @@ class Flush(Flushed):
 
     def _ahead(self, stage: int, count: int) -> int:
         return self._times * self._warm_ups[stage]
+
+    def _tail(self, stage: int) -> int:
+        # While the pipe empties, over the updates without a bubble, from the output stage to the input stage.
+        return self._times * (self._warm_ups[stage] + self._before(stage)) - self._times + 1

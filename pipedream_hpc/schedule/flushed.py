@@ -7,19 +7,22 @@ B goes first, and W falls into what was idle. Two stages, four microbatches, F, 
     whole   stage 0   F0 F1 .  .  BW BW F2 BW BW F3 BW BW .  BW BW U
             stage 1      F0 BW BW F1 BW BW F2 BW BW F3 BW BW       U
 
-    lag 0   stage 0   F0 F1 .  .  BW BW F2 BW BW F3 BW BW BW BW U         W right behind B: the drain is shorter
-            stage 1      F0 B0 W0 F1 B1 W1 F2 B2 W2 F3 B3 W3    U
+    split   stage 0   F0 F1 .  BW BW F2 BW BW F3 BW BW BW BW U
+            stage 1      F0 B0 F1 BW BW F2 BW BW F3 B3 W0 W3 U
 
-    lag 1   stage 0   F0 F1 .  BW BW F2 BW BW F3 BW BW BW BW U            W one B later: so is the start
-            stage 1      F0 B0 F1 B1 W0 F2 B2 W1 F3 B3 W2 W3 U
+To split a backward has its price, since what W needs has left the caches when its turn comes. So only those are split
+that somebody gains by: of every minibatch the first few of a stage (`lag`), whose gradients come upstream so much
+sooner, a lead that all that follow keep; and the last few, when upstream has no forwards left to do meanwhile. No more
+than `lag` units wait for their W while another's backward runs; the oldest comes first. The input stage's backwards are
+not split, since nobody waits for them. If all the others were split as well nothing would be done any sooner.
 
-Weights' gradients add up in the order of the microbatches, as ever: the bits are those of whole backwards. The
-input stage's backwards are not split, since nobody waits for them.
+Gradients of weights add up in the order in which units are done with: after BW1 BW2 W0 W3 they are g1 + g2 + g0 + g3.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,7 +35,7 @@ class Flushed(Microbatched, ABC):
     """Every replica runs ahead by some forwards, then alternates; one update per minibatch of `microbatches` units.
 
     Attributes:
-        split: whether backwards are split.
+        split: whether backwards are split, where that gains anything.
     """
 
     split: bool = False
@@ -42,20 +45,55 @@ class Flushed(Microbatched, ABC):
         """Where another stage waits for the gradient."""
         return self.split and bool(self.sources(stage))
 
+    def puts_off(self, stage: int, unit: int) -> bool:
+        """The first and the last of a replica's in every minibatch."""
+        if not self.splits(stage):
+            return False
+        turn, count = self._place(stage, unit)
+        return self._puts_off(stage, turn, count)
+
+    def last_of_round(self, stage: int, unit: int) -> bool:
+        """The last one, unless that is done with before the first whose weights' gradients wait until the end."""
+        if not self.splits(stage):
+            return super().last_of_round(stage, unit)
+        turn, count = self._place(stage, unit)
+        return turn == (count if self._puts_off(stage, count - 1, count) else self.lag(stage)) - 1
+
     def actions(self, rank: int) -> Iterator[Action]:
         """The actions of `rank`, in order."""
         stage = self._only_stage(rank)
-        splits, lag = self.splits(stage), self.lag(stage)
+        lag = self.lag(stage)
         for number, own in self._flushes(stage, rank):
-            weights = [WeightGradient(stage, unit, number) for unit in own] if splits else []
+            waiting: deque[int] = deque()
             for forward, turn in alternate(len(own), self._ahead(stage, len(own))):
                 step = self._forward if forward else self._backward
                 yield from step(stage, own[turn], version=number)
-                if not forward and turn >= lag:
-                    yield from weights[turn - lag : turn - lag + 1]
-            yield from weights[max(0, len(own) - lag) :]
+                if not forward and self._puts_off(stage, turn, len(own)):
+                    waiting.append(own[turn])
+                    if len(waiting) > lag:
+                        yield WeightGradient(stage, waiting.popleft(), number)
+            for unit in waiting:
+                yield WeightGradient(stage, unit, number)
             yield from self._update(stage, number)
+
+    def _puts_off(self, stage: int, turn: int, count: int) -> bool:
+        """Whether a replica splits backward `turn` of its `count` of a minibatch."""
+        return self.splits(stage) and (turn < self.lag(stage) or turn >= count - self._tail(stage))
+
+    def _place(self, stage: int, unit: int) -> tuple[int, int]:
+        """Which of its replica's units of the minibatch `unit` is, and how many these are."""
+        replicas, first = len(self.layout[stage]), unit // self.microbatches * self.microbatches
+        turn, last = (unit - first) // replicas, min(first + self.microbatches, self.minibatches) - 1
+        return turn, turn + 1 + (last - unit) // replicas
+
+    def _before(self, stage: int) -> int:
+        """Ranks before the stage by its replicas, rounded up, as the warm-up is of those behind it."""
+        return -(-sum(map(len, self.layout[:stage])) // len(self.layout[stage]))
 
     @abstractmethod
     def _ahead(self, stage: int, count: int) -> int:
         """Forwards before the first backward, of `count`."""
+
+    @abstractmethod
+    def _tail(self, stage: int) -> int:
+        """Units at the end of every minibatch whose backward a replica splits, where it splits any."""

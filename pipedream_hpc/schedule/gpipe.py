@@ -11,8 +11,14 @@ Backwards run in the order of the forwards, so that gradients add up in the orde
 flush, and both leave the same bits. A stage holds all m microbatches; the bubble is
 (p - 1) / (m + p - 1) of the time with p stages.
 
-Where backwards are split (see `flushed`) the pipe is empty (p - 1) W sooner. Weights' gradients follow the input's at
-once: to put them off for longer gains nothing.
+Where backwards are split (see `flushed`) a stage splits as many as there are stages before it, and the pipe is empty
+(p - 1) W sooner. Two stages, F, B and W of equal length::
+
+    whole   stage 0   F0 F1 F2 F3 .  .  .  BW BW BW BW BW BW BW BW U
+            stage 1      F0 F1 F2 F3 BW BW BW BW BW BW BW BW       U
+
+    split   stage 0   F0 F1 F2 F3 .  .  BW BW BW BW BW BW BW BW U
+            stage 1      F0 F1 F2 F3 B0 BW BW BW BW BW BW W0    U
 """
 
 from __future__ import annotations
@@ -30,5 +36,12 @@ class GPipe(Flushed):
         """All microbatches that a replica gets of a minibatch."""
         return self._most_local(stage)
 
+    def lag(self, stage: int) -> int:
+        """As many units as there are stages before it."""
+        return min(self._before(stage), self._most_local(stage)) if self.splits(stage) else 0
+
     def _ahead(self, stage: int, count: int) -> int:
         return max(0, count - 1)
+
+    def _tail(self, stage: int) -> int:
+        return 0  # upstream is behind: it has the gradients of these before it is done with those before them

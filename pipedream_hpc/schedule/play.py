@@ -177,7 +177,9 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
             if kind is Forward or kind is Backward or kind is Update or kind is WeightGradient:
                 if clockwork is not None:
                     me.clock_s = start + clockwork.compute(me.rank, action)  # type: ignore[arg-type]
-                if kind is WeightGradient or (kind is Backward and not schedule.splits(action.stage)):
+                if kind is WeightGradient or (
+                    isinstance(action, Backward) and not schedule.puts_off(action.stage, action.minibatch)
+                ):
                     for held in me.done_with.pop((action.stage, action.minibatch), ()):  # type: ignore[union-attr]
                         free(held, me.clock_s)
                 elif not training and ends[action.stage]:
@@ -248,7 +250,7 @@ def play(schedule: Schedule, clockwork: Clockwork | None = None, stages: range |
                         me.entries = []
                 elif action.payload == "gradient":
                     entry = me.inbox.get((action.stage, "activation", action.peer, action.far))
-                    if entry is not None and schedule.splits(action.stage):
+                    if entry is not None and schedule.puts_off(action.stage, action.minibatch):
                         me.done_with.setdefault((action.stage, action.minibatch), []).append(entry)
                     elif entry is not None:
                         free(entry, gone_s)

@@ -106,6 +106,10 @@ class Routed:
         """Never; schedules of microbatches may."""
         return False
 
+    def puts_off(self, stage: int, unit: int) -> bool:
+        """Never, likewise."""
+        return False
+
     def lag(self, stage: int) -> int:
         """None."""
         return 0

@@ -80,7 +80,7 @@ class PlannedTimes:
     def compute(self, rank: int, action: Forward | Backward | WeightGradient | Update) -> float:
         """The plan's time of the stage; a straggler takes so many times as long."""
         seconds = self._times[type(action)][action.stage]
-        if isinstance(action, Backward) and self._schedule.splits(action.stage):
+        if isinstance(action, Backward) and self._schedule.puts_off(action.stage, action.minibatch):
             seconds -= self._times[WeightGradient][action.stage]
         return seconds * self._slow[rank] if rank in self._slow else seconds
 

@@ -201,7 +201,7 @@ def _check(step: Step, account: _Account, schedule: Schedule) -> None:
             raise ScheduleError(f"{_where(step)}: its forward used version {held}")
         _check_alive(step, account, action.version)
         account.backwards += 1
-        if schedule.splits(action.stage):
+        if schedule.puts_off(action.stage, action.minibatch):
             account.put_off.add(action.minibatch)
         else:
             account.held.pop(action.minibatch, None)

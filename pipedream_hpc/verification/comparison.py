@@ -198,7 +198,7 @@ def way_of(pipeline: Pipeline, job: Job) -> Way:
         raise PipedreamError("fp16 scales losses, which the reference does not: verify with --precision bf16, or none")
     clip = None if job.clip is None else (job.clip.norm, job.clip.over)
     replicas = [len(stage.ranks) for stage in pipeline.plan.stages]
-    return Way(kind, replicas, pipeline.pieces, pipeline.accumulate, clip, pipeline.master_weights)
+    return Way(kind, replicas, pipeline.pieces, pipeline.accumulate, clip, pipeline.master_weights, pipeline.split)
 
 
 def compare(workers: Iterable[Event], expected: Iterable[Event]) -> Verdict:

@@ -41,6 +41,8 @@ class Way:
         accumulate: minibatches per replica to an update.
         clip: largest norm of gradients, and whether over each "stage" or the "model".
         masters: whether bfloat16 weights are float32 masters, rounded after each step.
+        split: 0 for whole backwards, 1 for split ones, 2 for those without a bubble. It changes nothing but the order
+            in which a round's gradients add up.
     """
 
     kind: str = "1f1b"
@@ -49,6 +51,7 @@ class Way:
     accumulate: int = 1
     clip: tuple[float, str] | None = None
     masters: bool = False
+    split: int = 0
 
     @property
     def pieces(self) -> int:
@@ -73,6 +76,21 @@ class Way:
         if self.kind == "2bw":
             return max(0, k // self.per_round(s) - 1)
         return k // self.per_round(s)  # synchronous: every round before it
+
+    def before(self, s: int) -> int:
+        """ceil(ranks before the stage / its replicas)."""
+        return -(-sum(self.replicas[:s]) // self.replicas[s])
+
+    def waits(self, s: int, turn: int, count: int) -> bool:
+        """Whether the gradients of unit `turn` of the `count` that a replica of stage s has of a round wait."""
+        last = 0 if self.kind == "gpipe" else self.split * (self.before(s) + self.warm_up(s) - 1) + 1
+        return s > 0 and self.split > 0 and (turn < self.split * self.before(s) or turn >= count - last)
+
+    def place(self, s: int, k: int, units: int) -> tuple[int, int]:
+        """Which of its replica's in its round unit k of `units` is in stage s, and of how many."""
+        begin = k // self.per_round(s) * self.per_round(s)
+        own = range(begin + (k - begin) % self.replicas[s], min(begin + self.per_round(s), units), self.replicas[s])
+        return own.index(k), len(own)
 
 
 @dataclass(frozen=True)
@@ -125,7 +143,9 @@ def train(
     """
     n = max(stage_of.values()) + 1
     way = way or Way(replicas=[1] * n)
-    own = [{name: p for name, p in model.named_parameters() if stage_of[name] == s} for s in range(n)]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    own = [{name: p for name, p in trained.items() if stage_of[name] == s} for s in range(n)]
     stepped = [{name: _master(p) if way.masters else p for name, p in each.items()} for each in own]
     optimizers = [optimizer(each.values()) if each else None for each in stepped]
     schedulers = [scheduler(each) if scheduler and each else None for each in optimizers]
@@ -136,6 +156,9 @@ def train(
         units = _units(batches, way.pieces, way.accumulate if way.kind in CUT else 1)
         # sums[s][r]: of the gradients that replica r of stage s has made in this round
         sums: list[list[Tensors]] = [[{} for _ in range(R)] for R in way.replicas]
+        late: list[list[list[dict[str, torch.Tensor | None]]]] = [
+            [[] for _ in range(R)] for R in way.replicas
+        ]  # not yet among them
         for k, (inputs, target, weight) in enumerate(units):
             leaves: Tensors = {}
             for s in range(n):
@@ -147,10 +170,16 @@ def train(
             note(Event("loss", n - 1, run + k, {"loss": scored.detach()}))
             if scored.requires_grad:
                 torch.autograd.backward(scored if weight == 1 else scored * weight)
-            for name, leaf in leaves.items():
-                total = sums[stage_of[name]][k % way.replicas[stage_of[name]]]
-                if leaf.grad is not None:
-                    total[name] = total[name] + leaf.grad if name in total else leaf.grad
+            for s in range(n):
+                r, (turn, count) = k % way.replicas[s], way.place(s, k, len(units))
+                found = {name: leaf.grad for name, leaf in leaves.items() if stage_of[name] == s}
+                waiting = late[s][r]
+                if way.waits(s, turn, count):
+                    waiting.append(found)
+                else:
+                    _add(sums[s][r], found)
+                while waiting and (turn + 1 == count or len(waiting) > way.split * way.before(s)):
+                    _add(sums[s][r], waiting.pop(0))
             ending = [s for s in range(n) if (k + 1) % way.per_round(s) == 0 or k + 1 == len(units)]
             averages = {}
             for s in ending:
@@ -176,7 +205,7 @@ def train(
                     if rates is not None:
                         rates.step()
         run += len(units)
-    return {name: value for of_stage in versions for name, value in of_stage[-1].items()}
+    return {name: value for of_stage in versions for name, value in of_stage[-1].items()} | frozen
 
 
 def _units(batches: Batches, pieces: int, accumulate: int) -> list[tuple[Any, Any, float]]:
@@ -202,11 +231,16 @@ def _samples(inputs: Any) -> int:
     return next(len(each) for each in tree_leaves(inputs) if isinstance(each, torch.Tensor))
 
 
+def _add(total: Tensors, found: dict[str, torch.Tensor | None]) -> None:
+    for name, gradient in found.items():
+        if gradient is not None:
+            total[name] = total[name] + gradient if name in total else gradient
+
+
 def _averaged(of_replicas: list[Tensors], count: int) -> Tensors:
     total: Tensors = {}
     for own in of_replicas:
-        for name, gradient in own.items():
-            total[name] = total[name] + gradient if name in total else gradient
+        _add(total, {**own})
     return {name: gradient / count if count > 1 else gradient for name, gradient in total.items()}
 
 

@@ -83,6 +83,7 @@ def _stage(problem: Problem, pieces: list[Piece], index: int, profile: Profile) 
         backward_s=backward_s,
         weight_gradient_s=sum(x.weight_gradient_s for x in layers),
         waiting_bytes=sum(x.waiting_bytes for x in layers),
+        outside_bytes=sum(x.outside_bytes for x in layers),
         update_s=update_s,
         read_s=profile.read_s if index in (0, len(pieces) - 1) else 0.0,
         beside_s=profile.beside_s,
