@@ -77,6 +77,13 @@ def test_exact_in_one_process(job: Path, words: list[str]) -> None:
     assert EXACT in result.output
 
 
+def test_weights_that_are_not_trained_are_left_alone(job: Path) -> None:
+    source = job.read_text()
+    assert source.count("    return Job(") == 1
+    job.write_text(source.replace("    return Job(", "    model[3].weight.requires_grad_(False)\n    return Job("))
+    test_exact_in_one_process(job, ["--plan", "3"])
+
+
 def test_a_wrong_update_is_found_by_name(job: Path) -> None:
     finished = ranks.pipedream(0, "verify", job, "--plan", "2", "--", "wrong")
     assert finished.status == 2, finished.output
