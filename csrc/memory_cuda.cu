@@ -1,8 +1,10 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "gather.hpp"
 #include "memory.hpp"
 #include "streams.hpp"
 
@@ -13,6 +15,19 @@ namespace {
 void check(cudaError_t code, const char* call) {
   if (code == cudaSuccess) return;
   throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorString(code));
+}
+
+// As many as fit among a kernel's arguments, so that the device reads them from nowhere else.
+constexpr std::size_t most_copies = 64;
+struct Copies {
+  Copy copy[most_copies];
+};
+
+// Row y of blocks makes copy y.
+__global__ void copy_all(const Copies copies) {
+  const Copy& copy = copies.copy[blockIdx.y];
+  copy_part(copy.target, copy.source, copy.bytes, std::size_t{blockIdx.x} * blockDim.x + threadIdx.x,
+            std::size_t{gridDim.x} * blockDim.x);
 }
 
 }  // namespace
@@ -88,6 +103,25 @@ bool Event::happened() const {
 void copy_on(Handle stream, std::byte* target, const std::byte* source, std::size_t bytes) {
   check(cudaMemcpyAsync(target, source, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)),
         "cudaMemcpyAsync");
+}
+
+void copy_all_on(Handle stream, const std::vector<Copy>& copies) {
+  constexpr unsigned threads = 256;
+  constexpr std::size_t bytes_per_block = threads * sizeof(Quad) * 4, most_blocks = 128;
+  for (std::size_t first = 0; first < copies.size(); first += most_copies) {
+    const std::size_t count = std::min(most_copies, copies.size() - first);
+    Copies some;
+    std::size_t largest = 0;
+    for (std::size_t index = 0; index < count; ++index) {
+      some.copy[index] = copies[first + index];
+      largest = std::max(largest, copies[first + index].bytes);
+    }
+    const std::size_t blocks =
+        std::clamp<std::size_t>((largest + bytes_per_block - 1) / bytes_per_block, 1, most_blocks);
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(count));
+    copy_all<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(some);
+    check(cudaGetLastError(), "a kernel that packs tensors");
+  }
 }
 
 void use_device(int index) { check(cudaSetDevice(index), "cudaSetDevice"); }

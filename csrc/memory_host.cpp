@@ -32,6 +32,7 @@ void Event::record(Handle) { missing(); }
 void Event::before(Handle) const { missing(); }
 bool Event::happened() const { missing(); }
 void copy_on(Handle, std::byte*, const std::byte*, std::size_t) { missing(); }
+void copy_all_on(Handle, const std::vector<Copy>&) { missing(); }
 void use_device(int) { missing(); }
 
 }  // namespace pipedream::cuda

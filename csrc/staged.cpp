@@ -4,7 +4,7 @@
 // MPI waits for nothing, since the send is posted when the event behind the packing has happened:
 //
 //   compute stream   kernel ●
-//   copy stream             └─► pack ●
+//   copy stream             └─► pack ●              tensors one by one, or many of them by one kernel
 //   progress                         └─► MPI_Isend ├───────────►                              time ->
 //
 // Where MPI cannot reach device memory, chunks take turns in two pinned buffers, so that one is copied
@@ -69,7 +69,7 @@ class PackedSender final : public SendChannel {
     turn.bytes = messages_[index].bytes;
     turn.written.record(compute);
     turn.written.before(copies_.handle());
-    gather(copies_.handle(), messages_[index].runs, 0, turn.bytes, turn.packed.data());
+    pack(messages_[index].runs, turn.packed.data());
     turn.done.record(copies_.handle());
     turn.requests = 1;
     progress_->watch(this, index, &turn.done);
@@ -77,9 +77,27 @@ class PackedSender final : public SendChannel {
         !progress_->send(this, index, turn.headers.data(), line_.header_bytes(), line_.peer, line_.header_tag());
   }
 
+  // Queues copies of a message's tensors to `target`, one behind the other.
+  void pack(const std::vector<View>& runs, std::byte* target) {
+    tensors_.clear();
+    std::size_t at = 0;
+    for (const View& run : runs) {
+      if (run.where == Where::device && run.bytes > 0) tensors_.push_back({target + at, run.data, run.bytes});
+      at += run.bytes;
+    }
+    if (tensors_.size() >= worth_a_kernel) return cuda::copy_all_on(copies_.handle(), tensors_);
+    for (const cuda::Copy& each : tensors_) {
+      cuda::copy_on(copies_.handle(), each.target, each.source, each.bytes);
+    }
+  }
+
   bool busy(std::size_t turn) const override { return turns_[turn]->requests > 0; }
 
+  // A launch takes the host and the device some microseconds, whatever it launches.
+  static constexpr std::size_t worth_a_kernel = 3;
+
   cuda::Stream copies_;
+  std::vector<cuda::Copy> tensors_;
   std::array<std::shared_ptr<Turn>, 2> turns_;
 };
 

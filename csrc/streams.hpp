@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 namespace pipedream::cuda {
 
@@ -43,6 +44,16 @@ class Event {
 
 // Queues a copy between any two kinds of memory. Host memory must be pinned.
 void copy_on(Handle stream, std::byte* target, const std::byte* source, std::size_t bytes);
+
+// Within device memory.
+struct Copy {
+  std::byte* target;
+  const std::byte* source;
+  std::size_t bytes;
+};
+
+// Queues several copies that a kernel makes all at once: each by itself would cost a launch.
+void copy_all_on(Handle stream, const std::vector<Copy>& copies);
 
 // The device that calls of this thread are about, MPI's among them.
 void use_device(int index);

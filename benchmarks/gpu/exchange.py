@@ -1,9 +1,10 @@
 """Ranks send tensors on a GPU around: `exchange.py ROUTE [no-wait]`, run by test_gpu.py.
 
-Every tensor is written by a kernel that begins late, behind a sleep on the same stream: what is sent before
+Four tensors, which one kernel packs on the direct route. Every one is written by a kernel that begins late, behind a sleep on the same stream: what is sent before
 the kernel has run is what stood there before. With `no-wait` the channel is told of another, idle stream.
 """
 
+import math
 import sys
 
 import torch
@@ -48,7 +49,11 @@ def main() -> None:
             (*(int(torch.randint(1, size + 1, (), generator=draw)) for size in shape[:1]), *shape[1:])
             for _, _, shape in PARTS
         ]
-        tensors = [torch.full(each, 99, dtype=dtype, device=device) for each, dtype in zip(shapes, DTYPES, strict=True)]
+        # Every other one begins where sixteen bytes do not.
+        tensors = [
+            torch.full((unit % 2 + math.prod(each),), 99, dtype=dtype, device=device)[unit % 2 :].view(each)
+            for each, dtype in zip(shapes, DTYPES, strict=True)
+        ]
         torch.cuda.synchronize()
         torch.cuda._sleep(SLEEP_CYCLES)
         for tensor in tensors:

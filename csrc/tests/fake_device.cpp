@@ -11,6 +11,7 @@
 #include <thread>
 #include <utility>
 
+#include "gather.hpp"
 #include "memory.hpp"
 
 namespace pipedream {
@@ -18,6 +19,7 @@ namespace pipedream {
 namespace {
 
 std::atomic<bool> waits_ignored{false};
+std::atomic<std::size_t> kernels_launched{0};
 
 class FakeStream {
  public:
@@ -71,6 +73,7 @@ namespace fake {
 
 void launch(cuda::Handle stream, std::function<void()> work) { stream_of(stream).put(std::move(work)); }
 void ignore_waits(bool ignored) { waits_ignored = ignored; }
+std::size_t kernels() { return kernels_launched; }
 
 }  // namespace fake
 
@@ -131,6 +134,18 @@ bool Event::happened() const {
 
 void copy_on(Handle stream, std::byte* target, const std::byte* source, std::size_t bytes) {
   stream_of(stream).put([=] { std::memcpy(target, source, bytes); });
+}
+
+void copy_all_on(Handle stream, const std::vector<Copy>& copies) {
+  ++kernels_launched;
+  constexpr std::size_t threads = 37;
+  stream_of(stream).put([copies] {
+    for (const Copy& copy : copies) {
+      for (std::size_t thread = 0; thread < threads; ++thread) {
+        copy_part(copy.target, copy.source, copy.bytes, thread, threads);
+      }
+    }
+  });
 }
 
 void use_device(int) {}

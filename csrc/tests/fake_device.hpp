@@ -16,4 +16,7 @@ void launch(cuda::Handle stream, std::function<void()> work);
 // Streams no longer wait for events: what a channel without its waits would do.
 void ignore_waits(bool ignored);
 
+// Kernels so far that have made several copies at once.
+std::size_t kernels();
+
 }  // namespace pipedream::fake

@@ -93,6 +93,40 @@ TEST_CASE("Device: several tensors are one message, and nothing is allocated") {
   meet(*progress);
 }
 
+TEST_CASE("Device: many tensors are packed by one kernel, whatever their sizes") {
+  const auto progress = with_device();
+  const cuda::Stream compute;
+  for (const Route route : routes) {
+    CAPTURE(static_cast<int>(route));
+    std::vector<Part> parts;
+    for (int number = 0; number < 70; ++number) parts.push_back(part(500));
+    const Line line = on_device(parts, route);
+    Ring ring(progress, line, 2);
+    std::mt19937 draw(7);
+    const std::size_t before = fake::kernels();
+    for (std::int64_t minibatch = 0; minibatch < 3; ++minibatch) {
+      std::vector<std::vector<std::byte>> sent;
+      std::vector<Piece> tensors;
+      for (std::size_t number = 0; number < parts.size(); ++number) {
+        sent.push_back(pattern(std::int64_t(number), draw() % 501));
+        tensors.push_back({sent.back().data(), {std::int64_t(sent.back().size())}});
+      }
+      ring.out.send(minibatch, tensors, soon(), compute.handle());
+      const Arrived arrived = ring.in.receive(minibatch, soon());
+      const std::byte* const slot = ring.in.slot(arrived.slot).data;
+      const std::vector<Place> places = arrived.whole ? line.places() : arrived.places;
+      for (std::size_t number = 0; number < parts.size(); ++number) {
+        CAPTURE(number);
+        CHECK(std::equal(sent[number].begin(), sent[number].end(), slot + places[number].offset));
+      }
+      ring.in.release(arrived.slot, compute.handle());
+      ring.out.drain(soon());  // before the tensors go
+    }
+    CHECK(fake::kernels() - before == (route == Route::direct ? 3 : 0));
+  }
+  meet(*progress);
+}
+
 //   compute stream   kernel writes 7s ............ ●
 //   send             called here ─┘                └─ copied from here on                     time ->
 TEST_CASE("Device: a send waits for the kernel that writes the tensor, and would not without the event") {

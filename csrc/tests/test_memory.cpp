@@ -4,9 +4,12 @@
 #include <cstdint>
 #include <limits>
 #include <new>
+#include <random>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
+#include "gather.hpp"
 #include "memory.hpp"
 
 namespace pipedream {
@@ -35,6 +38,21 @@ TEST_CASE("Buffer: counts allocations") {
   const std::size_t before = allocations();
   const Buffer one(1, Where::host), two(1, Where::host);
   CHECK(allocations() == before + 2);
+}
+
+TEST_CASE("Copy by many threads: every byte, wherever both ends begin, and none beside them") {
+  std::mt19937 draw(3);
+  for (int round = 0; round < 300; ++round) {
+    const std::size_t threads = 1 + draw() % 40, bytes = draw() % 700, to = draw() % 32, from = draw() % 32;
+    std::vector<std::byte> source(800), target(800, std::byte{0xee});
+    for (std::byte& each : source) each = static_cast<std::byte>(draw());
+    std::vector<std::byte> expected = target;
+    std::copy_n(source.begin() + std::ptrdiff_t(from), bytes, expected.begin() + std::ptrdiff_t(to));
+    for (std::size_t thread = 0; thread < threads; ++thread) {
+      copy_part(target.data() + to, source.data() + from, bytes, thread, threads);
+    }
+    CHECK(target == expected);
+  }
 }
 
 // The size rounded up to a page was 0: a buffer of all memory there is, with one page behind it.
