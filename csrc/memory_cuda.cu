@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "gather.hpp"
+#include "copy_part.hpp"
 #include "memory.hpp"
 #include "streams.hpp"
 

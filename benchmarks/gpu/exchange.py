@@ -1,7 +1,8 @@
 """Ranks send tensors on a GPU around: `exchange.py ROUTE [no-wait]`, run by test_gpu.py.
 
-Four tensors, which one kernel packs on the direct route. Every one is written by a kernel that begins late, behind a sleep on the same stream: what is sent before
-the kernel has run is what stood there before. With `no-wait` the channel is told of another, idle stream.
+Four tensors to a message, which one kernel packs on the direct route. Each is written by a kernel that begins late,
+behind a sleep on the same stream: what is sent before the kernel has run is what stood there before. With `no-wait`
+the channel is told of another, idle stream.
 """
 
 import math

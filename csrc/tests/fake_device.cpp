@@ -11,7 +11,7 @@
 #include <thread>
 #include <utility>
 
-#include "gather.hpp"
+#include "copy_part.hpp"
 #include "memory.hpp"
 
 namespace pipedream {

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "gather.hpp"
+#include "copy_part.hpp"
 #include "memory.hpp"
 
 namespace pipedream {
