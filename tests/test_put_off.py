@@ -294,52 +294,38 @@ def test_however_forwards_are_run(options: dict[str, Any]) -> None:
     assert_as_the_reference(LAYERS[1], "1-1-1", **options)
 
 
-def test_whatever_is_run_again_by_autograd_itself() -> None:
-    """The reference cannot run these layers; of two microbatches the order in which they add up makes no difference."""
+def assert_split_as_whole(model: Callable[[], nn.Module], batches: Any, plan: str, **options: Any) -> None:
+    """To the bit: of two microbatches the order in which they add up makes no difference."""
 
     def trained(split: bool) -> dict[str, torch.Tensor]:
-        model, batches = start(Reentrant)
         with Pipeline(
-            model,
-            loss=nn.functional.cross_entropy,
+            model(),
             optimizer=optimizer,
             example=batches[0][0],
-            plan="1-1-1",
-            schedule="1f1b-flush",
-            microbatches=2,
-            split_backward=split,
-            leaves=[Kept],
-            device="cpu",
-        ) as pipeline:
-            pipeline.fit(batches)
-            return pipeline.state_dict()
-
-    whole, split = trained(False), trained(True)
-    assert [name for name in whole if not torch.equal(whole[name], split[name])] == []
-
-
-@pytest.mark.parametrize("plan", ["1-1", "1-2"])
-def test_a_weight_borrowed_from_another_stage_gets_its_whole_gradient(plan: str) -> None:
-    specimen = zoo.ZOO["gpt, tied"]
-
-    def trained(split: bool) -> dict[str, torch.Tensor]:
-        batches = specimen.minibatches(2, zoo.SAMPLES)
-        with Pipeline(
-            specimen.model(),
-            loss=specimen.loss,
-            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.3),
-            example=specimen.example(),
             plan=plan,
             schedule="1f1b-flush",
             microbatches=2,
             split_backward=split,
             device="cpu",
+            **options,
         ) as pipeline:
             pipeline.fit(batches)
             return pipeline.state_dict()
 
     whole, split = trained(False), trained(True)
     assert [name for name in whole if not torch.equal(whole[name], split[name])] == []
+
+
+def test_what_the_reference_cannot_run() -> None:
+    """Reentrant checkpointing finds no weights that a call brings along."""
+    model, batches = (lambda: start(Reentrant)[0]), start(Reentrant)[1]
+    assert_split_as_whole(model, batches, "1-1-1", loss=nn.functional.cross_entropy, leaves=[Kept])
+
+
+@pytest.mark.parametrize("plan", ["1-1", "1-2"])
+def test_a_weight_borrowed_from_another_stage_gets_its_whole_gradient(plan: str) -> None:
+    specimen = zoo.ZOO["gpt, tied"]
+    assert_split_as_whole(specimen.model, specimen.minibatches(2, zoo.SAMPLES), plan, loss=specimen.loss)
 
 
 def test_the_first_part_computes_no_gradient_that_can_wait() -> None:
