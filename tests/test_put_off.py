@@ -119,6 +119,17 @@ class Steepest(Written):
         return self.inner(x + 0.1 * slope.sign() + pull.mean())
 
 
+class Met(Written):
+    """Two weights meet through views: autograd gives both the same gradient, in the same memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + (self.a[None] + self.b[None])
+
+
 class Deep(Written):
     """Several layers whose forward is run again in backward."""
 
@@ -231,7 +242,7 @@ LAYERS: list[Callable[[], nn.Module]] = [
     lambda: nn.Linear(WIDTH, WIDTH),
     lambda: nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0, batch_first=True),
     Written, Twice, Shared, Tied, Branches, Frozen, Normed, Checkpointed, Reentrant, Swish, Derived, Stopped, Convolved,
-    Without, Alike, Computed, Steepest, Deep,
+    Without, Alike, Computed, Steepest, Deep, Met,
 ]  # fmt: skip
 
 
@@ -255,18 +266,23 @@ def assert_as_the_reference(layer: Callable[[], nn.Module], plan: str, **options
         optimizer=optimizer,
         example=batches[0][0],
         plan=plan,
-        microbatches=4,
         leaves=[Kept, nn.TransformerEncoderLayer],
         trace=True,
         device="cpu",
-        **{"schedule": "1f1b-flush", "split_backward": True, **options},
+        **{"schedule": "1f1b-flush", "microbatches": 4, "split_backward": True, **options},
     ) as pipeline:
         for _ in range(2):
             pipeline.fit(batches)
-        assert "weight-gradient" in {span.kind for span in pipeline.last_trace().spans}
-        found, stages, split = pipeline.state_dict(), pipeline.stage_of_parameters(), pipeline.split
+        assert ("weight-gradient" in {span.kind for span in pipeline.last_trace().spans}) == bool(pipeline.split)
+        found, stages = pipeline.state_dict(), pipeline.stage_of_parameters()
+        way = Way(
+            options.get("schedule", "1f1b-flush"),
+            [int(count) for count in plan.split("-")],
+            pipeline.pieces,
+            pipeline.accumulate,
+            split=pipeline.split,
+        )
     model, batches = start(layer)
-    way = Way(options.get("schedule", "1f1b-flush"), [int(count) for count in plan.split("-")], 4, split=split)
     expected = reference.train(
         model,
         stages,
@@ -292,6 +308,15 @@ def test_the_weights_are_those_of_the_reference(layer: Callable[[], nn.Module], 
 )
 def test_however_forwards_are_run(options: dict[str, Any]) -> None:
     assert_as_the_reference(LAYERS[1], "1-1-1", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"schedule": "gpipe"}, {"schedule": "1f1b", "microbatches": None, "accumulate": 3}],
+    ids=["flush", "gpipe", "accumulated"],
+)
+def test_weights_that_meet_through_views_where_backwards_are_whole(options: dict[str, Any]) -> None:
+    assert_as_the_reference(Met, "1-1-1", split_backward=False, **options)
 
 
 def assert_split_as_whole(model: Callable[[], nn.Module], batches: Any, plan: str, **options: Any) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from pipedream_hpc.runtime.averaging import Averager
 from pipedream_hpc.runtime.stash import WeightStash
+from pipedream_hpc.runtime.view import alone
 
 Gradients = list[torch.Tensor | None]
 
@@ -53,7 +54,7 @@ class Accumulation:
         if self._averager is not None:
             self._averager.add(self._stash.position_of(leaf), gradient, last=self._last)
         else:
-            leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+            leaf.grad = alone(gradient) if leaf.grad is None else leaf.grad.add_(gradient)
 
     def keep_apart(self, slab: int, places: set[int]) -> None:
         """Copy what stands in one of `places`, memory that is read or given back before the update."""
@@ -67,8 +68,11 @@ class Accumulation:
         if self._sum or self._last:
             self._add(self._stash.take(slab))
             self._slab = None
-        else:
-            self._slab = slab
+            return
+        if self._slab is None:
+            # Autograd gives weights that meet through views one gradient, and would add the next to it twice.
+            self._stash.part(slab)
+        self._slab = slab
 
     def total(self, count: int) -> Gradients:
         """The round's gradients, averaged over its `count` units; the same when asked for again before `close`."""

@@ -40,6 +40,7 @@ from pipedream_hpc.runtime.statistics import statistics_kept
 from pipedream_hpc.runtime.step import Step
 from pipedream_hpc.runtime.tally import Tally
 from pipedream_hpc.runtime.transport import Inbox, Outbox
+from pipedream_hpc.runtime.view import alone
 from pipedream_hpc.schedule.actions import (
     Backward,
     Forward,
@@ -255,7 +256,7 @@ class Stage:
             for entry in entries:
                 # A stage of views hands the very gradient on that came in, or one that stands where a weight's
                 # does. The send may still be under way when the slot is given back, or the next unit's is added.
-                entry.grad = _alone(entry.grad)
+                entry.grad = None if entry.grad is None else alone(entry.grad)
         if not live.split:
             self._take_over(unit, live)
             if not live.entries:
@@ -458,19 +459,6 @@ def _run_backward(tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Ten
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _users(tensor: torch.Tensor) -> int:
-    """Of the memory that `tensor` stands in, and one more for asking."""
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-
-
-_ONE_USER = _users(torch.empty(1))
-
-
-def _alone(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """`tensor`, copied if anything else stands in its memory."""
-    return tensor.clone() if tensor is not None and _users(tensor) > _ONE_USER else tensor
 
 
 def _apart(tensor: torch.Tensor | None, slots: Sequence[int] | set[int]) -> torch.Tensor | None:

@@ -26,7 +26,7 @@ from pipedream_hpc.core import load_memory
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import OptimizerFactory
 from pipedream_hpc.runtime.fused import FusedStep, fused_from
-from pipedream_hpc.runtime.view import CPU, memory_on, tensor_over
+from pipedream_hpc.runtime.view import CPU, alone, memory_on, tensor_over
 
 if TYPE_CHECKING:
     from pipedream_hpc._memory import View, WeightPool
@@ -198,6 +198,13 @@ class WeightStash:
             leaf = self._leaves[slab][index]
             if leaf.grad is not None and leaf.grad.untyped_storage().data_ptr() in storages:
                 leaf.grad = leaf.grad.clone()
+
+    def part(self, slab: int) -> None:
+        """Give gradients on the leaves of a slab memory of their own each."""
+        for index in self._trained:
+            leaf = self._leaves[slab][index]
+            if leaf.grad is not None:
+                leaf.grad = alone(leaf.grad)
 
     def when_ready(self, ready: Callable[[int, nn.Parameter, torch.Tensor], None]) -> None:
         """Call `ready(position, leaf, gradient)` during backward, as soon as a parameter's gradient is whole.

@@ -1,4 +1,4 @@
-"""View: memory that the core owns as a torch tensor, without a copy, on the CPU or on a GPU."""
+"""View: memory that the core owns as a torch tensor, without a copy, on the CPU or on a GPU; who stands in it."""
 
 from __future__ import annotations
 
@@ -44,3 +44,16 @@ def tensor_over(
     if whole.data_ptr() != view.address:
         raise RuntimeError(f"the memory is not on {device}: torch made a copy of it")
     return whole[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+
+def alone(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, copied if anything else stands in its memory."""
+    return tensor.clone() if _users(tensor) > _ONE_USER else tensor
+
+
+def _users(tensor: torch.Tensor) -> int:
+    """Of the memory that `tensor` stands in, and one more for asking."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+_ONE_USER = _users(torch.empty(1))
