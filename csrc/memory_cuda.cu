@@ -120,7 +120,7 @@ void copy_all_on(Handle stream, const std::vector<Copy>& copies) {
         std::clamp<std::size_t>((largest + bytes_per_block - 1) / bytes_per_block, 1, most_blocks);
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(count));
     copy_all<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(some);
-    check(cudaGetLastError(), "a kernel that packs tensors");
+    check(cudaGetLastError(), "the launch of a kernel that packs tensors");
   }
 }
 

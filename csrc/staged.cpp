@@ -4,7 +4,7 @@
 // MPI waits for nothing, since the send is posted when the event behind the packing has happened:
 //
 //   compute stream   kernel ●
-//   copy stream             └─► pack ●              tensors one by one, or many of them by one kernel
+//   copy stream             └─► pack ●              large tensors one by one, small ones by one kernel
 //   progress                         └─► MPI_Isend ├───────────►                              time ->
 //
 // Where MPI cannot reach device memory, chunks take turns in two pinned buffers, so that one is copied
@@ -79,25 +79,28 @@ class PackedSender final : public SendChannel {
 
   // Queues copies of a message's tensors to `target`, one behind the other.
   void pack(const std::vector<View>& runs, std::byte* target) {
-    tensors_.clear();
+    small_.clear();
     std::size_t at = 0;
     for (const View& run : runs) {
-      if (run.where == Where::device && run.bytes > 0) tensors_.push_back({target + at, run.data, run.bytes});
+      if (run.where == Where::device && run.bytes > 0) {
+        const cuda::Copy copy{target + at, run.data, run.bytes};
+        run.bytes <= largest_small ? small_.push_back(copy) : copy_alone(copy);
+      }
       at += run.bytes;
     }
-    if (tensors_.size() >= worth_a_kernel) return cuda::copy_all_on(copies_.handle(), tensors_);
-    for (const cuda::Copy& each : tensors_) {
-      cuda::copy_on(copies_.handle(), each.target, each.source, each.bytes);
-    }
+    if (small_.size() >= worth_a_kernel) return cuda::copy_all_on(copies_.handle(), small_);
+    for (const cuda::Copy& copy : small_) copy_alone(copy);
   }
+
+  void copy_alone(const cuda::Copy& copy) { cuda::copy_on(copies_.handle(), copy.target, copy.source, copy.bytes); }
 
   bool busy(std::size_t turn) const override { return turns_[turn]->requests > 0; }
 
-  // A launch takes the host and the device some microseconds, whatever it launches.
-  static constexpr std::size_t worth_a_kernel = 3;
+  // A launch takes the host and the device some microseconds, whatever it launches: the time in which 1 MiB is copied.
+  static constexpr std::size_t worth_a_kernel = 3, largest_small = std::size_t{1} << 20;
 
   cuda::Stream copies_;
-  std::vector<cuda::Copy> tensors_;
+  std::vector<cuda::Copy> small_;
   std::array<std::shared_ptr<Turn>, 2> turns_;
 };
 

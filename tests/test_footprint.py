@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pipedream_hpc import Pipeline
 from pipedream_hpc.model.capture import capture
@@ -116,6 +117,65 @@ def test_layers_made_of_others_keep_what_waits_within_them(recompute: bool | Non
             waiting = 0 if stage == 0 else 1 + min(2 * stage, 8)
             assert each.measured.gradients == plan.stages[stage].parameter_bytes + waiting * 2 * 16 * F
             assert each.planned.gradients == each.measured.gradients
+
+
+class Bare(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.norm
+
+
+class Tied(Bare):
+    """A weight that two products use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Linear(16, 128)
+        self.again.weight = self.wide.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.narrow(self.wide(x) + self.again(x))
+
+
+class Borrowed(Bare):
+    """Weights of products that are not called."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.wide(input=x).sigmoid(), self.narrow.weight, self.narrow.bias)
+
+
+class Checkpointed(Bare):
+    """Products whose forward is run again by autograd."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.narrow(checkpoint(self.wide, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("block", [Tied, Borrowed, Checkpointed])
+@pytest.mark.parametrize(
+    "options", [{"schedule": "gpipe", "split_backward": True}, {"schedule": "1f1b-flush", "zero_bubble": True}]
+)
+def test_gradients_that_wait_for_others_are_planned(block: type[Block], options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(block(), block(), block()), torch.randn(8, 16), torch.randn(8, 16)
+    loss = nn.functional.mse_loss
+    profile = measure(capture(model, x, [Block]), x, minibatches=1, warm_up=0, loss=lambda output: loss(output, y))
+    plan = solve(profile, Topology((Level("node", 3, 0.0, 1e12),), "cpu"), Request(straight=True))
+    with Pipeline(
+        model,
+        loss=loss,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        example=x,
+        plan=plan,
+        microbatches=4,
+        leaves=[Block],
+        device="cpu",
+        **options,
+    ) as pipeline:
+        pipeline.fit([(x, y)] * 2)
+        for each in pipeline.footprints():
+            assert each.planned is not None
+            assert each.measured.gradients == each.planned.gradients
 
 
 @pytest.mark.parametrize("anew", [None, True, False])

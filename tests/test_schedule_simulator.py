@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -138,31 +140,60 @@ def test_split_backwards_make_the_bubble_smaller(p: int, m: int, kind: type[Flus
 class SplitsAll(Flush):
     """As published: every backward is split."""
 
-    def _puts_off(self, stage: int, turn: int, count: int) -> bool:
-        return self.splits(stage)
+    _replicated = True  # type: ignore[assignment]
+
+
+class GPipeSplitsAll(GPipe):
+    _replicated = True  # type: ignore[assignment]
 
 
 @given(
     st.integers(2, 5),
     st.integers(1, 12),
     st.integers(1, 3),
-    st.booleans(),
+    st.sampled_from(
+        [
+            (Flush, SplitsAll),
+            (partial(Flush, zero_bubble=True), partial(SplitsAll, zero_bubble=True)),
+            (GPipe, GPipeSplitsAll),
+        ]
+    ),
     st.floats(0.1, 2.0),
     st.floats(0.1, 2.0),
     st.floats(0.1, 1.0),
 )
 def test_to_split_more_backwards_than_the_first_and_the_last_gains_nothing(
-    p: int, m: int, minibatches: int, zero_bubble: bool, forward_s: float, input_s: float, ratio: float
+    p: int,
+    m: int,
+    minibatches: int,
+    ways: tuple[Callable[..., Flush | GPipe], Callable[..., Flush | GPipe]],
+    forward_s: float,
+    input_s: float,
+    ratio: float,
 ) -> None:
+    # Of stages as long as each other.
     # Weights' gradients take as long as the input's, or less: half of a product's backward, none of the others'.
     weight_s = ratio * input_s
 
-    def ends_s(kind: type[Flush]) -> float:
-        schedule = kind(layout(*[1] * p), minibatches * m, m, split=True, zero_bubble=zero_bubble)
+    def ends_s(kind: Callable[..., Flush | GPipe]) -> float:
+        schedule = kind(layout(*[1] * p), minibatches * m, m, split=True)
         times = {"forward_s": forward_s, "backward_s": input_s + weight_s, "weight_gradient_s": weight_s}
         return end_s(simulated(schedule, **times))
 
-    assert ends_s(Flush) <= ends_s(SplitsAll) + 1e-9
+    some, all_of_them = map(ends_s, ways)
+    assert some <= all_of_them + 1e-9
+
+
+def test_where_stages_have_replicas_all_backwards_are_split() -> None:
+    schedule = Flush(layout(1, 2, 1), 16, 16, split=True)
+    assert [schedule.puts_off(stage, unit) for stage in range(3) for unit in range(16)] == [False] * 16 + [True] * 32
+    # A replicated stage takes twice as long for each: 73 seconds with whole backwards, as many as 70 with few split.
+    stages = [
+        dataclasses.replace(stage, forward_s=n, backward_s=2.0 * n, weight_gradient_s=n)
+        for stage, n in zip(planned(schedule.layout).stages, (1.0, 2.0, 1.0), strict=True)
+    ]
+    plan = dataclasses.replace(planned(schedule.layout), stages=tuple(stages))
+    assert end_s(simulate(schedule, plan, INSTANT).trace) == 60
 
 
 @pytest.mark.parametrize(("p", "m"), [(2, 4), (2, 7), (3, 6), (4, 8), (4, 13)])

@@ -51,7 +51,6 @@ class Layer:
         nodes: the operations, in execution order.
         parameters: qualified names of the parameters it uses.
         parameter_bytes: bytes of those that are trained.
-        outside_bytes: bytes of those of them that belong to no product.
         output_bytes: bytes of what later layers use of it, for the captured example.
         output_shape: of a single tensor that is put out; None where there are several.
         output_dtype: such as torch.float32; None likewise.
@@ -63,7 +62,6 @@ class Layer:
     nodes: tuple[fx.Node, ...]
     parameters: tuple[str, ...]
     parameter_bytes: int
-    outside_bytes: int
     output_bytes: int
     output_shape: tuple[int, ...] | None
     output_dtype: torch.dtype | None

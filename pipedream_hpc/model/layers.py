@@ -20,7 +20,6 @@ import torch
 from torch import fx, nn
 
 from pipedream_hpc.model.graph import Layer, is_input, leaves_of, parameters_of, tensors_in
-from pipedream_hpc.planning.profile import PRODUCTS
 
 
 def layers_of(
@@ -202,8 +201,6 @@ def _layer(model: nn.Module, nodes: tuple[fx.Node, ...], operations: int, leavin
         name = ".".join(prefix) or anchor.name
         kind = type(model.get_submodule(name)).__name__ if prefix else anchor.name.rstrip("_0123456789")
     parameters = {name: parameter for node in nodes for name, parameter in parameters_of(model, node)}
-    trained = {id(each): (name, each) for name, each in parameters.items() if each.requires_grad}.values()
-    owners = {name: type(model.get_submodule(name.rpartition(".")[0])).__name__ for name, _ in trained}
     values = [value for node in leaving for value in leaves_of(node) if value is not None]
     tensors = [value for value in values if value.kind == "tensor"]
     single = tensors[0] if len(tensors) == 1 else None
@@ -212,8 +209,7 @@ def _layer(model: nn.Module, nodes: tuple[fx.Node, ...], operations: int, leavin
         kind=kind,
         nodes=nodes,
         parameters=tuple(parameters),
-        parameter_bytes=sum(parameter.nbytes for _, parameter in trained),
-        outside_bytes=sum(parameter.nbytes for name, parameter in trained if owners[name] not in PRODUCTS),
+        parameter_bytes=sum(p.nbytes for p in {id(p): p for p in parameters.values()}.values() if p.requires_grad),
         output_bytes=sum(value.nbytes for value in tensors),
         output_shape=None if single is None else single.shape,
         output_dtype=None if single is None else single.dtype,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from pipedream_hpc.model.capture import arguments_of
 from pipedream_hpc.model.clock import clock_of
 from pipedream_hpc.model.clocked import Clocked
 from pipedream_hpc.model.cut import Cut, Part, enter
-from pipedream_hpc.model.graph import Layer, LayerGraph
+from pipedream_hpc.model.graph import Layer, LayerGraph, parameters_of
 from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.untouched import untouched
 from pipedream_hpc.planning.profile import PRODUCTS, LayerProfile, Profile
@@ -76,7 +78,7 @@ def measure(
         device=name,
         minibatch=_minibatch(graph),
         layers=tuple(
-            _profile(layer, took_s, back_s, *sizes)
+            _profile(layer, took_s, back_s, sizes)
             for layer, took_s, back_s, sizes in zip(graph.layers, forward, backward, stashed, strict=True)
         ),
         edges=graph.edges,
@@ -158,7 +160,7 @@ def count(graph: LayerGraph, model: str = "") -> Profile:
     layers = []
     for layer in graph.layers:
         forward_s = (layer.operations + layer.output_bytes // 4) / 1e9
-        layers.append(_profile(layer, forward_s, 2 * forward_s, stash_bytes=0, inner_bytes=0))
+        layers.append(_profile(layer, forward_s, 2 * forward_s, _Sizes(0, 0)))
     name = model or type(graph.module).__name__
     return Profile(name, "counted", _minibatch(graph), tuple(layers), graph.edges)
 
@@ -168,15 +170,16 @@ def _stashed_by_layer(
     arguments: tuple[Any, ...],
     loss: Callable[[Any], torch.Tensor] | None,
     precision: Precision | None,
-) -> list[tuple[int, int]]:
-    """Run each layer by itself on what the layers before it put out, to see what it stashes, and puts out within.
+) -> list[_Sizes]:
+    """Run each layer by itself on what the layers before it put out, to see what it keeps.
 
     What the loss stashes counts with the last layer: of a language model as much as its output.
     """
     cut = Cut(graph, [[index] for index in range(len(graph.layers))])
     values: dict[str, torch.Tensor] = {}
-    stashed = []
-    for index in range(len(graph.layers)):
+    sizes = []
+    used = Counter(id(each) for layer in graph.layers for each in _parameters(graph, layer))
+    for index, layer in enumerate(graph.layers):
         part = cut.part(index, isolated=False)
         # A layer that writes into its input gets a copy: the value is also the stash of the layer before.
         entries = [
@@ -186,19 +189,40 @@ def _stashed_by_layer(
         for position in part.rewrites:
             given[position] = enter(given[position]) if given[position].requires_grad else given[position].clone()
         with (precision or nullcontext)():
-            stash_bytes, inner_bytes, returned = _stashed_bytes(part, given, loss)
-        stashed.append((stash_bytes, inner_bytes))
+            kept, single, returned = _weighed(part, given, loss)
+        own = [each for each in _parameters(graph, layer) if each.requires_grad]
+        outside = [each for each in own if id(each) not in single or used[id(each)] > 1]
+        sizes.append(dataclasses.replace(kept, outside_bytes=sum(each.nbytes for each in outside)))
         values.update((value.name, exit.detach()) for value, exit in zip(part.exits, returned, strict=False))
-    return stashed
+    return sizes
 
 
-def _stashed_bytes(
-    part: Part, given: list[Any], loss: Callable[[Any], torch.Tensor] | None
-) -> tuple[int, int, tuple[Any, ...]]:
-    """Bytes that autograd keeps from this layer's forward to its backward, without the weights; bytes that products in
-    it put out; and what it returns.
+def _parameters(graph: LayerGraph, layer: Layer) -> list[nn.Parameter]:
+    """Of a layer, each once."""
+    return list({id(each): each for node in layer.nodes for _, each in parameters_of(graph.module, node)}.values())
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a layer keeps.
+
+    Attributes:
+        stash_bytes: that autograd keeps from its forward to its backward, without the weights.
+        inner_bytes: that products in it put out.
+        outside_bytes: of weights that anything but a single product uses.
     """
+
+    stash_bytes: int
+    inner_bytes: int
+    outside_bytes: int = 0
+
+
+def _weighed(
+    part: Part, given: list[Any], loss: Callable[[Any], torch.Tensor] | None
+) -> tuple[_Sizes, set[int], tuple[Any, ...]]:
+    """What this layer keeps, the weights (by identity) that a single product in it uses, and what it returns."""
     put_out = 0
+    put_off: set[int] = set()  # weights, by identity, of products that can put them off
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in part.module.parameters()}
 
@@ -211,6 +235,12 @@ def _stashed_bytes(
     def count_out(module: nn.Module, given: Any, out: Any) -> None:
         nonlocal put_out
         put_out += out.nbytes if isinstance(out, torch.Tensor) else 0
+        # As runtime.put_off has it: not under checkpointing, where others look after what is saved, or nothing is.
+        saving = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        watched = torch.is_grad_enabled() and saving is not None and saving[0] is keep
+        weights = {id(each) for each in module._parameters.values() if each is not None}
+        if watched and len(given) == 1 and given[0].requires_grad and put_off.isdisjoint(weights):
+            put_off.update(weights)
 
     products = [module for module in part.module.modules() if type(module).__name__ in PRODUCTS]
     with ExitStack() as hooks, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -219,7 +249,26 @@ def _stashed_bytes(
         returned = part.run(given)
         if part.output and loss is not None:
             loss(returned[-1])
-    return sum(kept.values()), put_out, returned
+    uses = _uses([each for each in returned if isinstance(each, torch.Tensor)])
+    single = {each for each in put_off if uses[each] == 1}
+    return _Sizes(sum(kept.values()), put_out), single, returned
+
+
+def _uses(results: Sequence[torch.Tensor]) -> Counter[int]:
+    """How often parameters, by identity, are used on the way to `results`."""
+    found: Counter[int] = Counter()
+    todo = [result.grad_fn for result in results if result.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        for node, _ in todo.pop().next_functions:
+            if node is None:
+                continue
+            if hasattr(node, "variable"):
+                found[id(node.variable)] += 1
+            elif node not in seen:
+                seen.add(node)
+                todo.append(node)
+    return found
 
 
 def _allocated(storage: torch.UntypedStorage) -> int:
@@ -227,7 +276,7 @@ def _allocated(storage: torch.UntypedStorage) -> int:
     return -(-storage.nbytes() // 512) * 512 if storage.device.type == "cuda" else storage.nbytes()
 
 
-def _profile(layer: Layer, forward_s: float, backward_s: float, stash_bytes: int, inner_bytes: int) -> LayerProfile:
+def _profile(layer: Layer, forward_s: float, backward_s: float, sizes: _Sizes) -> LayerProfile:
     return LayerProfile(
         name=layer.name,
         kind=layer.kind,
@@ -235,9 +284,9 @@ def _profile(layer: Layer, forward_s: float, backward_s: float, stash_bytes: int
         backward_s=backward_s,
         output_bytes=layer.output_bytes,
         parameter_bytes=layer.parameter_bytes,
-        outside_bytes=layer.outside_bytes,
-        stash_bytes=stash_bytes,
-        inner_bytes=0 if layer.kind in PRODUCTS else inner_bytes,
+        outside_bytes=sizes.outside_bytes,
+        stash_bytes=sizes.stash_bytes,
+        inner_bytes=0 if layer.kind in PRODUCTS else sizes.inner_bytes,
         output_shape=layer.output_shape,
         output_dtype=None if layer.output_dtype is None else str(layer.output_dtype).removeprefix("torch."),
     )

@@ -11,8 +11,8 @@ With f minibatches in flight and v weight versions (weight stashing: v = f)::
                   + 2 a_out         gradients received: one at work, one ahead
 
 The current minibatch counts as in flight: on the last stage f is 1, not 0. Where backwards are split, and the weights'
-gradients of l units wait while another's backward runs, f is larger; (l + 1) g are kept as well, g being the gradients
-of outputs of layers that put theirs off, and (l + 1) times the gradients of the weights of the others; recompute keeps
+gradients of l units wait while another's backward runs, and of q at most, f is larger; q g are kept as well, g being
+the gradients of outputs of layers that put theirs off, and q times the gradients of the other weights; recompute keeps
 (l + 1) S; and 2 + l gradients are received.
 """
 
@@ -110,6 +110,7 @@ class MemoryRule:
         in_flight: Amount,
         recompute: bool,
         lag: int = 0,
+        waiting: int = 0,
         waiting_bytes: Amount = 0,
         outside_bytes: Amount = 0,
     ) -> dict[str, Amount]:
@@ -123,16 +124,17 @@ class MemoryRule:
             in_flight: see `in_flight`.
             recompute: whether the forward is run again before the backward.
             lag: l, where backwards are split.
+            waiting: q, likewise.
             waiting_bytes: g for a whole minibatch, where backwards are split.
             outside_bytes: of weights whose gradients are not put off, where others' are.
         """
         versions = in_flight if self.versions is None else np.minimum(self.versions, in_flight * self.microbatches)
-        piece = 1 / self.microbatches
+        piece, held = 1 / self.microbatches, np.minimum(1 + lag, in_flight)
         return {
             "weights": versions * parameter_bytes,
-            "gradients": parameter_bytes + (1 + lag) * outside_bytes,
+            "gradients": parameter_bytes + waiting * outside_bytes,
             "optimizer": OPTIMIZERS[self.optimizer] * parameter_bytes,
-            "activations": ((1 + lag if recompute else in_flight) * stash_bytes + (1 + lag) * waiting_bytes) * piece,
+            "activations": ((held if recompute else in_flight) * stash_bytes + waiting * waiting_bytes) * piece,
             "slots": ((in_flight + 1) * input_bytes + (2 + lag) * output_bytes) * piece,
         }
 

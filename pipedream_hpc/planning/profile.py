@@ -40,7 +40,7 @@ class LayerProfile:
         output_dtype: such as `float32`; None when imported.
         update_s: time of the optimizer's step on its parameters; 0 when not measured.
         inner_bytes: bytes that products within a layer made of others put out; 0 when not measured.
-        outside_bytes: bytes of the trainable parameters that belong to no product; 0 when not known.
+        outside_bytes: bytes of the trainable parameters that anything but a single product uses; 0 when not measured.
     """
 
     __pydantic_config__ = STRICT

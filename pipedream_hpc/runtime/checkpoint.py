@@ -96,7 +96,10 @@ class Checkpoints:
     def __init__(self, folder: str | Path, deployment: Deployment, wishes: Wishes, launch: str, keep: int = 2) -> None:
         self._folder, self._launch, self._keep = Path(folder), launch, keep
         plan, layers = deployment.plan, [stage.layers for stage in deployment.plan.stages]
-        facts = (layers, deployment.layout, plan.schedule, deployment.pieces, deployment.manner.accumulate)
+        manner = deployment.manner
+        # Where backwards are split, gradients add up in another order.
+        parts = (manner.parts,) if manner.times_split else ()
+        facts = (layers, deployment.layout, plan.schedule, deployment.pieces, manner.accumulate, *parts)
         self._parts = tuple(_part(stage) for stage in range(len(layers)))
         self._run = {
             "plan or schedule": f"{zlib.crc32(str(facts).encode()):08x}",

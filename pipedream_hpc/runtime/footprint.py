@@ -67,13 +67,16 @@ class Scales:
         early_bytes: likewise: gradients of the weights of layers that do not put theirs off.
         gradient_bytes: of the first round's gradients.
         in_flight: units alive at once, at most.
+        put_off: units between the two parts of their backward at once, at most.
+        run_again: units alive at once, at most, since their forward was run again.
     """
 
     def __init__(self) -> None:
         self.unit_bytes: int | None = None
-        self.waiting_bytes = self.early_bytes = 0
+        self.waiting_bytes: int | None = None
+        self.early_bytes = 0
         self.gradient_bytes: int | None = None
-        self.in_flight = 0
+        self.in_flight = self.put_off = self.run_again = 0
 
     def unit(self, graphs: Iterable[Node], others: Iterable[torch.Tensor], data: Iterable[torch.Tensor]) -> None:
         """Weigh a unit, just before its backward.
@@ -90,9 +93,8 @@ class Scales:
         self.unit_bytes = sum(parts.get(place, nbytes) for place, nbytes in kept.items())
 
     def waiting(self, outputs: Iterable[int], early: Iterable[torch.Tensor]) -> None:
-        """Weigh what waits between the parts of a backward: gradients of outputs in bytes, and those of weights."""
-        if not self.waiting_bytes:
-            self.waiting_bytes, self.early_bytes = sum(outputs), sum(gradient.nbytes for gradient in early)
+        """Weigh what waits between the parts of a unit's backward: gradients of outputs in bytes, those of weights."""
+        self.waiting_bytes, self.early_bytes = sum(outputs), sum(gradient.nbytes for gradient in early)
 
     def round(self, gradients: Iterable[torch.Tensor | None]) -> None:
         """Weigh the first round's gradients."""
@@ -222,10 +224,10 @@ def _measured(stage: Stage, schedule: Schedule, lines: Lines) -> MemoryParts:
     states = tree_leaves(list(optimizer.state.values())) if optimizer is not None else []
     return MemoryParts(
         weights=stage.stash.nbytes,
-        gradients=(scales.gradient_bytes or 0) + scales.early_bytes * (1 + schedule.lag(stage.index)),
+        gradients=(scales.gradient_bytes or 0) + scales.early_bytes * scales.put_off,
         optimizer=sum(state.nbytes for state in states if isinstance(state, torch.Tensor)),
-        activations=(scales.unit_bytes or 0) * (1 + schedule.lag(stage.index) if stage.recomputes else scales.in_flight)
-        + scales.waiting_bytes * (1 + schedule.lag(stage.index)),
+        activations=(scales.unit_bytes or 0) * (scales.run_again if stage.recomputes else scales.in_flight)
+        + (scales.waiting_bytes or 0) * scales.put_off,
         slots=sum(_slots_bytes(stage.index, port[0], port[1], schedule, lines) for port in stage.ports.inboxes),
     )
 

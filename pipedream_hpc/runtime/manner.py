@@ -152,7 +152,7 @@ def _as_run(
         recompute: whether forwards are run again; None as planned.
     """
     again = stage.recompute if recompute is None else recompute
-    units, lag, was = schedule.in_flight(index), schedule.lag(index), stage.memory
+    units, was = schedule.in_flight(index), stage.memory
     if was is None:
         return dataclasses.replace(stage, in_flight=units, recompute=again)
     sent = stage.output_bytes if index + 1 < len(planned.stages) else 0
@@ -163,9 +163,10 @@ def _as_run(
         output_bytes=sent,
         in_flight=units,
         recompute=again,
-        lag=lag,
-        waiting_bytes=stage.waiting_bytes if schedule.splits(index) else 0,
-        outside_bytes=stage.outside_bytes if schedule.splits(index) else 0,
+        lag=schedule.lag(index),
+        waiting=schedule.waiting(index),
+        waiting_bytes=stage.waiting_bytes,
+        outside_bytes=stage.outside_bytes,
     )
     parts["weights"] = schedule.versions(index) * stage.parameter_bytes  # as many slabs, used or not
     memory = MemoryParts(**{part: math.ceil(size) for part, size in parts.items()})

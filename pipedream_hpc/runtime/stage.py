@@ -143,6 +143,7 @@ class Stage:
         self._feed: Feed | None = None
         self._schedule: Schedule | None = None
         self._training, self._put_off = True, put_off
+        self._waiting = 0  # units between the two parts of their backward
         self._unit_base = self._trained = self._version_base = 0
         self._current = 0
         self._weights: dict[float, torch.Tensor] = {}
@@ -232,6 +233,7 @@ class Stage:
         self._check_version(unit, action)
         if self.recomputes:
             self._run_again(unit, live)
+            self.scales.run_again = max(self.scales.run_again, 1 + self._waiting)
         tensors: list[torch.Tensor] = []
         gradients: list[torch.Tensor | None] = []
         if live.loss is not None and live.loss.requires_grad:
@@ -270,6 +272,7 @@ class Stage:
         self._begin_backward(unit)
         for leaf, gradient in self._put_off.second_part(unit):
             self._accumulation.add(leaf, gradient)
+        self._waiting -= 1
         self._take_over(unit, live)
         for far in self._schedule.sources(self.index):
             self._release(unit, "activation", far)
@@ -339,10 +342,13 @@ class Stage:
         assert self._put_off is not None
         if tensors:
             self._put_off.first_part(unit, lambda: _run_backward(tensors, gradients))
-        waiting = {_storage(gradient): gradient.untyped_storage().nbytes() for gradient in self._put_off.kept(unit)}
-        slots = live.gradient_slots()
-        outputs = (size for place, size in waiting.items() if place not in slots)
-        self.scales.waiting(outputs, self._put_off.early(unit))
+        self._waiting += 1
+        self.scales.put_off = max(self.scales.put_off, self._waiting)
+        if self.scales.waiting_bytes is None:
+            waiting = {_storage(gradient): gradient.untyped_storage().nbytes() for gradient in self._put_off.kept(unit)}
+            slots = live.gradient_slots()
+            outputs = (size for place, size in waiting.items() if place not in slots)
+            self.scales.waiting(outputs, self._put_off.early(unit))
 
     def _take_over(self, unit: int, live: _Live) -> None:
         """The backward of a unit is whole: its gradients are the stage's, and its version and slots free."""

@@ -188,6 +188,10 @@ class Schedule(Protocol):
         """Most units of a replica of `stage` whose WeightGradient waits while another's Backward runs."""
         ...
 
+    def waiting(self, stage: int) -> int:
+        """Most units of a replica of `stage` that wait for their WeightGradient at once."""
+        ...
+
     def last_of_round(self, stage: int, unit: int) -> bool:
         """Whether a replica of `stage` has all gradients that an update learns from once it has those of `unit`."""
         ...

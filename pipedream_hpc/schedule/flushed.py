@@ -13,8 +13,9 @@ B goes first, and W falls into what was idle. Two stages, four microbatches, F, 
 To split a backward has its price, since what W needs has left the caches when its turn comes. So only those are split
 that somebody gains by: of every minibatch the first few of a stage (`lag`), whose gradients come upstream so much
 sooner, a lead that all that follow keep; and the last few, when upstream has no forwards left to do meanwhile. No more
-than `lag` units wait for their W while another's backward runs; the oldest comes first. The input stage's backwards are
-not split, since nobody waits for them. If all the others were split as well nothing would be done any sooner.
+than `lag` units wait for their W while another's backward runs; the oldest comes first. With stages of equal length,
+and W no longer than B, nothing would be done any sooner if all were split. Where stages have replicas all are, since
+upstream then waits for now the one and now the other. The input stage's never are: nobody waits for them.
 
 Gradients of weights add up in the order in which units are done with: after BW1 BW2 W0 W3 they are g1 + g2 + g0 + g3.
 """
@@ -25,6 +26,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from pipedream_hpc.schedule.actions import Action, WeightGradient
 from pipedream_hpc.schedule.routed import Microbatched, alternate
@@ -42,8 +44,13 @@ class Flushed(Microbatched, ABC):
     synchronous = True
 
     def splits(self, stage: int) -> bool:
-        """Where another stage waits for the gradient."""
+        """Where another stage is sent the gradient."""
         return self.split and bool(self.sources(stage))
+
+    def waiting(self, stage: int) -> int:
+        """One more than the lag, unless no unit is split after those that wait all the time."""
+        count = self._most_local(stage)
+        return min(self.lag(stage) + 1, sum(self._puts_off(stage, turn, count) for turn in range(count)))
 
     def puts_off(self, stage: int, unit: int) -> bool:
         """The first and the last of a replica's in every minibatch."""
@@ -78,7 +85,13 @@ class Flushed(Microbatched, ABC):
 
     def _puts_off(self, stage: int, turn: int, count: int) -> bool:
         """Whether a replica splits backward `turn` of its `count` of a minibatch."""
-        return self.splits(stage) and (turn < self.lag(stage) or turn >= count - self._tail(stage))
+        if not self.splits(stage):
+            return False
+        return self._replicated or turn < self.lag(stage) or turn >= count - self._tail(stage)
+
+    @cached_property
+    def _replicated(self) -> bool:
+        return any(len(ranks) > 1 for ranks in self.layout)
 
     def _place(self, stage: int, unit: int) -> tuple[int, int]:
         """Which of its replica's units of the minibatch `unit` is, and how many these are."""

@@ -8,7 +8,7 @@ Three stages, minibatches of four microbatches::
                                                     time ──►
 
 Backwards run in the order of the forwards, so that gradients add up in the order of 1F1B with
-flush, and both leave the same bits. A stage holds all m microbatches; the bubble is
+flush, and both leave the same bits where backwards are whole. A stage holds all m microbatches; the bubble is
 (p - 1) / (m + p - 1) of the time with p stages.
 
 Where backwards are split (see `flushed`) a stage splits as many as there are stages before it, and the pipe is empty
@@ -44,4 +44,4 @@ class GPipe(Flushed):
         return max(0, count - 1)
 
     def _tail(self, stage: int) -> int:
-        return 0  # upstream is behind: it has the gradients of these before it is done with those before them
+        return 0  # upstream, as long for each, is not done yet with the one before

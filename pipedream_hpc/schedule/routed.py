@@ -114,6 +114,10 @@ class Routed:
         """None."""
         return 0
 
+    def waiting(self, stage: int) -> int:
+        """None."""
+        return 0
+
     def last_of_round(self, stage: int, unit: int) -> bool:
         """Whether the replica that has `unit` has none after it in the same round."""
         following, per_update = unit + len(self.layout[stage]), self.per_update(stage)

@@ -11,7 +11,7 @@ Every version of every stage is kept as a copy of its own; nothing is shared wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,7 @@ from pipedream_hpc.verification.rounding import correct_square_roots
 
 Batches = Sequence[tuple[Any, Any]]
 Tensors = dict[str, torch.Tensor]
+Gradients = Mapping[str, torch.Tensor | None]
 
 #: Schedules whose units are microbatches.
 CUT = ("1f1b-flush", "gpipe", "2bw", "interleaved")
@@ -84,7 +85,8 @@ class Way:
     def waits(self, s: int, turn: int, count: int) -> bool:
         """Whether the gradients of unit `turn` of the `count` that a replica of stage s has of a round wait."""
         last = 0 if self.kind == "gpipe" else self.split * (self.before(s) + self.warm_up(s) - 1) + 1
-        return s > 0 and self.split > 0 and (turn < self.split * self.before(s) or turn >= count - last)
+        some = turn < self.split * self.before(s) or turn >= count - last
+        return s > 0 and self.split > 0 and (some or max(self.replicas) > 1)
 
     def place(self, s: int, k: int, units: int) -> tuple[int, int]:
         """Which of its replica's in its round unit k of `units` is in stage s, and of how many."""
@@ -156,9 +158,8 @@ def train(
         units = _units(batches, way.pieces, way.accumulate if way.kind in CUT else 1)
         # sums[s][r]: of the gradients that replica r of stage s has made in this round
         sums: list[list[Tensors]] = [[{} for _ in range(R)] for R in way.replicas]
-        late: list[list[list[dict[str, torch.Tensor | None]]]] = [
-            [[] for _ in range(R)] for R in way.replicas
-        ]  # not yet among them
+        # late[s][r]: of its units whose gradients are not among them yet, the oldest first
+        late: list[list[list[Gradients]]] = [[[] for _ in range(R)] for R in way.replicas]
         for k, (inputs, target, weight) in enumerate(units):
             leaves: Tensors = {}
             for s in range(n):
@@ -231,7 +232,7 @@ def _samples(inputs: Any) -> int:
     return next(len(each) for each in tree_leaves(inputs) if isinstance(each, torch.Tensor))
 
 
-def _add(total: Tensors, found: dict[str, torch.Tensor | None]) -> None:
+def _add(total: Tensors, found: Gradients) -> None:
     for name, gradient in found.items():
         if gradient is not None:
             total[name] = total[name] + gradient if name in total else gradient
@@ -240,7 +241,7 @@ def _add(total: Tensors, found: dict[str, torch.Tensor | None]) -> None:
 def _averaged(of_replicas: list[Tensors], count: int) -> Tensors:
     total: Tensors = {}
     for own in of_replicas:
-        _add(total, {**own})
+        _add(total, own)
     return {name: gradient / count if count > 1 else gradient for name, gradient in total.items()}
 
 
