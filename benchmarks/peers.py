@@ -1,11 +1,11 @@
 """pipedream_hpc beside its peers: torch.distributed.pipelining and DDP over gloo, and the bound of two copies.
 
-    python benchmarks/peers.py                    all models, some ten minutes
+    python benchmarks/peers.py                    all models, some twenty minutes
     python benchmarks/peers.py --only mlp --rounds 5 --plot peers.png
 
 Asynchronous 1F1B is filled once and drained once in an epoch: its time is that from one minibatch's end to another's,
 as many as two turns of the others have. Everybody else fills and drains with every batch, and is timed whole.
-Synchronous ways run with whole backwards, as torch's same schedule does, and with split ones, on the same bits.
+Synchronous ways run with whole backwards, as torch's same schedule does, and with split ones.
 
 Starts two ranks itself. The same models, cut at the same place, on the same cores with one thread each, take
 turns in one run; medians of milliseconds per global batch, and of ratios within a round, since a machine is not
@@ -123,7 +123,7 @@ def run(options: argparse.Namespace) -> None:
     if rank == 0:
         found = {"model": workload.name, "halves": halves, "seconds": samples, "failed": failed}
         print(json.dumps(found | {"differs": differs}), flush=True)
-    dist.destroy_process_group()
+    c.leave()
 
 
 def _difference(got: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> float:

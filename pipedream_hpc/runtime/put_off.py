@@ -54,7 +54,7 @@ class Call:
         self.gradient: torch.Tensor | None = None  # of y, once backward has brought it
 
     def finish(self) -> dict[nn.Parameter, torch.Tensor]:
-        """Compute what was put off: weights and their gradients. None if backward has not come to this call."""
+        """Compute what was put off: weights and their gradients; empty if backward has not come to this call."""
         if self.gradient is None:
             return {}
         assert self.y is not None
