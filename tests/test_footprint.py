@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from pipedream_hpc import Pipeline
@@ -17,6 +18,8 @@ from pipedream_hpc.model.profiler import measure
 from pipedream_hpc.observe.tables import memory_table
 from pipedream_hpc.observe.terminal import console
 from pipedream_hpc.planning.memory import MemoryParts, Recompute
+from pipedream_hpc.planning.plan import Plan
+from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.topology import Level, Topology
 from pipedream_hpc.runtime.footprint import Footprint, Peak, kept_storages
@@ -86,14 +89,12 @@ class Block(nn.Module):
         return self.narrow(self.wide(self.norm(x)).sigmoid())
 
 
-@pytest.mark.parametrize("recompute", [None, True])
-def test_layers_made_of_others_keep_what_waits_within_them(recompute: bool | None) -> None:
+def run_three(block: type[nn.Module], samples: int, **options: Any) -> tuple[Profile, Plan, list[Footprint]]:
+    """Three such blocks in a stage each, profiled, planned and trained; the memory is that of the training."""
     torch.manual_seed(0)
-    model, x, y = nn.Sequential(Block(), Block(), Block()), torch.randn(64, 16), torch.randn(64, 16)
+    model, x, y = nn.Sequential(block(), block(), block()), torch.randn(samples, 16), torch.randn(samples, 16)
     loss = nn.functional.mse_loss
     profile = measure(capture(model, x, [Block]), x, minibatches=1, warm_up=0, loss=lambda output: loss(output, y))
-    assert [layer.waiting_bytes for layer in profile.layers] == [64 * (128 + 16) * F] * 3
-    assert [layer.outside_bytes for layer in profile.layers] == [2 * 16 * F] * 3
     plan = solve(profile, Topology((Level("node", 3, 0.0, 1e12),), "cpu"), Request(straight=True))
     with Pipeline(
         model,
@@ -101,22 +102,28 @@ def test_layers_made_of_others_keep_what_waits_within_them(recompute: bool | Non
         optimizer=partial(torch.optim.SGD, lr=0.1),
         example=x,
         plan=plan,
-        schedule="1f1b-flush",
-        microbatches=8,
-        zero_bubble=True,
-        recompute=recompute,
         leaves=[Block],
         device="cpu",
+        **options,
     ) as pipeline:
         pipeline.fit([(x, y)] * 2)
-        for each in pipeline.footprints():
-            assert each.planned is not None
-            assert each.planned.activations / 2 <= each.measured.activations <= each.planned.activations + 256
-            # The norm's gradients wait until those of the products are there, in as many units.
-            (stage,) = each.stages
-            waiting = 0 if stage == 0 else 1 + min(2 * stage, 8)
-            assert each.measured.gradients == plan.stages[stage].parameter_bytes + waiting * 2 * 16 * F
-            assert each.planned.gradients == each.measured.gradients
+        return profile, plan, pipeline.footprints()
+
+
+@pytest.mark.parametrize("recompute", [None, True])
+def test_layers_made_of_others_keep_what_waits_within_them(recompute: bool | None) -> None:
+    flush = {"schedule": "1f1b-flush", "microbatches": 8, "zero_bubble": True}
+    profile, plan, found = run_three(Block, 64, recompute=recompute, **flush)
+    assert [layer.waiting_bytes for layer in profile.layers] == [64 * (128 + 16) * F] * 3
+    assert [layer.outside_bytes for layer in profile.layers] == [2 * 16 * F] * 3
+    for each in found:
+        assert each.planned is not None
+        assert each.planned.activations / 2 <= each.measured.activations <= each.planned.activations + 256
+        # The norm's gradients wait until those of the products are there, in as many units.
+        (stage,) = each.stages
+        waiting = 0 if stage == 0 else 1 + min(2 * stage, 8)
+        assert each.measured.gradients == plan.stages[stage].parameter_bytes + waiting * 2 * 16 * F
+        assert each.planned.gradients == each.measured.gradients
 
 
 class Bare(Block):
@@ -151,31 +158,25 @@ class Checkpointed(Bare):
         return self.narrow(checkpoint(self.wide, x, use_reentrant=False))
 
 
-@pytest.mark.parametrize("block", [Tied, Borrowed, Checkpointed])
+class Computed(Bare):
+    """A product whose weight is computed from others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parametrizations.weight_norm(self.wide)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.narrow(self.wide(x).sigmoid())
+
+
+@pytest.mark.parametrize("block", [Tied, Borrowed, Checkpointed, Computed])
 @pytest.mark.parametrize(
     "options", [{"schedule": "gpipe", "split_backward": True}, {"schedule": "1f1b-flush", "zero_bubble": True}]
 )
 def test_gradients_that_wait_for_others_are_planned(block: type[Block], options: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    model, x, y = nn.Sequential(block(), block(), block()), torch.randn(8, 16), torch.randn(8, 16)
-    loss = nn.functional.mse_loss
-    profile = measure(capture(model, x, [Block]), x, minibatches=1, warm_up=0, loss=lambda output: loss(output, y))
-    plan = solve(profile, Topology((Level("node", 3, 0.0, 1e12),), "cpu"), Request(straight=True))
-    with Pipeline(
-        model,
-        loss=loss,
-        optimizer=partial(torch.optim.SGD, lr=0.1),
-        example=x,
-        plan=plan,
-        microbatches=4,
-        leaves=[Block],
-        device="cpu",
-        **options,
-    ) as pipeline:
-        pipeline.fit([(x, y)] * 2)
-        for each in pipeline.footprints():
-            assert each.planned is not None
-            assert each.measured.gradients == each.planned.gradients
+    for each in run_three(block, 8, microbatches=4, **options)[2]:
+        assert each.planned is not None
+        assert each.measured.gradients == each.planned.gradients
 
 
 @pytest.mark.parametrize("anew", [None, True, False])
