@@ -85,7 +85,7 @@ def run(rounds: int) -> None:
         for way in order.sample(WAYS, len(WAYS)):
             progress, polls = None, 0
             if way != "no thread":
-                progress = core.Progress(comm, cores=spare)
+                progress = core.Progress(comm, cores=spare, spare=bool(spare))
                 peer = (comm.rank + 1) % comm.size
                 part = [("bytes", "uint8", 1, (NBYTES,))]
                 receiver = core.ReceiveChannel(progress, peer, 0, part, 2)

@@ -93,11 +93,11 @@ PYBIND11_MODULE(_core, module) {
   module.attr("comm_bytes") = sizeof(MPI_Comm);
 
   py::class_<Progress, std::shared_ptr<Progress>>(module, "Progress")
-      .def(py::init([](py::object comm, bool crowded, int device, std::vector<int> cores) {
-             return std::make_shared<Progress>(communicator(comm), crowded, device, std::move(cores));
+      .def(py::init([](py::object comm, bool crowded, int device, std::vector<int> cores, bool spare) {
+             return std::make_shared<Progress>(communicator(comm), crowded, device, std::move(cores), spare);
            }),
            py::arg("comm"), py::kw_only(), py::arg("crowded") = false, py::arg("device") = -1,
-           py::arg("cores") = std::vector<int>())
+           py::arg("cores") = std::vector<int>(), py::arg("spare") = false)
       .def("close", &Progress::close, py::call_guard<py::gil_scoped_release>())
       .def("statistics", [](Progress& progress) {
         const ProgressStatistics now = progress.statistics();

@@ -25,12 +25,13 @@ constexpr int yields_if_crowded = 50;
 // How long a receive that cannot be cancelled is waited for.
 constexpr double longest_goodbye_s = 1.0;
 
-// Between two polls of the progress thread. A poll that took longer than an empty one has moved bytes, and more are
-// likely to follow: whether MPI copies a message at once or in a thousand pieces, this finds out. Otherwise it rests
-// for twice as long each time; something of ours to push, or a compute phase that is short against a moment's delay,
-// allows for less.
+// Between two polls of the progress thread. A poll that took longer than any empty one has moved bytes, and more are
+// likely to follow: whether MPI copies a message at once or in a thousand pieces, this finds out. (An empty one takes
+// half a microsecond, but now and then MPI looks at its sockets too, and that takes up to 15. What is copied in less
+// can wait until there is more.) Otherwise it rests for twice as long each time; something of ours to push, or a
+// compute phase that is short against a moment's delay, allows for less.
 constexpr microseconds while_copying(20), while_moving(50), while_pushing(200), while_idle(500);
-constexpr microseconds empty_poll(3), short_phase(1000);
+constexpr microseconds longest_empty_poll(15), short_phase(1000);
 // With a core of its own a poll costs nobody anything. Of a core that computes it takes some 50 µs with waking up,
 // going to sleep and what compute finds of its caches: so often that a message that needs three polls hides behind a
 // phase.
@@ -80,8 +81,8 @@ void run_on(const std::vector<int>& cores) {
 
 }  // namespace
 
-Progress::Progress(MPI_Comm parent, bool crowded, int device, std::vector<int> cores)
-    : crowded_(crowded), device_(device), cores_(std::move(cores)) {
+Progress::Progress(MPI_Comm parent, bool crowded, int device, std::vector<int> cores, bool spare)
+    : crowded_(crowded), device_(device), cores_(std::move(cores)), spare_(spare) {
   // Here, where somebody hears of it if there is no such device.
   if (device_ >= 0) cuda::use_device(device_);
   check(MPI_Comm_dup(parent, &comm_), "MPI_Comm_dup", -1, "the communicator of the pipeline");
@@ -208,16 +209,15 @@ bool Progress::Pending::pushes() const { return kind != Kind::receive; }
 microseconds Progress::pause(microseconds last, microseconds polled) const {
   // The next copy, or a message, waits for the event; chunks follow each other within tens of microseconds.
   if (!watched_.empty()) return while_copying;
-  if (polled > empty_poll) return while_moving;
+  if (polled > longest_empty_poll) return while_moving;
   const microseconds shortest = pushing_ > 0 ? while_pushing : while_idle;
   // Between two calls at once there is next to no compute: the longest of the last few phases counts.
   const auto current = std::chrono::duration_cast<microseconds>(Clock::now() - computing_since_);
   const microseconds phase = std::max(current, *std::max_element(phases_.begin(), phases_.end()));
-  const bool shared = cores_.empty();
-  const microseconds longest = shared ? longest_pause_if_shared : longest_pause;
+  const microseconds longest = spare_ ? longest_pause : longest_pause_if_shared;
   // The main thread polls often enough by itself.
   if (phase < short_phase) return longest_pause;
-  const int pauses = shared ? pauses_per_phase_if_shared : pauses_per_phase;
+  const int pauses = spare_ ? pauses_per_phase : pauses_per_phase_if_shared;
   return std::min(2 * last, std::clamp(phase / pauses, shortest, longest));
 }
 

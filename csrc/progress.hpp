@@ -69,8 +69,8 @@ class Progress {
   // Collective over `parent`, which is duplicated: no message of anybody else's can be mistaken for
   // one of ours. `crowded`: whether the ranks of this node want more cores than there are. `device`: the
   // index of the one that this process uses, or -1. `cores`: that the progress thread runs on; if there are
-  // none, those that this thread runs on.
-  Progress(MPI_Comm parent, bool crowded, int device = -1, std::vector<int> cores = {});
+  // none, those that this thread runs on. `spare`: whether nobody computes on them.
+  Progress(MPI_Comm parent, bool crowded, int device = -1, std::vector<int> cores = {}, bool spare = false);
   ~Progress();
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
@@ -191,6 +191,7 @@ class Progress {
   const bool crowded_;
   const int device_;
   const std::vector<int> cores_;
+  const bool spare_;
   std::thread thread_;
 };
 

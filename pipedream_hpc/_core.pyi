@@ -39,9 +39,12 @@ class Progress:
         crowded: whether the node's ranks want more cores than there are; who waits then soon sleeps.
         device: index of the GPU that this process uses, or -1.
         cores: that the thread runs on; those of the calling thread if there are none.
+        spare: whether nobody computes on them; it then looks more often.
     """
 
-    def __init__(self, comm: Any, *, crowded: bool = False, device: int = -1, cores: Sequence[int] = ()) -> None: ...
+    def __init__(
+        self, comm: Any, *, crowded: bool = False, device: int = -1, cores: Sequence[int] = (), spare: bool = False
+    ) -> None: ...
     def close(self) -> None:
         """Cancel what is posted and free the communicator. Collective; harmless when called twice."""
     def statistics(self) -> dict[str, int]:

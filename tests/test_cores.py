@@ -32,8 +32,11 @@ def drawn(cpusets: list[frozenset[int]], threads: int, order: list[int] | None =
 
 
 def test_nobody_is_bound() -> None:
-    """Who computes may be helped by a progress thread anywhere in its cpuset."""
-    assert share(FREE, 1, threads=2) == Cores(frozenset({2, 3}), frozenset(range(8)))
+    """Who computes may be helped by a progress thread anywhere in its cpuset, but others compute there."""
+    shared = share(FREE, 1, threads=2)
+    assert shared == Cores(frozenset({2, 3}), frozenset(range(8)))
+    assert not shared.spare
+    assert share(FREE, 1, threads=1).spare
     assert [share(FREE, place, 2).compute for place in range(4)] == [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
 
 

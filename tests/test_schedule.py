@@ -273,8 +273,8 @@ def test_gpipe_with_split_backwards() -> None:
     ]
     assert drawn(GPipe(layout(1, 1, 1), 4, 4, split=True), backward_s=2.0, weight_gradient_s=1.0) == [
         "F0 F1 F2 F3 .  .  .  .  B0 B0 B1 B1 B2 B2 B3 B3",
-        ".  F0 F1 F2 F3 .  .  B0 B1 B1 B2 B2 B3 B3 W0",
-        ".  .  F0 F1 F2 F3 B0 B1 B2 B2 B3 B3 W0 W1",
+        ".  F0 F1 F2 F3 .  .  B0 B1 B2 B2 B3 B3 W0 W1",
+        ".  .  F0 F1 F2 F3 B0 B1 B2 B3 W0 W1 W2 W3",
     ]
 
 

@@ -184,6 +184,20 @@ def test_to_split_more_backwards_than_the_first_and_the_last_gains_nothing(
     assert some <= all_of_them + 1e-9
 
 
+@pytest.mark.parametrize("longer", [1.0, 1.05, 1.1])
+def test_gpipe_has_a_lead_for_an_output_stage_that_takes_longer(longer: float) -> None:
+    # F, B and W of a second each, and of `longer` on the output stage.
+    schedule = GPipe(layout(1, 1), 8, 8, split=True)
+    plan = planned(schedule.layout, 8.0, 16.0, weight_gradient_s=8.0)
+    last = dataclasses.replace(
+        plan.stages[1], forward_s=8 * longer, backward_s=16 * longer, weight_gradient_s=8 * longer
+    )
+    trace = simulate(schedule, dataclasses.replace(plan, stages=(plan.stages[0], last)), INSTANT, microbatches=8).trace
+    # The input stage waits for its first gradient only, unless the output stage is not done by then.
+    first_gradient_s, busy_s = 1 + 9 * longer, 24 * longer
+    assert end_s(trace) == pytest.approx(max(first_gradient_s + 16, 1 + busy_s))
+
+
 def test_where_stages_have_replicas_all_backwards_are_split() -> None:
     schedule = Flush(layout(1, 2, 1), 16, 16, split=True)
     assert [schedule.puts_off(stage, unit) for stage in range(3) for unit in range(16)] == [False] * 16 + [True] * 32

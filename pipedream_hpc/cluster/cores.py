@@ -37,6 +37,11 @@ class Cores:
     compute: frozenset[int] = frozenset()
     progress: frozenset[int] = frozenset()
 
+    @property
+    def spare(self) -> bool:
+        """Whether nobody computes where the progress thread runs."""
+        return bool(self.progress) and self.progress.isdisjoint(self.compute)
+
 
 def share(cpusets: Sequence[frozenset[int]], place: int, threads: int, order: Sequence[int] | None = None) -> Cores:
     """The cores of one rank of a node.

@@ -181,7 +181,7 @@ class Pipeline:
                 stall_limit_s,
                 ordered=deterministic,
                 route=self.route,
-                cores=cores.progress,
+                cores=cores,
             )
             if self.world.size > 1
             else local_wiring(training, lines, own.torch)

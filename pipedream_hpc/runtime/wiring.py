@@ -13,12 +13,13 @@ import atexit
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from pipedream_hpc.cluster.cores import Cores
 from pipedream_hpc.cluster.threads import crowded
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.core import load_core
@@ -136,7 +137,7 @@ def mpi_wiring(
     *,
     ordered: bool,
     route: Route = ON_CPU,
-    cores: Collection[int] = (),
+    cores: Cores,
 ) -> Wiring:
     """This process's rank; the others are other processes. Collective.
 
@@ -146,11 +147,13 @@ def mpi_wiring(
         stall_limit_s: seconds that a rank waits for another.
         ordered: whether sums over replicas are in the order of the ranks.
         route: that boundary tensors take.
-        cores: that the progress thread runs on; those of this thread if there are none.
+        cores: that this process has.
     """
     layout: Layout = schedule.layout
     crowd = crowded(world.local_size)
-    progress = load_core().Progress(world.comm, crowded=crowd, device=route.index, cores=sorted(cores))
+    progress = load_core().Progress(
+        world.comm, crowded=crowd, device=route.index, cores=sorted(cores.progress), spare=cores.spare
+    )
     own = {(stage, world.rank): Ports() for stage, ranks in enumerate(layout) if world.rank in ranks}
     for pipe in _pipes(schedule, lines):
         if pipe.source in own and pipe.target in own:

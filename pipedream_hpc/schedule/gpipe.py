@@ -11,14 +11,17 @@ Backwards run in the order of the forwards, so that gradients add up in the orde
 flush, and both leave the same bits where backwards are whole. A stage holds all m microbatches; the bubble is
 (p - 1) / (m + p - 1) of the time with p stages.
 
-Where backwards are split (see `flushed`) a stage splits as many as there are stages before it, and the pipe is empty
-(p - 1) W sooner. Two stages, F, B and W of equal length::
+Where backwards are split (see `flushed`) a stage splits twice as many as there are stages before it, and the pipe is
+empty (p - 1) W sooner. Two stages, F, B and W of equal length::
 
     whole   stage 0   F0 F1 F2 F3 .  .  .  BW BW BW BW BW BW BW BW U
             stage 1      F0 F1 F2 F3 BW BW BW BW BW BW BW BW       U
 
     split   stage 0   F0 F1 F2 F3 .  .  BW BW BW BW BW BW BW BW U
-            stage 1      F0 F1 F2 F3 B0 BW BW BW BW BW BW W0    U
+            stage 1      F0 F1 F2 F3 B0 B1 BW BW BW BW W0 W1    U
+
+Half as many would do if all stages took equally long. The other half is a lead for one that takes longer than those
+before it, or is held up now and then.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ class GPipe(Flushed):
         return self._most_local(stage)
 
     def lag(self, stage: int) -> int:
-        """As many units as there are stages before it."""
-        return min(self._before(stage), self._most_local(stage)) if self.splits(stage) else 0
+        """Twice as many units as there are stages before it."""
+        return min(2 * self._before(stage), self._most_local(stage)) if self.splits(stage) else 0
 
     def _ahead(self, stage: int, count: int) -> int:
         return max(0, count - 1)

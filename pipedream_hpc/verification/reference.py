@@ -82,10 +82,14 @@ class Way:
         """ceil(ranks before the stage / its replicas)."""
         return -(-sum(self.replicas[:s]) // self.replicas[s])
 
+    def lag(self, s: int) -> int:
+        """Units whose gradients wait while another's are computed, at most."""
+        return (2 if self.kind == "gpipe" and self.split else self.split) * self.before(s)
+
     def waits(self, s: int, turn: int, count: int) -> bool:
         """Whether the gradients of unit `turn` of the `count` that a replica of stage s has of a round wait."""
         last = 0 if self.kind == "gpipe" else self.split * (self.before(s) + self.warm_up(s) - 1) + 1
-        some = turn < self.split * self.before(s) or turn >= count - last
+        some = turn < self.lag(s) or turn >= count - last
         return s > 0 and self.split > 0 and (some or max(self.replicas) > 1)
 
     def place(self, s: int, k: int, units: int) -> tuple[int, int]:
@@ -179,7 +183,7 @@ def train(
                     waiting.append(found)
                 else:
                     _add(sums[s][r], found)
-                while waiting and (turn + 1 == count or len(waiting) > way.split * way.before(s)):
+                while waiting and (turn + 1 == count or len(waiting) > way.lag(s)):
                     _add(sums[s][r], waiting.pop(0))
             ending = [s for s in range(n) if (k + 1) % way.per_round(s) == 0 or k + 1 == len(units)]
             averages = {}

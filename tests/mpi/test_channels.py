@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import threading
@@ -262,6 +263,23 @@ def test_a_transfer_goes_on_behind_compute(progress: Any) -> None:
         pair.out.drain(SOON)
     assert progress.statistics()["polls_computing"] > before
     comm.Barrier()
+
+
+def test_a_progress_thread_that_shares_its_core_with_compute_looks_seldom() -> None:
+    """Beside two seconds of compute: every 20 ms at most, on a core of its own every 4 ms, twice each time."""
+    counts = {}
+    for spare in (False, True):
+        thread = core.Progress(comm, cores=sorted(os.sched_getaffinity(0)), spare=spare)
+        pair = Pair(thread, 8)  # a receive to look after
+        time.sleep(0.5)
+        before = thread.statistics()["polls_computing"]
+        time.sleep(2.0)
+        counts[spare] = thread.statistics()["polls_computing"] - before
+        comm.Barrier()
+        del pair
+        thread.close()
+    assert 0 < counts[False] <= 250
+    assert counts[True] > counts[False]
 
 
 def test_several_tensors_are_one_message(progress: Any) -> None:
