@@ -18,18 +18,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from launch import on_two_ranks
+from launch import built, on_two_ranks
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build" / "tests"
 SIZES = (64, 4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 64 << 20)
 LARGE, COMPUTE_S = 64 << 20, 0.2
 
@@ -39,7 +35,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=24)
     parser.add_argument("--plot", type=Path, help="write a picture")
     options = parser.parse_args()
-    program = str(built())
+    program = str(built("bench_channel"))
     # A core for each rank: the program has no thread to pin, so the launcher does.
     pingpong = on_two_ranks([program, "latency", str(options.turns), *map(str, SIZES)], bind="core")
     overlap = on_two_ranks([program, "overlap", str(options.turns), str(LARGE), str(COMPUTE_S)], bind="core")
@@ -60,20 +56,6 @@ def main() -> None:
     Console(width=100, highlight=False).print(latency, hidden)
     if options.plot:
         draw(times, found, options.plot)
-
-
-def built() -> Path:
-    """The program of csrc/benchmarks, built if it is not."""
-    configure = ["cmake", "-S", ROOT, "-B", BUILD, "-DPIPEDREAM_TESTS=ON", "-DPIPEDREAM_CUDA=OFF"]
-    for command in (
-        [*configure, f"-DPython_EXECUTABLE={sys.executable}"],
-        ["cmake", "--build", BUILD, "--target", "bench_channel"],
-    ):
-        path = Path(sys.executable).parent
-        done = subprocess.run([path / command[0], *command[1:]], text=True, capture_output=True, check=False)
-        if done.returncode:
-            sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return BUILD / "csrc" / "tests" / "bench_channel"
 
 
 def hidden_share(found: dict[tuple[str, str], float], way: str) -> float:

@@ -15,6 +15,8 @@ from typing import Any
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": 1 << 30, "MALLOC_TRIM_THRESHOLD_": 1 << 32, "MALLOC_TOP_PAD_": 1 << 26}
 #: Where programs that came with this Python are.
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "tests"
 
 
 def run(*command: object) -> None:
@@ -27,6 +29,14 @@ def run(*command: object) -> None:
     )
     if done.returncode:
         sys.exit(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
+
+
+def built(target: str, library: bool = False) -> Path:
+    """A program of csrc/benchmarks, or a library, built if it is not. Exits if it cannot be."""
+    configure = ["cmake", "-S", ROOT, "-B", BUILD, "-DPIPEDREAM_TESTS=ON", "-DPIPEDREAM_CUDA=OFF"]
+    run(*configure, f"-DPython_EXECUTABLE={sys.executable}")
+    run("cmake", "--build", BUILD, "--target", target)
+    return BUILD / "csrc" / "tests" / (f"lib{target}.so" if library else target)
 
 
 def mpirun() -> str:

@@ -22,7 +22,10 @@ cache; a store reads its line first, unless the line was read anyway or the stor
                        = 7                = 8                     1.14    = 7                     1.00
 
 So the target slab is streamed where a step moves more than 32 MiB; below that, streaming would keep out
-of the caches what the next forward reads. The last columns take both kinds of stores in turns.
+of the caches what the next forward reads. Two columns take both kinds of stores in turns.
+
+The last columns move the bytes alone (csrc/benchmarks/moves.cpp, on x86-64): what memory takes for a step in place,
+against torch's, and for one that streams its target, against that one in place. No step can be much below the latter.
 
 Required: copy-on-write within 1.05 of in place; nothing allocated after warm-up (page faults a step);
 a switch of versions below 50 µs, whatever the size. Exits with 1 if a median is over.
@@ -31,13 +34,15 @@ a switch of versions below 50 µs, whatever the size. Exits with 1 if a median i
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import platform
 import random
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -45,6 +50,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from launch import built
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
@@ -70,12 +76,13 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 #: Buffers of the weights' size that each needs: two slabs, gradient, state.
 BUFFERS = {"SGD": 4, "Adam": 5, "AdamW": 5}
 OURS, PLAIN, STREAMED, IN_PLACE, COPY_STEP = "copy-on-write", "plain stores", "streamed", "in place", "copy, step"
+BYTES_IN_PLACE, BYTES_STREAMED = "bytes in place", "bytes streamed"
 
 
 class Contest:
     """All ways to take a step, on the same memory: slabs, gradients and state are shared."""
 
-    def __init__(self, kind: str, nbytes: int, with_copy: bool) -> None:
+    def __init__(self, kind: str, nbytes: int, with_copy: bool, moves: ctypes.CDLL | None) -> None:
         pool = load_memory().WeightPool(nbytes, 2)
         share = nbytes // TENSORS // 4
         self.slabs = [
@@ -107,6 +114,13 @@ class Contest:
         }
         if with_copy:
             self.ways[COPY_STEP] = partial(self._copy_step, copied)
+        if moves is not None:
+            states = [[value for key, value in owned.state[p].items() if key != "step"] for p in _parameters(owned)]
+            first, *second = map(_addresses, zip(*states, strict=True))
+            old, new = map(_addresses, self.slabs)
+            rest = (_addresses(gradients), first, second[0] if second else None, TENSORS, share)
+            self.ways[BYTES_IN_PLACE] = partial(self._move, moves, old, old, *rest)
+            self.ways[BYTES_STREAMED] = partial(self._move, moves, old, new, *rest)
 
     def cow(self, streaming: bool | None) -> None:
         source, target = next(self._turn)
@@ -119,6 +133,15 @@ class Contest:
         for target, source in zip(self.slabs[1], self.slabs[0], strict=True):
             target.copy_(source)
         optimizer.step()
+
+    def _move(self, moves: ctypes.CDLL, *arguments: Any) -> None:
+        *arrays, tensors, count = arguments
+        moves.move_bytes(*arrays, ctypes.c_size_t(tensors), ctypes.c_size_t(count), torch.get_num_threads())
+
+
+def _addresses(tensors: Iterable[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    found = [each.data_ptr() for each in tensors]
+    return (ctypes.c_void_p * len(found))(*found)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
@@ -203,9 +226,10 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="write the ratios as a picture")
     wanted = parser.parse_args()
     sizes = (*SIZES_MB, LARGE_MB) if wanted.large else SIZES_MB
-    console = Console(width=118, highlight=False)
+    moves = ctypes.CDLL(str(built("bench_moves", library=True))) if platform.machine() == "x86_64" else None
+    console = Console(width=136, highlight=False)
     steps = Table("", "weights", "copy-on-write", "in place", "ratio", "copy, step", "ratio", "plain stores",
-                  "streamed", "faults", title="one step, best median in ms (threads)")  # fmt: skip
+                  "streamed", "faults", "bytes", "streamed", title="one step, best median in ms (threads)")  # fmt: skip
     switches = Table("weights", "switch", title=f"another version of {TENSORS} tensors")
     ratios: dict[str, dict[int, dict[str, float]]] = {}
     slowest = 0.0
@@ -218,7 +242,7 @@ def main() -> int:
                     steps.add_row(kind, f"{size} MB", "not enough memory")
                     continue
                 # foreach makes a temporary of the weights' size, or two.
-                contest = Contest(kind, nbytes, with_copy=free_bytes() > (BUFFERS[kind] + 3) * nbytes)
+                contest = Contest(kind, nbytes, with_copy=free_bytes() > (BUFFERS[kind] + 3) * nbytes, moves=moves)
                 found, faults = best_of(contest, wanted.seconds)
                 del contest
                 over = {way: taken.over(found[IN_PLACE]) for way, taken in found.items()}
@@ -228,7 +252,9 @@ def main() -> int:
                 steps.add_row(kind, f"{size} MB", str(found[OURS]), str(found[IN_PLACE]), f"{over[OURS]:.2f}",
                               str(copied) if copied else "no memory",
                               f"{found[OURS].over(copied):.2f}" if copied else "",
-                              str(found[PLAIN]), str(found[STREAMED]), f"{faults:.1f}")  # fmt: skip
+                              str(found[PLAIN]), str(found[STREAMED]), f"{faults:.1f}",
+                              f"{over[BYTES_IN_PLACE]:.2f}" if moves else "",
+                              f"{found[BYTES_STREAMED].over(found[BYTES_IN_PLACE]):.2f}" if moves else "")  # fmt: skip
                 progress.advance(task)
     slowest_switch = 0.0
     for size in sizes:

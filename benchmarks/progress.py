@@ -70,7 +70,7 @@ def run(rounds: int) -> None:
     own = cores[comm.rank % len(cores)]
     os.sched_setaffinity(0, {own})
     # As Pipeline shares them out: a core of the thread's own where there is one to spare.
-    spare = [each for each in cores if each != own] if comm.size == 1 else []
+    others = [each for each in cores if each != own] if comm.size == 1 else []
     torch.set_num_threads(1)
     a, b, c = (torch.randn(256, 256) for _ in range(3))
     tensor = torch.ones(NBYTES, dtype=torch.uint8)
@@ -85,7 +85,7 @@ def run(rounds: int) -> None:
         for way in order.sample(WAYS, len(WAYS)):
             progress, polls = None, 0
             if way != "no thread":
-                progress = core.Progress(comm, cores=spare, spare=bool(spare))
+                progress = core.Progress(comm, cores=others, spare=bool(others))
                 peer = (comm.rank + 1) % comm.size
                 part = [("bytes", "uint8", 1, (NBYTES,))]
                 receiver = core.ReceiveChannel(progress, peer, 0, part, 2)

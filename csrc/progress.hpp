@@ -161,7 +161,7 @@ class Progress {
   void computed_until_now();                               // the main thread comes to wait
   void settle(const Watched& watched);                     // waits for its event
   bool settle(std::size_t index);                          // cancels a receive; whether MPI is done with the request
-  // Of the progress thread until its next poll, by what it did last and how long the poll took.
+  // Of the progress thread until its next poll, by what it did last and how long it worked for the poll.
   std::chrono::microseconds pause(std::chrono::microseconds last, std::chrono::microseconds polled) const;
   void run();  // the progress thread
 

@@ -72,6 +72,7 @@ def test_who_is_bound_keeps_what_it_has() -> None:
 )
 def test_others_are_left_alone(cpusets: list[frozenset[int]]) -> None:
     assert [share(cpusets, place, 1) for place in range(len(cpusets))] == [Cores()] * len(cpusets)
+    assert not Cores().spare
 
 
 @given(st.integers(1, 12), st.sets(st.integers(0, 63), min_size=1), st.integers(1, 8), st.randoms())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -71,6 +73,38 @@ def test_a_rank_in_numbers() -> None:
     crossing = math.prod(pipeline.stages[0].part.exits[0].shape) * F
     slots = [footprint.measured.slots for footprint in pipeline.footprints()]
     assert slots == [2 * crossing, 2 * crossing], "gradients: at work and ahead; activations: in flight and ahead"
+
+
+@pytest.mark.parametrize(
+    "replicas", [(1, 1, 1), (2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 2), (2, 2, 1), (3, 2, 1)], ids=str
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"schedule": "1f1b"},
+        {"schedule": "gpipe", "microbatches": 2},
+        {"schedule": "gpipe", "microbatches": 4, "split_backward": True},
+    ],
+    ids=["1f1b", "gpipe", "split"],
+)
+def test_slots_are_planned_for_every_rank_that_sends(replicas: tuple[int, ...], options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), torch.zeros(8, 16)
+    profile = measure(capture(model, x), x, minibatches=1, warm_up=0)
+    plan = solve(profile, Topology((Level("node", 3, 0.0, 1e12),), "cpu"), Request(straight=True))
+    ranks = iter(range(sum(replicas)))
+    stages = [
+        dataclasses.replace(stage, ranks=tuple(islice(ranks, count)))
+        for stage, count in zip(plan.stages, replicas, strict=True)
+    ]
+    plan = dataclasses.replace(plan, stages=tuple(stages))
+    pipeline = Pipeline(
+        model, loss=nn.functional.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1), example=x, plan=plan, **options
+    )
+    pipeline.fit([(x, x)] * 6)
+    for footprint in pipeline.footprints():
+        assert footprint.planned is not None
+        assert footprint.planned.slots == footprint.measured.slots
 
 
 def test_recompute_keeps_the_activations_of_one_minibatch() -> None:

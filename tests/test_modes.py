@@ -56,6 +56,7 @@ def cases() -> list[dict[str, Any]]:
     found += [case("1-1-1", "1f1b-flush", microbatches=2, precision="bf16", **split)]
     found += [case("1-1", "1f1b-flush", "adam", microbatches=2, **half, **split)]
     found += [case(plan, "gpipe", microbatches=4, **split) for plan in ("1-1", "2-1", "1-2-1")]
+    found += [case("1-1-1-1", "gpipe", microbatches=m, **split) for m in (3, 5)]
     zero: dict[str, Any] = {"zero_bubble": True}
     found += [case(plan, "1f1b-flush", microbatches=5, **zero) for plan in ("1-1", "2-1", "1-1-1", "1-1-1-1")]
     found += [case("1-2-1", "1f1b-flush", "adam", microbatches=4, recompute=True, **zero)]

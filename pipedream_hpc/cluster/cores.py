@@ -63,8 +63,8 @@ def share(cpusets: Sequence[frozenset[int]], place: int, threads: int, order: Se
         return Cores()
     if len(held) <= threads:
         return Cores(held, own)
-    spare = [core for core in order or sorted(held) if core in held][-1]
-    return Cores(held - {spare}, frozenset({spare}))
+    last = [core for core in order or sorted(held) if core in held][-1]
+    return Cores(held - {last}, frozenset({last}))
 
 
 def in_order(system: Path = _SYSTEM) -> list[int] | None:

@@ -10,6 +10,9 @@ With f minibatches in flight and v weight versions (weight stashing: v = f)::
     slots         (f + 1) a_in      activations received: those in flight, and one ahead
                   + 2 a_out         gradients received: one at work, one ahead
 
+Slots are those of a channel, and a replica has one with every rank of the next stage, or the one before, that it talks
+to. Partitioning counts one; what is run counts all.
+
 The current minibatch counts as in flight: on the last stage f is 1, not 0. Where backwards are split, and the weights'
 gradients of l units wait while another's backward runs, and of q at most, f is larger; q g are kept as well, g being
 the gradients of outputs of layers that put theirs off, and q times the gradients of the other weights; recompute keeps

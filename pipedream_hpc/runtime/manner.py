@@ -156,11 +156,12 @@ def _as_run(
     if was is None:
         return dataclasses.replace(stage, in_flight=units, recompute=again)
     sent = stage.output_bytes if index + 1 < len(planned.stages) else 0
+    received = max(0, was.slots * planned.microbatches - 2 * sent) / (stage.in_flight + 1)
     parts = MemoryRule(planned.optimizer, schedule.versions(index), pieces).parts(
         parameter_bytes=stage.parameter_bytes,
         stash_bytes=was.activations * planned.microbatches / (1 if stage.recompute else stage.in_flight),
-        input_bytes=max(0, was.slots * planned.microbatches - 2 * sent) / (stage.in_flight + 1),
-        output_bytes=sent,
+        input_bytes=received * _peers(schedule.layout, index, index - 1),
+        output_bytes=sent * _peers(schedule.layout, index, index + 1),
         in_flight=units,
         recompute=again,
         lag=schedule.lag(index),
@@ -171,6 +172,13 @@ def _as_run(
     parts["weights"] = schedule.versions(index) * stage.parameter_bytes  # as many slabs, used or not
     memory = MemoryParts(**{part: math.ceil(size) for part, size in parts.items()})
     return dataclasses.replace(stage, in_flight=units, memory=memory, recompute=again)
+
+
+def _peers(layout: Layout, stage: int, far: int) -> int:
+    """Ranks of stage `far` that a rank of `stage` has a channel with."""
+    if not 0 <= far < len(layout):
+        return 0
+    return len(layout[far]) // math.gcd(len(layout[stage]), len(layout[far]))
 
 
 def _check_in_flight(plan: Plan, name: str, schedule: Schedule) -> None:

@@ -15,13 +15,14 @@ Where backwards are split (see `flushed`) a stage splits twice as many as there 
 empty (p - 1) W sooner. Two stages, F, B and W of equal length::
 
     whole   stage 0   F0 F1 F2 F3 .  .  .  BW BW BW BW BW BW BW BW U
-            stage 1      F0 F1 F2 F3 BW BW BW BW BW BW BW BW       U
+            stage 1      F0 F1 F2 F3 BW BW BW BW BW BW BW BW U
 
     split   stage 0   F0 F1 F2 F3 .  .  BW BW BW BW BW BW BW BW U
-            stage 1      F0 F1 F2 F3 B0 B1 BW BW BW BW W0 W1    U
+            stage 1      F0 F1 F2 F3 B0 B1 BW BW BW BW W0 W1 U
 
 Half as many would do if all stages took equally long. The other half is a lead for one that takes longer than those
-before it, or is held up now and then.
+before it, or is held up now and then. With replicas, where all are split, it gains next to nothing, and the lag is
+without it.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ class GPipe(Flushed):
         return self._most_local(stage)
 
     def lag(self, stage: int) -> int:
-        """Twice as many units as there are stages before it."""
-        return min(2 * self._before(stage), self._most_local(stage)) if self.splits(stage) else 0
+        """Twice as many units as there are stages before it; where stages have replicas, as there are ranks."""
+        if not self.splits(stage):
+            return 0
+        return min((1 if self._replicated else 2) * self._before(stage), self._most_local(stage))
 
     def _ahead(self, stage: int, count: int) -> int:
         return max(0, count - 1)

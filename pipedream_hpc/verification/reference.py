@@ -84,7 +84,7 @@ class Way:
 
     def lag(self, s: int) -> int:
         """Units whose gradients wait while another's are computed, at most."""
-        return (2 if self.kind == "gpipe" and self.split else self.split) * self.before(s)
+        return (2 if self.kind == "gpipe" and max(self.replicas) == 1 else self.split) * self.before(s)
 
     def waits(self, s: int, turn: int, count: int) -> bool:
         """Whether the gradients of unit `turn` of the `count` that a replica of stage s has of a round wait."""

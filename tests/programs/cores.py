@@ -2,17 +2,26 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from pipedream_hpc import Pipeline
 from pipedream_hpc.cluster.cores import in_order, share
+from pipedream_hpc.core import load_core
+from pipedream_hpc.runtime import wiring
 
 # torch's compute threads are there before the pipeline is, as in any program that has prepared its data.
 torch.set_num_threads(2)
 torch.ones(1 << 20).add_(1)
 before = {task.name for task in Path("/proc/self/task").iterdir()}
+
+# What the pipeline gives its progress thread.
+core, given = load_core(), {}
+noting = SimpleNamespace(**vars(core))
+noting.Progress = lambda comm, **options: given.update(options) or core.Progress(comm, **options)
+wiring.load_core = lambda: noting
 
 pipeline = Pipeline(
     nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
@@ -23,7 +32,12 @@ pipeline = Pipeline(
 )
 world = pipeline.world
 assert world.size == 2
-wanted = share(world.cpusets, world.place, 1, in_order()).progress
+cores = share(world.cpusets, world.place, 1, in_order())
+if os.environ.get("PIPEDREAM_BIND") != "0":
+    assert (given["cores"], given["spare"]) == (sorted(cores.progress), cores.spare), given
+else:
+    assert (given["cores"], given["spare"]) == ([], False), given
+wanted = cores.progress
 threads = [os.sched_getaffinity(int(task.name)) for task in Path("/proc/self/task").iterdir()]
 compute = ",".join(map(str, sorted(os.sched_getaffinity(0))))
 found = "where it should be" if wanted in threads else f"not on {sorted(wanted)}"

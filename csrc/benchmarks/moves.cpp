@@ -1,0 +1,67 @@
+// The bytes of an optimizer step, and next to no arithmetic: what memory alone would take for it. A library that
+// benchmarks/optimizer.py builds and calls.
+//
+//   in place         weights, gradient, state ──► weights, state
+//   copy-on-write    weights, gradient, state ──► target, state      the target streamed around the caches
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+
+#include "threads.hpp"
+
+namespace {
+
+#if defined(__AVX512F__)
+using Numbers = __m512;  // a line of the caches
+void stream(float* to, Numbers numbers) { _mm512_stream_ps(to, numbers); }
+#else
+using Numbers = __m128;
+void stream(float* to, Numbers numbers) { _mm_stream_ps(to, numbers); }
+#endif
+
+constexpr std::size_t width = sizeof(Numbers) / sizeof(float);
+constexpr std::size_t chunk = 524288;  // numbers that a thread takes at a time, as fused.cpp does
+
+Numbers& at(float* address) { return *reinterpret_cast<Numbers*>(address); }
+
+// Means, so that numbers stay what they are like, however often this runs.
+template <bool second, bool streams>
+void move(float* weights, float* target, float* gradient, float* first_state, float* second_state, std::size_t count) {
+  for (std::size_t i = 0; i < count; i += width) {
+    const Numbers step = at(gradient + i), kept = (at(first_state + i) + step) * 0.5f;
+    at(first_state + i) = kept;
+    if (second) at(second_state + i) = (at(second_state + i) + step * step) * 0.5f;
+    const Numbers moved = (at(weights + i) + kept) * 0.5f;
+    if (streams) {
+      stream(target + i, moved);
+    } else {
+      at(target + i) = moved;
+    }
+  }
+}
+
+}  // namespace
+
+// `tensors` of `count` numbers each, whole lines that begin on a line; streamed unless the target is the weights.
+// `second` is null where there is one state only.
+extern "C" __attribute__((visibility("default"))) void move_bytes(float* const* weights, float* const* target,
+                                                                  float* const* gradient, float* const* first,
+                                                                  float* const* second, std::size_t tensors,
+                                                                  std::size_t count, int threads) {
+  const std::size_t chunks = (count + chunk - 1) / chunk;
+  const bool streams = weights[0] != target[0];
+  const auto part = second == nullptr ? (streams ? move<false, true> : move<false, false>)
+                                      : (streams ? move<true, true> : move<true, false>);
+  std::atomic<std::size_t> next{0};
+  auto work = [&] {
+    for (std::size_t index = next++; index < tensors * chunks; index = next++) {
+      const std::size_t tensor = index / chunks, begin = index % chunks * chunk;
+      part(weights[tensor] + begin, target[tensor] + begin, gradient[tensor] + begin, first[tensor] + begin,
+           second == nullptr ? nullptr : second[tensor] + begin, std::min(chunk, count - begin));
+    }
+    _mm_sfence();
+  };
+  pipedream::on_threads(threads, work);
+}
