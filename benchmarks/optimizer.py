@@ -24,7 +24,7 @@ cache; a store reads its line first, unless the line was read anyway or the stor
 So the target slab is streamed where a step moves more than 32 MiB; below that, streaming would keep out
 of the caches what the next forward reads. Two columns take both kinds of stores in turns.
 
-The last columns move the bytes alone (csrc/benchmarks/moves.cpp, on x86-64): what memory takes for a step in place,
+The last two columns move the bytes alone (csrc/benchmarks/moves.cpp, on x86-64): what memory takes for a step in place,
 against torch's, and for one that streams its target, against that one in place. No step can be much below the latter.
 
 Required: copy-on-write within 1.05 of in place; nothing allocated after warm-up (page faults a step);
@@ -227,9 +227,10 @@ def main() -> int:
     wanted = parser.parse_args()
     sizes = (*SIZES_MB, LARGE_MB) if wanted.large else SIZES_MB
     moves = ctypes.CDLL(str(built("bench_moves", library=True))) if platform.machine() == "x86_64" else None
-    console = Console(width=136, highlight=False)
+    console = Console(width=148, highlight=False)
     steps = Table("", "weights", "copy-on-write", "in place", "ratio", "copy, step", "ratio", "plain stores",
-                  "streamed", "faults", "bytes", "streamed", title="one step, best median in ms (threads)")  # fmt: skip
+                  "streamed", "faults", "bytes alone", "bytes streamed",
+                  title="one step, best median in ms (threads)")  # fmt: skip
     switches = Table("weights", "switch", title=f"another version of {TENSORS} tensors")
     ratios: dict[str, dict[int, dict[str, float]]] = {}
     slowest = 0.0

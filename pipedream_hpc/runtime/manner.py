@@ -26,6 +26,7 @@ from pipedream_hpc.planning.topology import Level, Topology
 from pipedream_hpc.schedule import kinds
 from pipedream_hpc.schedule.actions import Layout, Schedule
 from pipedream_hpc.schedule.interleaved import folded
+from pipedream_hpc.schedule.play import channels
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _peers(layout: Layout, stage: int, far: int) -> int:
     """Ranks of stage `far` that a rank of `stage` has a channel with."""
     if not 0 <= far < len(layout):
         return 0
-    return len(layout[far]) // math.gcd(len(layout[stage]), len(layout[far]))
+    return len(channels(layout, stage, far)) // len(layout[stage])
 
 
 def _check_in_flight(plan: Plan, name: str, schedule: Schedule) -> None:

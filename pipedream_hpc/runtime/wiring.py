@@ -10,7 +10,6 @@ shares a unit::
 from __future__ import annotations
 
 import atexit
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -39,7 +38,7 @@ from pipedream_hpc.runtime.transport import (
 )
 from pipedream_hpc.runtime.view import CPU
 from pipedream_hpc.schedule.actions import Layout, Payload, Schedule
-from pipedream_hpc.schedule.play import activation_slots, gradient_slots
+from pipedream_hpc.schedule.play import activation_slots, channels, gradient_slots
 
 if TYPE_CHECKING:
     from pipedream_hpc._core import Progress
@@ -93,16 +92,10 @@ def _pipes(schedule: Schedule, lines: Lines) -> Iterator[_Pipe]:
     """Everything that travels, in an order all ranks agree about."""
     layout, tag = schedule.layout, 0
     for (source, target), boundaries in sorted(lines.items()):
-        apart = math.gcd(len(layout[source]), len(layout[target]))
-        pairs = [
-            ((source, a), (target, b))
-            for i, a in enumerate(layout[source])
-            for j, b in enumerate(layout[target])
-            if (i - j) % apart == 0
-        ]
         returning = tuple(boundary for boundary in boundaries if boundary.gradient)
         forth, back = activation_slots(schedule, source, target), gradient_slots(schedule, source, target)
-        for near, far in pairs:
+        for sender, receiver in channels(layout, source, target):
+            near, far = (source, sender), (target, receiver)
             yield _Pipe(near, far, "activation", boundaries, tag, forth)
             yield _Pipe(far, near, "gradient", returning, tag + 1, back)
         tag += 2

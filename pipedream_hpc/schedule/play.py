@@ -16,6 +16,7 @@ port is asked for later is caused by something that was waiting, so it cannot be
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pipedream_hpc.schedule.actions import (
     Agree,
     Backward,
     Forward,
+    Layout,
     Payload,
     Receive,
     Reduce,
@@ -42,6 +44,16 @@ GRADIENT_SLOTS = 2
 
 #: (rank, action, start in seconds, end in seconds). A plain tuple: a simulation makes millions.
 Step = tuple[int, Action, float, float]
+
+
+def channels(layout: Layout, source: int, target: int) -> list[tuple[int, int]]:
+    """Ranks of stage `source` and ranks of stage `target` that have units in common.
+
+    Unit k is that of replica k mod R in a stage of R: of replicas i and j if their difference is a multiple of the
+    greatest common divisor of the stages' numbers.
+    """
+    apart = math.gcd(len(layout[source]), len(layout[target]))
+    return [(a, b) for i, a in enumerate(layout[source]) for j, b in enumerate(layout[target]) if (i - j) % apart == 0]
 
 
 def activation_slots(schedule: Schedule, source: int, target: int) -> int:
