@@ -1,12 +1,12 @@
-"""Test accuracy, epoch by epoch: pipelined in several ways beside plain SGD in a single process.
+"""Compare the test accuracy of pipelined training under several schedules with plain SGD in one process.
 
     python benchmarks/accuracy.py
     python benchmarks/accuracy.py --data fashion-mnist DIR --epochs 10
 
-Every way trains the demo's classifier in 4 stages with the same first weights, learning rate and number
-of epochs; runs differ in the order of the data. Stages run in one process, which gives the numbers of
-real ranks bit for bit. What should come out: weight stashing, vertical sync and 2BW within half a
-point of plain SGD. `naive`, pipelining without stashing, is shown for comparison.
+All of them train the demo's classifier, pipelined in 4 stages, with the same initial weights, learning rate and
+number of epochs; runs differ in the order of the data. Stages run in one process, whose results are bitwise
+equal to those of real ranks. Expected: weight stashing, vertical sync and 2BW are within half a percentage
+point of plain SGD. `naive`, pipelining without stashing, is included for comparison.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from pipedream_hpc import Job, Pipeline
+from pipedream_hpc import Job, Pipeline, ScheduleConfig, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import classifier
 
-WAYS: dict[str, dict[str, object]] = {
-    "weight stashing": {"schedule": "1f1b"},
-    "vertical sync": {"schedule": "vertical-sync"},
-    "2BW": {"schedule": "2bw", "microbatches": 4},
-    "naive": {"schedule": "naive"},
+SCHEDULES = {
+    "weight stashing": ScheduleConfig("1f1b"),
+    "vertical sync": ScheduleConfig("vertical-sync"),
+    "2BW": ScheduleConfig("2bw", n_microbatches=4),
+    "naive": ScheduleConfig("naive"),
 }
 
 
@@ -49,13 +49,13 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
-    curves: dict[str, list[list[float]]] = {"plain SGD": [], **{name: [] for name in WAYS}}
+    curves: dict[str, list[list[float]]] = {"plain SGD": [], **{name: [] for name in SCHEDULES}}
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("epochs", total=len(curves) * options.runs * options.epochs)
         for run in range(options.runs):
             for name in curves:
                 job = classifier.job(["--data", *options.data])
-                step = plain(job, run) if name == "plain SGD" else pipelined(job, run, options.stages, WAYS[name])
+                step = plain(job, run) if name == "plain SGD" else pipelined(job, run, options.stages, SCHEDULES[name])
                 curve = []
                 for _ in range(options.epochs):
                     curve.append(step())
@@ -65,8 +65,8 @@ def main() -> None:
     final = {name: [curve[-1] for curve in runs] for name, runs in curves.items()}
     expected = statistics.mean(final["plain SGD"])
     table = Table(title=f"test accuracy after {options.epochs} epochs, {options.stages} stages, {options.runs} runs")
-    for column in ("way", "mean", "of each run", "beside plain SGD"):
-        table.add_column(column, justify="left" if column == "way" else "right")
+    for column in ("schedule", "mean", "of each run", "difference from plain SGD"):
+        table.add_column(column, justify="left" if column == "schedule" else "right")
     for name, reached in final.items():
         mean = statistics.mean(reached)
         each = ", ".join(f"{value:.2%}" for value in reached)
@@ -77,45 +77,45 @@ def main() -> None:
 
 
 def plain(job: Job, run: int) -> Callable[[], float]:
-    """An ordinary training loop; each call trains an epoch and returns the test accuracy."""
+    """Return a function that trains one epoch in an ordinary training loop and returns the test accuracy."""
     optimizer = job.optimizer(job.model.parameters())
     torch.manual_seed(100 + run)
 
     def epoch() -> float:
         job.model.train()
-        for inputs, target in job.train:
+        for inputs, target in job.train_loader:
             optimizer.zero_grad()
-            job.loss(job.model(inputs), target).backward()
+            job.loss_fn(job.model(inputs), target).backward()
             optimizer.step()
         job.model.eval()
         with torch.no_grad():
-            right = sum(int((job.model(inputs).argmax(1) == target).sum()) for inputs, target in job.test)
-        return right / len(job.test.dataset)
+            right = sum(int((job.model(inputs).argmax(1) == target).sum()) for inputs, target in job.test_loader)
+        return right / len(job.test_loader.dataset)
 
     return epoch
 
 
-def pipelined(job: Job, run: int, stages: int, way: dict[str, object]) -> Callable[[], float]:
-    """The same in stages."""
+def pipelined(job: Job, run: int, stages: int, schedule: ScheduleConfig) -> Callable[[], float]:
+    """Return a function that trains one epoch in stages and returns the test accuracy."""
     pipeline = Pipeline(
         job.model,
-        loss=job.loss,
+        loss_fn=job.loss_fn,
         optimizer=job.optimizer,
-        example=job.example,
+        example_inputs=job.example_inputs,
         plan=stages,
-        seed=run,
-        **way,  # type: ignore[arg-type]
+        schedule=schedule,
+        train_config=TrainConfig(seed=run),
     )
 
     def epoch() -> float:
-        pipeline.fit(job.train)
-        return pipeline.evaluate(job.test)
+        pipeline.fit(job.train_loader)
+        return pipeline.evaluate(job.test_loader, job.metrics)["accuracy"]
 
     return epoch
 
 
 def draw(curves: dict[str, list[list[float]]], path: Path, data: str) -> None:
-    """Mean accuracy by epoch, with the range of the runs."""
+    """Draw the mean accuracy by epoch, with the range of the runs."""
     figure = Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.add_subplot()

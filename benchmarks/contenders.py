@@ -1,7 +1,7 @@
-"""The models of the benchmarks beside peers, cut alike for everybody; and the ways to train them on two ranks.
+"""The models of the peer benchmarks, and the contenders that train them on two ranks.
 
-Every way trains the very same modules with plain SGD on the same batches, with one thread per rank and the
-rank on a core of its own. A way is asked for seconds per global batch.
+All contenders train the same modules, cut at the same places, with plain SGD on the same batches. Every rank has one
+thread and its own core. A contender reports seconds per global batch.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from torch import nn
 from torch.distributed import pipelining
 from torch.nn.parallel import DistributedDataParallel
 
-from pipedream_hpc import Pipeline
+from pipedream_hpc import Pipeline, RunConfig, ScheduleConfig, Step, TrainConfig
 
-RATE = 0.1
+LEARNING_RATE = 0.1
 
 
-class Piece(nn.Sequential):
-    """A run of blocks that is never cut: layers of the pipeline are these."""
+class Segment(nn.Sequential):
+    """Consecutive blocks that are never cut: a layer of the pipeline."""
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with causal attention."""
+    """A pre-norm transformer block with causal attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.attend, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         split = self.attend(self.norms[0](x)).chunk(3, -1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in split)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.feed(self.norms[1](x))
+        return x + self.mlp(self.norms[1](x))
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model as blocks in a row, its loss, and one batch."""
+    """A model as consecutive blocks, its loss, and a function that creates a batch."""
 
     name: str
     blocks: Callable[[], list[nn.Module]]
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     batch: Callable[[], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -105,23 +105,23 @@ WORKLOADS = {
 
 
 def block_seconds(workload: Workload, rounds: int = 7) -> list[float]:
-    """Forward and backward of every block as in training, medians of the rounds."""
+    """Return the seconds of forward and backward of every block, as in training; medians over the rounds."""
     torch.manual_seed(0)
     blocks, (x, _) = workload.blocks(), workload.batch()
     samples: list[list[float]] = [[] for _ in blocks]
     for _ in range(1 + rounds):
-        entry = x
+        block_input = x
         for block, taken in zip(blocks, samples, strict=True):
             began = time.perf_counter()
-            out = block(entry)
+            out = block(block_input)
             out.backward(torch.ones_like(out))
             taken.append(time.perf_counter() - began)
-            entry = out.detach().requires_grad_()  # nobody wants the gradient of the model's own input
+            block_input = out.detach().requires_grad_()  # the model's own input needs no gradient
     return [statistics.median(taken[1:]) for taken in samples]
 
 
 def quarters_of(seconds: Sequence[float]) -> tuple[int, int, int]:
-    """Where to cut: the most balanced halves, and of each half the most balanced halves."""
+    """Return where to cut: into the most balanced halves, and each half into its most balanced halves."""
 
     def halve(begin: int, end: int) -> int:
         return min(range(begin + 1, end), key=lambda at: max(sum(seconds[begin:at]), sum(seconds[at:end])))
@@ -130,47 +130,48 @@ def quarters_of(seconds: Sequence[float]) -> tuple[int, int, int]:
     return halve(0, middle), middle, halve(middle, len(seconds))
 
 
-def quarters(workload: Workload, cuts: Sequence[int]) -> list[Piece]:
-    """The model in four pieces, always the same weights."""
+def quarters(workload: Workload, cuts: Sequence[int]) -> list[Segment]:
+    """Return the model in four segments, always with the same weights."""
     torch.manual_seed(0)
     blocks = workload.blocks()
-    return [Piece(*blocks[a:b]) for a, b in itertools.pairwise([0, *cuts, len(blocks)])]
+    return [Segment(*blocks[a:b]) for a, b in itertools.pairwise([0, *cuts, len(blocks)])]
 
 
-def halves(workload: Workload, cuts: Sequence[int]) -> list[Piece]:
-    """The model in two pieces, the same weights."""
+def halves(workload: Workload, cuts: Sequence[int]) -> list[Segment]:
+    """Return the model in two segments, with the same weights."""
     four = quarters(workload, cuts)
-    return [Piece(*four[0], *four[1]), Piece(*four[2], *four[3])]
+    return [Segment(*four[0], *four[1]), Segment(*four[2], *four[3])]
 
 
-class Way:
-    """One way of training. `seconds(batches)` is collective, and means seconds per global batch."""
+class Contender:
+    """A way of training that is measured."""
 
-    def __init__(self, name: str, kind: str, microbatches: int = 1) -> None:
-        self.name, self.kind, self.microbatches = name, kind, microbatches
+    def __init__(self, name: str, kind: str, n_microbatches: int = 1) -> None:
+        self.name, self.kind, self.n_microbatches = name, kind, n_microbatches
 
     def open(self) -> None:
-        """Make ready, warm-up included."""
+        """Prepare training, including the warm-up. Collective."""
 
     def seconds(self, batches: int) -> float:
+        """Train `batches` batches; return the seconds per global batch. Collective."""
         raise NotImplementedError
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """All weights by position of the block, on rank 0."""
+        """Return all weights, named by the position of their block, on rank 0. Collective."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Leave nothing that runs."""
+        """Release all resources. Collective."""
 
 
-def _gathered(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _gather(own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     parts: list[Any] = [None, None]
     dist.all_gather_object(parts, own)
     return {name: value for part in parts for name, value in part.items()}
 
 
-class Copies(Way):
-    """A whole model on each rank, each on batches of its own, and no word between them: the bound."""
+class Copies(Contender):
+    """A whole model on each rank, each with its own batches, without communication: the bound."""
 
     def __init__(self, workload: Workload, cuts: Sequence[int]) -> None:
         super().__init__("two copies", "bound")
@@ -178,29 +179,29 @@ class Copies(Way):
 
     def open(self) -> None:
         self._model = nn.Sequential(*halves(self._workload, self._cuts))
-        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=RATE)
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=LEARNING_RATE)
         self._batch = self._workload.batch()
         self.seconds(2)
 
     def seconds(self, batches: int) -> float:
         began = time.perf_counter()
         for _ in range(batches):
-            _step(self._model, self._workload.loss, self._optimizer, *self._batch)
+            _step(self._model, self._workload.loss_fn, self._optimizer, *self._batch)
         return (time.perf_counter() - began) / batches / 2
 
 
-def _step(model: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, x: Any, y: Any) -> None:
+def _step(model: nn.Module, loss_fn: Any, optimizer: torch.optim.Optimizer, x: Any, y: Any) -> None:
     optimizer.zero_grad()
-    loss(model(x), y).backward()
+    loss_fn(model(x), y).backward()
     optimizer.step()
 
 
-class Stages(Way):
-    """Each rank runs its own stage again and again, and no word between them: as fast as these stages can be.
+class Stages(Contender):
+    """Each rank runs its own stage repeatedly, without communication: the fastest that these stages can run.
 
-    What comes in and back is what the whole model hands over there, and every turn begins with the weights that
-    the others begin with. Kernels are not equally fast on all numbers: a max pool of rectified activations that have
-    all died takes half the time of one on a model that learns.
+    Inputs and gradients are those at the boundary of the whole model, and every turn starts from the same weights as
+    the other contenders. The speed of kernels depends on the values: a max pool of rectified activations that are all
+    zero takes half the time of one in a model that learns.
     """
 
     def __init__(self, workload: Workload, cuts: Sequence[int]) -> None:
@@ -212,16 +213,16 @@ class Stages(Way):
         self._x, self._y = self._workload.batch()
         first, second = halves(self._workload, self._cuts)
         self._boundary = first(self._x).detach()
-        entry = self._boundary.clone().requires_grad_()
-        (self._gradient,) = torch.autograd.grad(self._workload.loss(second(entry), self._y), entry)
+        leaf = self._boundary.clone().requires_grad_()
+        (self._gradient,) = torch.autograd.grad(self._workload.loss_fn(second(leaf), self._y), leaf)
         self._first = dist.get_rank() == 0
         self._module = first if self._first else second
         self._begin = {name: value.clone() for name, value in self._module.state_dict().items()}
-        self._optimizer = torch.optim.SGD(self._module.parameters(), lr=RATE)
+        self._optimizer = torch.optim.SGD(self._module.parameters(), lr=LEARNING_RATE)
         self.seconds(1)
 
     def seconds(self, batches: int) -> float:
-        """Of this rank's own stage."""
+        """Return the seconds per batch of this rank's own stage."""
         self._module.load_state_dict(self._begin)
         began = time.perf_counter()
         for _ in range(batches):
@@ -230,13 +231,13 @@ class Stages(Way):
                 self._module(self._x).backward(self._gradient)
             else:
                 out = self._module(self._boundary.detach().requires_grad_())
-                self._workload.loss(out, self._y).backward()
+                self._workload.loss_fn(out, self._y).backward()
             self._optimizer.step()
         return (time.perf_counter() - began) / batches
 
 
 class Ddp(Copies):
-    """torch DDP: each rank has half of every batch."""
+    """torch DDP: each rank trains on half of every batch."""
 
     def __init__(self, workload: Workload, cuts: Sequence[int]) -> None:
         super().__init__(workload, cuts)
@@ -244,7 +245,7 @@ class Ddp(Copies):
 
     def open(self) -> None:
         self._model = DistributedDataParallel(nn.Sequential(*halves(self._workload, self._cuts)))
-        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=RATE)
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=LEARNING_RATE)
         own = [part.chunk(2)[dist.get_rank()] for part in self._workload.batch()]
         self._batch = (own[0], own[1])
         self.seconds(2)
@@ -253,18 +254,18 @@ class Ddp(Copies):
         return 2 * super().seconds(batches)
 
 
-class TorchPipeline(Way):
+class TorchPipeline(Contender):
     """torch.distributed.pipelining over gloo."""
 
-    def __init__(self, workload: Workload, cuts: Sequence[int], schedule: str, microbatches: int) -> None:
-        super().__init__(f"torch {schedule.removeprefix('Schedule')}", schedule, microbatches)
+    def __init__(self, workload: Workload, cuts: Sequence[int], schedule: str, n_microbatches: int) -> None:
+        super().__init__(f"torch {schedule.removeprefix('Schedule')}", schedule, n_microbatches)
         self._workload, self._cuts = workload, cuts
 
     def open(self) -> None:
         kind = getattr(pipelining, self.kind, None) or getattr(pipelining.schedules, self.kind)
         rank, device = dist.get_rank(), torch.device("cpu")
         single = issubclass(kind, pipelining.schedules.PipelineScheduleSingle)
-        pieces = (halves if single else quarters)(self._workload, self._cuts)
+        segments = (halves if single else quarters)(self._workload, self._cuts)
         own = (
             [rank]
             if single
@@ -272,18 +273,18 @@ class TorchPipeline(Way):
             if "ZBV" in self.kind or "DualPipeV" in self.kind
             else [rank, rank + 2]
         )
-        self._modules = {index: pieces[index] for index in own}
-        stages = [pipelining.PipelineStage(pieces[index], index, len(pieces), device) for index in own]
+        self._modules = {index: segments[index] for index in own}
+        stages = [pipelining.PipelineStage(segments[index], index, len(segments), device) for index in own]
         self._schedule = kind(
-            stages[0] if single else stages, n_microbatches=self.microbatches, loss_fn=self._workload.loss
+            stages[0] if single else stages, n_microbatches=self.n_microbatches, loss_fn=self._workload.loss_fn
         )
-        self._first, self._last = 0 in own, len(pieces) - 1 in own
+        self._first, self._last = 0 in own, len(segments) - 1 in own
         self._optimizer = torch.optim.SGD(
-            [p for module in self._modules.values() for p in module.parameters()], lr=RATE
+            [p for module in self._modules.values() for p in module.parameters()], lr=LEARNING_RATE
         )
         torch.manual_seed(1)
         self._x, self._y = self._workload.batch()
-        self._offsets = {index: len(list(itertools.chain(*pieces[:index]))) for index in own}
+        self._offsets = {index: len(list(itertools.chain(*segments[:index]))) for index in own}
         self.seconds(1)
 
     def seconds(self, batches: int) -> float:
@@ -301,73 +302,79 @@ class TorchPipeline(Way):
             for name, value in module.state_dict().items():
                 number, _, rest = name.partition(".")
                 own[f"{int(number) + self._offsets[index]}.{rest}"] = value
-        return _gathered(own)
+        return _gather(own)
 
 
-class Ours(Way):
-    """pipedream_hpc over MPI."""
+class Ours(Contender):
+    """pipedream_hpc over MPI.
+
+    Args:
+        workload: the model and its data.
+        cuts: where the model is cut into quarters; see `quarters_of`.
+        schedule: name of the schedule.
+        n_microbatches: microbatches per batch, for schedules that cut minibatches.
+        trace: record spans for `bottleneck_idle`.
+    """
 
     def __init__(
         self,
         workload: Workload,
         cuts: Sequence[int],
         schedule: str,
-        microbatches: int = 1,
+        n_microbatches: int = 1,
         *,
         trace: bool = False,
-        split: bool = False,
-        zero_bubble: bool = False,
     ) -> None:
-        how = ", zero bubble" if zero_bubble else ", split" if split else ""
-        super().__init__(f"pipedream_hpc {schedule}{how}", schedule, microbatches)
+        super().__init__(f"pipedream_hpc {schedule}", schedule, n_microbatches)
         self._workload, self._cuts, self._trace = workload, cuts, trace
-        self._split, self._zero_bubble = split, zero_bubble
 
     def open(self) -> None:
         torch.manual_seed(1)
         self._batch = self._workload.batch()
-        pieces = halves(self._workload, self._cuts)
-        self._second = len(pieces[0])
+        segments = halves(self._workload, self._cuts)
+        self._second = len(segments[0])
         self._pipeline = Pipeline(
-            nn.Sequential(*pieces),
-            loss=self._workload.loss,
-            optimizer=partial(torch.optim.SGD, lr=RATE),
-            example=self._batch[0],
+            nn.Sequential(*segments),
+            loss_fn=self._workload.loss_fn,
+            optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE),
+            example_inputs=self._batch[0],
             plan=2,
-            schedule=self.kind,
-            microbatches=self.microbatches if self.microbatches > 1 else None,
-            split_backward=self._split,
-            zero_bubble=self._zero_bubble,
-            leaves=[Piece],
-            trace=self._trace,
+            schedule=ScheduleConfig(self.kind, n_microbatches=self.n_microbatches if self.n_microbatches > 1 else None),
+            train_config=TrainConfig(leaf_modules=(Segment,)),
+            run_config=RunConfig(trace=self._trace),
         )
         self._pipeline.fit([self._batch])
 
     def seconds(self, batches: int) -> float:
         ends: list[float] = []
+
+        def on_step(_: Step) -> None:
+            ends.append(time.perf_counter())
+
         began = time.perf_counter()
-        self._pipeline.fit([self._batch] * batches, on_minibatch=lambda done, total: ends.append(time.perf_counter()))
-        took = (time.perf_counter() - began) / batches
-        if self.microbatches > 1 or len(ends) < 3:
-            return took
-        # Asynchronous: filled once and drained once in a whole epoch, so from a minibatch's end to another's.
+        self._pipeline.fit([self._batch] * batches, on_step=None if self.n_microbatches > 1 else on_step)
+        seconds = (time.perf_counter() - began) / batches
+        if len(ends) < 3:
+            return seconds
+        # Asynchronous schedules fill and drain once per epoch: measure from the end of one minibatch to another's.
         return (ends[-1] - ends[0]) / (len(ends) - 1)
 
     def weights(self) -> dict[str, torch.Tensor]:
         whole = {}
         for name, value in self._pipeline.state_dict().items():
-            piece, number, rest = name.split(".", 2)
-            whole[f"{int(number) + int(piece) * self._second}.{rest}"] = value
+            segment, number, rest = name.split(".", 2)
+            whole[f"{int(number) + int(segment) * self._second}.{rest}"] = value
         return whole
 
     def bottleneck_idle(self) -> float:
-        """Part of the steady state in which the busier stage neither computes nor updates. Collective."""
-        spans = [span for span in self._pipeline.last_trace().spans if span.kind in ("forward", "backward", "update")]
+        """Return the fraction of the steady state in which the busier stage is idle. Collective."""
+        computing = ("forward", "backward", "optimizer-step")
+        spans = [span for span in self._pipeline.last_trace().spans if span.kind in computing]
         idle = []
         for rank in (0, 1):
             own = [span for span in spans if span.rank == rank]
             ends = sorted(span.end_s for span in own if span.kind == "backward")
-            begin, end = ends[1], ends[-2]  # neither filling nor draining
+            begin, end = ends[1], ends[-2]  # without filling and draining
             busy = sum(
                 min(span.end_s, end) - max(span.start_s, begin)
                 for span in own
@@ -381,16 +388,16 @@ class Ours(Way):
 
 
 def one_process(workload: Workload, cuts: Sequence[int]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Weights before and after the first batch, trained by plain torch."""
+    """Return the weights before and after the first batch, trained by plain torch."""
     model = nn.Sequential(*itertools.chain(*quarters(workload, cuts)))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(1)
-    _step(model, workload.loss, torch.optim.SGD(model.parameters(), lr=RATE), *workload.batch())
+    _step(model, workload.loss_fn, torch.optim.SGD(model.parameters(), lr=LEARNING_RATE), *workload.batch())
     return before, model.state_dict()
 
 
 def start_ranks() -> tuple[int, int]:
-    """One thread, one core of its own, and gloo beside MPI; returns rank and ranks."""
+    """Set up this rank: one thread, its own core, and gloo in addition to MPI; return rank and number of ranks."""
     from mpi4py import MPI
 
     rank, size = MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size
@@ -402,12 +409,11 @@ def start_ranks() -> tuple[int, int]:
     return rank, size
 
 
-def leave() -> None:
-    """End this process once all ranks are here, as it stands.
+def exit_together() -> None:
+    """Exit without destructors once all ranks are here.
 
-    An interpreter that ends in the usual way destroys what DDP has left, and now and then torch 2.13 waits for ever
-    for itself there: the destructor of its gloo backend has the interpreter's lock and wants that of a thread of its
-    own, which wants the interpreter's.
+    A normal exit destroys the objects of DDP, and torch 2.13 sometimes deadlocks there: the destructor of its gloo
+    backend holds the interpreter lock and waits for a lock of its thread, which waits for the interpreter lock.
     """
     from mpi4py import MPI
 
@@ -425,8 +431,8 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def interleaved(ways: Sequence[Way], rounds: int) -> Iterator[Way]:
-    """Every way once per round, in an order that changes from round to round."""
+def rotate(contenders: Sequence[Contender], rounds: int) -> Iterator[Contender]:
+    """Yield every contender once per round; the first one changes from round to round."""
     for number in range(rounds):
-        turn = number % len(ways)
-        yield from [*ways[turn:], *ways[:turn]]
+        first = number % len(contenders)
+        yield from [*contenders[first:], *contenders[:first]]

@@ -1,11 +1,11 @@
-"""Deadlocks of all small pipelines, and what the proof costs at a launch.
+"""Search all small pipelines for deadlocks, and measure what the proof costs at a launch.
 
     python benchmarks/deadlocks.py            775 combinations x 1 to 60 minibatches (some minutes)
     python benchmarks/deadlocks.py --launch   seconds per rank of 1,024 ranks
 
-The combinations are all of 2 to 4 stages with 1 to 5 replicas each, every send blocking. None may
-deadlock; with the all-reduce before the upstream send, 221 do (an independent simulation's count).
-Exits with 1 if it comes out otherwise.
+The combinations are all pipelines of 2 to 4 stages with 1 to 5 replicas each, every send blocking. None may
+deadlock; with the all-reduce before the upstream send, 221 do (an independent simulation found as many).
+Exits with 1 if the counts differ.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipedream_hpc.schedule import kinds
+from pipedream_hpc.schedule import registry
 from pipedream_hpc.schedule.actions import ScheduleError
 from pipedream_hpc.schedule.interleaved import folded
 from pipedream_hpc.schedule.one_f_one_b import OneFOneB
@@ -31,7 +31,7 @@ LENGTHS, EXPECTED = range(1, 61), 221
 
 
 def stuck(schedule: OneFOneB) -> bool:
-    """Whether its ranks wait for each other for ever."""
+    """Return whether the ranks wait for each other for ever."""
     try:
         verify(schedule)
     except ScheduleError as error:
@@ -42,9 +42,9 @@ def stuck(schedule: OneFOneB) -> bool:
 
 
 def combinations(console: Console) -> int:
-    """One row per number of stages: how many deadlock for some length, and at how many lengths."""
-    table = Table("stages", "combinations", "runs", "as it is: deadlocks", "all-reduce first: deadlock for some length",
-                  "of these for 60 minibatches", "shortest")  # fmt: skip
+    """Print, per number of stages, how many pipelines deadlock for some number of minibatches, and for 60."""
+    table = Table("stages", "combinations", "runs", "1F1B: deadlocks", "all-reduce first: deadlock for some number",
+                  "of these for 60 minibatches", "smallest number")  # fmt: skip
     right, wrong = 0, 0
     for stages in (2, 3, 4):
         members = [layout(*replicas) for replicas in product(range(1, 6), repeat=stages)]
@@ -61,7 +61,7 @@ def combinations(console: Console) -> int:
 
 
 def launch(console: Console) -> int:
-    """Seconds of `verify_around` on the rank that has most to prove, of those at both ends and in the middle."""
+    """Print the seconds of `verify_around` on the slowest of the ranks at both ends and in the middle."""
     cases = [
         ("1f1b", (1,) * 1024, 1, 1),
         ("1f1b", (512, 512), 1, 1),
@@ -74,19 +74,19 @@ def launch(console: Console) -> int:
         ("interleaved", (64,) * 16, 1024, 4),
         ("data-parallel", (1024,), 1, 1),
     ]
-    table = Table("schedule", "replicas x stages", "units", "seconds")
-    for kind, replicas, microbatches, chunks in cases:
+    table = Table("schedule", "replicas x stages", "microbatches", "seconds")
+    for name, replicas, n_microbatches, chunks in cases:
         members = layout(*replicas * chunks)
         if chunks > 1:
             members = folded(members, chunks)
-        schedule = kinds.make(kind, members, 100_000, microbatches=microbatches)
+        schedule = registry.make(name, members, 100_000, n_microbatches=n_microbatches)
         slowest_s = 0.0
         for rank in (0, 512, 1023):
             began = time.perf_counter()
             verify_around(schedule, rank)
             slowest_s = max(slowest_s, time.perf_counter() - began)
         shape = f"{replicas[0]} x {len(replicas)}" if len(set(replicas)) == 1 else "-".join(map(str, replicas))
-        table.add_row(kind, shape, "100,000", f"{slowest_s:.3f}")
+        table.add_row(name, shape, "100,000", f"{slowest_s:.3f}")
     console.print(table)
     return 0
 

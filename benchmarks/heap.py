@@ -1,9 +1,9 @@
-"""What it costs to give freed activations back to the system: training on a CPU with glibc's defaults, and without.
+"""Measure the cost of returning freed activations to the system: training on a CPU with and without glibc's defaults.
 
-    python benchmarks/heap.py          three models, one thread; a minute
+    python benchmarks/heap.py          three models, one thread; about a minute
 
-Each model is trained by plain torch in processes of its own, which take turns; in every other one
-pipedream_hpc.cluster.heap has told glibc to keep what is freed, as a Pipeline on a CPU does.
+Each model is trained by plain torch in separate processes, which take turns; in every other process
+pipedream_hpc.cluster.heap makes glibc keep freed memory, as a Pipeline on a CPU does.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        one(options.one[0], options.one[1] == "kept")
+        train(options.one[0], options.one[1] == "kept")
         return
-    table = Table("model", "glibc's defaults (ms)", "page faults", "kept (ms)", "page faults", "times as fast")
+    table = Table("model", "glibc's defaults (ms)", "page faults", "kept (ms)", "page faults", "speedup")
     for name in ("mlp", "vgg", "gpt"):
         found: dict[str, list[list[float]]] = {"default": [], "kept": []}
         for _ in range(options.rounds):
-            for how, taken in found.items():
+            for setting, samples in found.items():
                 clean = {key: value for key, value in os.environ.items() if not key.startswith(("MALLOC_", "GLIBC_"))}
-                command = [sys.executable, __file__, "--one", name, how]
-                taken.append(json.loads(subprocess.run(command, env=clean, check=True, capture_output=True).stdout))
+                command = [sys.executable, __file__, "--one", name, setting]
+                samples.append(json.loads(subprocess.run(command, env=clean, check=True, capture_output=True).stdout))
         (default_s, faults), (kept_s, kept_faults) = (
-            [statistics.median(figures) for figures in zip(*taken, strict=True)] for taken in found.values()
+            [statistics.median(figures) for figures in zip(*samples, strict=True)] for samples in found.values()
         )
         table.add_row(
             name,
@@ -53,8 +53,8 @@ def main() -> None:
     Console(width=100, highlight=False).print(table)
 
 
-def one(name: str, keep: bool) -> None:
-    """Seconds and page faults per minibatch."""
+def train(name: str, keep: bool) -> None:
+    """Train a model; print the seconds and page faults per minibatch."""
     import contenders as c
     import torch
 
@@ -66,15 +66,15 @@ def one(name: str, keep: bool) -> None:
     workload = c.WORKLOADS[name]
     model = torch.nn.Sequential(*workload.blocks())
     x, y = workload.batch()
-    optimizer = torch.optim.SGD(model.parameters(), lr=c.RATE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=c.LEARNING_RATE)
     for batch in range(2 + BATCHES):
         if batch == 2:
             before, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
         optimizer.zero_grad()
-        workload.loss(model(x), y).backward()
+        workload.loss_fn(model(x), y).backward()
         optimizer.step()
-    took = time.perf_counter() - began
-    print(json.dumps([took / BATCHES, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / BATCHES]))
+    seconds = time.perf_counter() - began
+    print(json.dumps([seconds / BATCHES, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / BATCHES]))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Memory, planned beside measured: an MLP, a small VGG and a small GPT, each on 2 ranks.
+"""Compare planned and measured memory of an MLP, a small VGG and a small GPT, each on 2 ranks.
 
     python benchmarks/memory.py
 
-Each model is profiled, planned for one stage per rank, and trained for a pass of 24 minibatches. What the plan
-says of every part of a rank's memory stands beside what the rank counted (runtime/footprint.py), and beside how
-much the whole process grew since before its first minibatch (on a GPU: what torch allocated, and the weights).
-What should come out: no part is larger than planned. Activations may be smaller: a profile looks at layers one
-by one, and what two neighbours keep together counts for both. The process grows by more than the parts: by
-what operations need while they run, and by what the allocator keeps. The file is also the job that is
-trained: `pipedream train benchmarks/memory.py -- --model vgg`.
+Each model is profiled, planned for one stage per rank, and trained for an epoch of 24 minibatches. The table shows
+every part of a rank's memory as planned and as measured (runtime/state/memory_report.py), and the growth of the whole
+process since before its first minibatch (on a GPU: what torch allocated, and the weights).
+
+Expected: no part is larger than planned. Activations may be smaller: a profile measures layers one by one, and a
+tensor that two neighbours keep is counted for both. The process grows by more than the parts: by temporary memory of
+operations, and by memory that the allocator keeps. This file also defines the job that is trained:
+`pipedream train benchmarks/memory.py -- --model vgg`.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ import torch
 from torch import nn
 
 from pipedream_hpc import Job
-from pipedream_hpc.models import gpt, vgg_small
+from pipedream_hpc.zoo import gpt, vgg_small
 
-#: Kind of optimizer that the plan reckons with, by model.
+#: Model -> kind of optimizer that the plan assumes.
 MODELS = {"mlp": "momentum", "vgg": "momentum", "gpt": "adam"}
 PARTS = ("weights", "gradients", "optimizer", "activations", "slots")
 MINIBATCHES = 24
 
 
 def job(args: list[str]) -> Job:
-    """What `pipedream profile` and `pipedream train` ask for: synthetic data, real sizes."""
+    """Return the job that the `pipedream` commands run, with synthetic data of realistic sizes."""
     parser = argparse.ArgumentParser(prog="memory.py")
     parser.add_argument("--model", choices=MODELS, default="mlp")
     model = parser.parse_args(args).model
@@ -46,7 +47,7 @@ def job(args: list[str]) -> Job:
         return _job(vgg_small(), torch.randn(64, 3, 32, 32), _labels(64), momentum)
     network = gpt(layers=6, width=256, heads=4, vocabulary=4096, sequence=128, tied=False)
     tokens = torch.randint(0, 4096, (8, 128))
-    return _job(network, tokens, tokens, partial(torch.optim.AdamW, lr=1e-3), loss=_next_token)
+    return _job(network, tokens, tokens, partial(torch.optim.AdamW, lr=1e-3), loss_fn=_next_token)
 
 
 def _labels(count: int) -> torch.Tensor:
@@ -54,36 +55,44 @@ def _labels(count: int) -> torch.Tensor:
 
 
 def _next_token(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy: (samples, length, words), (samples, length) -> ()."""
+    """Return the mean cross-entropy: (samples, length, words), (samples, length) -> ()."""
     return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
 
 
-def _job(model: nn.Module, inputs: torch.Tensor, target: torch.Tensor, optimizer: Any, loss: Any = None) -> Job:
+def _job(model: nn.Module, inputs: torch.Tensor, target: torch.Tensor, optimizer: Any, loss_fn: Any = None) -> Job:
     data = [(inputs, target)] * MINIBATCHES
-    return Job(model, loss or nn.functional.cross_entropy, optimizer, train=data, example=inputs)
+    return Job(
+        model,
+        loss_fn=loss_fn or nn.functional.cross_entropy,
+        optimizer=optimizer,
+        train_loader=data,
+        example_inputs=inputs,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--only", choices=MODELS, action="append", help="one of the models, instead of all")
-    parser.add_argument("--device", default="auto", help="as pipedream train has it")
+    parser.add_argument("--only", choices=MODELS, action="append", help="measure only this model")
+    parser.add_argument("--device", default="auto", help="as for pipedream train")
     parser.add_argument("--out", type=Path, default=Path("memory-out"))
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("OMPI_MCA_btl", "^ofi")
-    found = {model: once(model, options.out / model, options.ranks, options.device) for model in options.only or MODELS}
+    found = {
+        model: measure(model, options.out / model, options.ranks, options.device) for model in options.only or MODELS
+    }
     show(found)
     draw(found, options.out / "memory.png")
     (options.out / "memory.json").write_text(json.dumps(found, indent=1))
     print(f"written to {options.out}: memory.png, memory.json")
 
 
-def once(model: str, folder: Path, ranks: int, device: str) -> list[dict[str, Any]]:
-    """Profile, plan and train one model; the memory of every rank, as `pipedream train` notes it down."""
-    from launch import run  # not at the top: `pipedream train` reads this file too, from elsewhere
+def measure(model: str, folder: Path, ranks: int, device: str) -> list[dict[str, Any]]:
+    """Profile, plan and train one model; return the memory of every rank from the summary of `pipedream train`."""
+    from launch import run  # not at the top: `pipedream train` loads this file too, without this folder on its path
 
     folder.mkdir(parents=True, exist_ok=True)
     mpirun = ["mpirun", "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
@@ -100,7 +109,7 @@ def once(model: str, folder: Path, ranks: int, device: str) -> list[dict[str, An
 
 
 def show(found: dict[str, list[dict[str, Any]]]) -> None:
-    """A table with two rows for each rank, and how much of what was planned was taken."""
+    """Print a table with planned and measured memory of each rank, and their ratio."""
     from rich.console import Console
     from rich.table import Table
 
@@ -125,7 +134,7 @@ def show(found: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Stacked bars, planned beside measured, for each rank of each model."""
+    """Draw planned and measured memory of each rank of each model as stacked bars."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,11 +1,11 @@
-"""The table of the paper, planned: arXiv 1806.03377, Table 1, beside what `pipedream partition` says.
+"""Compare the plans of `pipedream partition` with Table 1 of the paper (arXiv 1806.03377).
 
     python benchmarks/paper_table.py PROFILES
 
-PROFILES is a folder with the published `vgg16.txt`, `resnet50.txt` and `gnmt.txt` (V100, so scaled here:
-32 images per minibatch, and 1.6 times the compute time for the Titan X of cluster A). Planned speed-ups
-are those of the steady state; the paper's are measured times to an accuracy. Inception-v3 is not among the
-published profiles: its layers' operations are counted, and taken at 6 Tflop/s on a V100.
+PROFILES is a folder with the published `vgg16.txt`, `resnet50.txt` and `gnmt.txt`. They were measured on a V100
+and are scaled here to 32 images per minibatch and, for the Titan X of cluster A, to 1.6 times the compute
+time. Planned speed-ups are those of the steady state; the paper reports measured times to an accuracy.
+Inception-v3 has no published profile: its operations are counted and converted at 6 Tflop/s on a V100.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ import torch
 from rich.table import Table
 
 from pipedream_hpc.model.capture import capture
-from pipedream_hpc.model.profiler import count
-from pipedream_hpc.models import inception_v3
+from pipedream_hpc.model.counting import count
 from pipedream_hpc.observe import terminal
 from pipedream_hpc.observe.explain import communication_reduction
 from pipedream_hpc.planning.importer import import_profile
 from pipedream_hpc.planning.presets import preset
 from pipedream_hpc.planning.profile import Profile
-from pipedream_hpc.planning.scale import scaled
+from pipedream_hpc.planning.scale import scale_profile
 from pipedream_hpc.planning.solver import Request, solve
+from pipedream_hpc.zoo import inception_v3
 
-#: Operations per second: of counted profiles, and what a V100 is taken to do of fp32 convolutions.
+#: Operations per second: as counted profiles assume, and as assumed for fp32 convolutions on a V100.
 COUNTED_FLOPS, V100_FLOPS = 1e9, 6e12
 MINIBATCH = {"vgg16": 128, "resnet50": 128, "gnmt": 64}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the paper reports: replicas per stage, speed-up over one machine and over BSP, communication saved."""
+    """The paper's results: replicas per stage, speed-up over one machine and over BSP, communication reduction."""
 
     profile: str
     cluster: str
@@ -70,7 +70,9 @@ def main(folder: Path) -> None:
         )  # fmt: skip
         for row in ROWS:
             samples = 32 if row.profile != "gnmt" else None
-            profile = scaled(v100(folder, row.profile), minibatch=samples, compute=1.6 if row.cluster == "a" else 1.0)
+            profile = scale_profile(
+                v100(folder, row.profile), minibatch=samples, compute=1.6 if row.cluster == "a" else 1.0
+            )
             plan = solve(profile, preset(f"cluster-{row.cluster}", [row.machines]), Request(cost=cost))
             over_bsp, less = plan.speedup_vs_data_parallel, communication_reduction(plan)
             table.add_row(
@@ -90,12 +92,12 @@ def main(folder: Path) -> None:
 
 @cache
 def v100(folder: Path, model: str) -> Profile:
-    """The published profile, or one counted."""
+    """Return the published profile, or a counted one if there is none."""
     if model != "inception_v3":
         return import_profile(folder / f"{model}.txt", minibatch=MINIBATCH[model])
     with torch.device("meta"):
         images = torch.empty(32, 3, 299, 299)
-        return scaled(count(capture(inception_v3(), images), model), compute=COUNTED_FLOPS / V100_FLOPS)
+        return scale_profile(count(capture(inception_v3(), images), model), compute=COUNTED_FLOPS / V100_FLOPS)
 
 
 if __name__ == "__main__":

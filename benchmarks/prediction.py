@@ -1,11 +1,10 @@
-"""Predicted beside measured: time per minibatch of the demo's classifier and of a small GPT on 2 ranks.
+"""Compare predicted and measured time per minibatch of the demo's classifier and of a small GPT on 2 ranks.
 
     python benchmarks/prediction.py
 
-Profile (both ranks at once, as they will run), plan, simulate and train follow each other in every
-round, so that predicted and measured are of the same minute. What should come out: the prediction
-within 10 % of what is measured, where every rank has a core of its own. Writes a picture per model
-with the predicted timeline above the measured one.
+Every round profiles (on both ranks at once, as in training), plans, simulates and trains, so that prediction
+and measurement are taken within the same minute. Expected: the prediction is within 10 % of the measurement
+if every rank has its own core. For each model, a picture shows the predicted timeline above the measured one.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0))
     if options.ranks > cores:
-        sys.exit(f"{options.ranks} ranks on {cores} cores take turns, which no plan foresees: take --ranks {cores}")
+        sys.exit(f"{options.ranks} ranks would share {cores} cores, which plans do not model: use --ranks {cores}")
     os.environ.update(OMP_NUM_THREADS=str(cores // options.ranks), OMPI_MCA_btl="^ofi")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
     os.environ.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
@@ -82,9 +81,9 @@ def main() -> None:
 
 
 def once(job: list[Path], folder: Path, ranks: int) -> tuple[float, float]:
-    """Profile, probe, plan, simulate and train; (predicted, measured) seconds per minibatch."""
+    """Profile, probe, plan, simulate and train; return (predicted, measured) seconds per minibatch."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Every rank keeps to a core of its own, as it will on a cluster.
+    # Every rank is bound to its own core, as on a cluster.
     mpirun = ["mpirun", "-n", str(ranks), "--bind-to", "core"]
     run(*mpirun, "pipedream", "profile", *job, "-o", folder / "profile.json")
     run(*mpirun, "pipedream", "probe", "-o", folder / "topology.json")
@@ -97,7 +96,7 @@ def once(job: list[Path], folder: Path, ranks: int) -> tuple[float, float]:
 
 
 def by_stage(folder: Path) -> list[str]:
-    """Planned and measured times of every stage."""
+    """Return a line with the planned and measured times of every stage."""
     plan, measured = load(Plan, folder / "plan.json"), split(load_trace(folder / "trace.json"))
     return [
         f"stage {index}: predicted {stage.forward_s * 1e3:.2f} + {stage.backward_s * 1e3:.2f} ms, "

@@ -1,10 +1,10 @@
-"""Hold the solver against published optima.
+"""Compare the solver with published optima.
 
     python benchmarks/reference_optima.py FOLDER
 
-FOLDER has `reference_optima.json` and `profiles/NAME.txt`. For every row the optimal bottleneck under
-the formulas `paper2018` and `reference_code` must come out to 1e-9; times are compared, never
-partitions, since optima tie. Exits with 1 if one is off.
+FOLDER contains `reference_optima.json` and `profiles/NAME.txt`. For every row, the optimal bottleneck under
+the formulas `paper2018` and `reference_code` must agree to 1e-9. Times are compared, not partitions, since
+several partitions may be optimal. Exits with status 1 if a time deviates.
 """
 
 from __future__ import annotations

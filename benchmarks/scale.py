@@ -1,10 +1,10 @@
-"""Many ranks on one machine: a deep chain with a rank for every layer, oversubscribed.
+"""Run many ranks on one machine: a deep chain with one rank per layer, oversubscribed.
 
     python benchmarks/scale.py                    16 and 32 ranks
     python benchmarks/scale.py --ranks 8 16
 
-Ranks share cores and take turns, so nothing here says how fast a cluster would be. What it shows: that such a
-pipeline starts and trains, that its weights are those of one process, bit for bit, how long it takes from
+Ranks share cores and take turns, so this does not measure how fast a cluster would be. It shows that such a
+pipeline starts and trains, that its weights are bitwise equal to those of one process, the time from
 the launcher to the first minibatch, and the memory of a rank.
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for each launch")
-    parser.add_argument("--plot", type=Path, help="write a picture")
+    parser.add_argument("--plot", type=Path, help="file for a picture")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.began is not None:
@@ -68,14 +68,14 @@ def main() -> None:
 
 
 def draw(started: dict[int, dict[str, Any]], path: Path) -> None:
-    """Start-up and memory over the number of ranks."""
+    """Draw start-up time and memory over the number of ranks."""
     figure = Figure(figsize=(7, 2.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [f"{ranks} ranks" for ranks in started]
     joined = [found["joined_s"] for found in started.values()]
     left.bar(names, joined, color="tab:gray", label="launcher, imports, MPI")
     built = [found["ready_s"] - found["joined_s"] for found in started.values()]
-    left.bar(names, built, bottom=joined, color="tab:blue", label="pipeline made and verified")
+    left.bar(names, built, bottom=joined, color="tab:blue", label="pipeline built and verified")
     left.set(ylabel="s until training begins")
     left.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
     right.bar(names, [max(found["rss_mib"]) for found in started.values()], color="tab:blue")
@@ -84,7 +84,7 @@ def draw(started: dict[int, dict[str, Any]], path: Path) -> None:
 
 
 def launched(ranks: int, timeout_s: float) -> dict[str, Any]:
-    """What rank 0 of a launch on so many ranks printed."""
+    """Return what rank 0 of a launch on `ranks` ranks printed."""
     launcher = [mpirun(), "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
     mine = [sys.executable, __file__, "--ranks", str(ranks), "--began", str(time.time())]
     found: dict[str, Any] = json.loads(_run([*launcher, *mine], timeout_s))
@@ -102,7 +102,7 @@ def _run(command: list[str], timeout_s: float) -> str:
 
 
 def run(ranks: int, began: float) -> None:
-    """One rank, or all in one process."""
+    """Run one rank, or all ranks in one process."""
     import torch
     from torch import nn
 
@@ -117,15 +117,15 @@ def run(ranks: int, began: float) -> None:
     data = [(torch.randn(SAMPLES, WIDTH), torch.randn(SAMPLES, WIDTH)) for _ in range(MINIBATCHES)]
     pipeline = Pipeline(
         model,
-        loss=nn.functional.mse_loss,
+        loss_fn=nn.functional.mse_loss,
         optimizer=partial(torch.optim.SGD, lr=0.01),
-        example=data[0][0],
+        example_inputs=data[0][0],
         plan="-".join(["1"] * ranks),
     )
     ready = time.time()
     pipeline.fit(data)
     took = time.time() - ready
-    # Compared to the last bit.
+    # Hexadecimal, so that every bit is compared.
     weights = [[float(each).hex() for each in value.flatten()[:8]] for value in pipeline.state_dict().values()]
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     every = [rss] if world.comm is None else world.comm.gather(rss)

@@ -1,11 +1,11 @@
-"""How fast the solver is, and how much memory it takes.
+"""Measure the time and the memory that the solver takes.
 
     python benchmarks/solver.py [PROFILES]
 
-PROFILES is a folder of published profiles (*.txt): each is planned for 16 devices on one level and for
-two nodes of eight. Always planned are synthetic models: a chain of 1,000 layers on 1,024 devices (one
+PROFILES is a folder of published profiles (*.txt); each is planned for 16 devices on one level and for
+two nodes of eight. In addition it plans synthetic models: a chain of 1,000 layers on 1,024 devices (one
 level, and eight nodes of 128), with and without a memory limit, and twenty blocks of parallel
-branches. Medians of three runs; one thread.
+branches. Times are medians of three runs on one thread.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def chain(length: int) -> Profile:
 
 
 def branching(blocks: int, branches: int, depth: int) -> Profile:
-    """Blocks one after the other; in each, branches side by side between a first and a last layer."""
+    """Return a sequence of blocks, each with parallel branches between a first and a last layer."""
     numbers = random.Random(2)
     layers: list[LayerProfile] = []
     edges: list[tuple[int, int]] = []

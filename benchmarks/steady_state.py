@@ -1,12 +1,12 @@
-"""A balanced pipeline of two stages beside its stages by themselves: what communication and schedule cost.
+"""Measure the cost of communication and schedule: a balanced pipeline of two stages against its stages alone.
 
     python benchmarks/steady_state.py             all models; a few minutes
     python benchmarks/steady_state.py --only mlp --plot steady.png
 
-Starts two ranks itself, with one thread and one core each. Side by side, each rank runs forward, backward and
-update of its own stage, again and again, and no word passes between them: as fast as any pipeline of these
-stages could be. Then the pipeline (asynchronous 1F1B) on the same inputs; the two take turns. Required: at
-least 0.95 of that throughput, and the bottleneck stage idle for at most 3 % of the time.
+Starts two ranks itself, with one thread and one core each. First both ranks run forward, backward and update of their
+own stage repeatedly at the same time, without communication: no pipeline of these stages can be faster. Then the
+pipeline (asynchronous 1F1B) runs on the same inputs; the two take turns. Required: at least 0.95 of that throughput,
+and the bottleneck stage idle for at most 3 % of the time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-LEAST_THROUGHPUT, MOST_IDLE = 0.95, 0.03
+MIN_THROUGHPUT = 0.95
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("mlp", "vgg", "gpt"), action="append", help="one of the models")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=12, help="minibatches per turn")
-    parser.add_argument("--plot", type=Path, help="write a picture")
+    parser.add_argument("--plot", type=Path, help="write a figure")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank:
@@ -40,17 +40,17 @@ def main() -> None:
     table = Table(
         "model",
         "stages alone (ms)",
-        "side by side (ms)",
+        "at the same time (ms)",
         "pipeline (ms)",
         "throughput",
         "bottleneck idle",
         title="medians",
     )
-    every = []
+    results = []
     for name in options.only or ("mlp", "vgg", "gpt"):
-        mine = [sys.executable, __file__, "--rank", "--only", name]
-        (found,) = on_two_ranks([*mine, "--rounds", str(options.rounds), "--batches", str(options.batches)])
-        every.append(found)
+        command = [sys.executable, __file__, "--rank", "--only", name]
+        (found,) = on_two_ranks([*command, "--rounds", str(options.rounds), "--batches", str(options.batches)])
+        results.append(found)
         ratio, idle = throughput(found), statistics.median(found["idle"])
         table.add_row(
             found["model"],
@@ -62,17 +62,17 @@ def main() -> None:
         )
     Console(width=110, highlight=False).print(table)
     if options.plot:
-        draw(every, options.plot)
+        draw(results, options.plot)
 
 
 def throughput(found: dict[str, Any]) -> float:
-    """Of the pipeline, as part of that of its stages side by side: the median over rounds."""
+    """Return the throughput of the pipeline relative to that of its stages alone: the median over the rounds."""
     pairs = zip(found["stages"], found["pipeline"], strict=True)
-    return statistics.median(max(alone) / pipeline for alone, pipeline in pairs)
+    return statistics.median(max(stages) / pipeline for stages, pipeline in pairs)
 
 
 def run(options: argparse.Namespace) -> None:
-    """One rank."""
+    """Run as one rank."""
     import contenders as c
     import torch.distributed as dist
 
@@ -81,39 +81,39 @@ def run(options: argparse.Namespace) -> None:
     decided: list[Any] = [c.quarters_of(c.block_seconds(workload)) if rank == 0 else None]
     dist.broadcast_object_list(decided)
     cuts = decided[0]
-    alone = c.Stages(workload, cuts)
-    alone.open()
+    stages = c.Stages(workload, cuts)
+    stages.open()
     found: dict[str, Any] = {"model": workload.name, "stages": [], "pipeline": [], "idle": []}
     for _ in range(options.rounds):
         dist.barrier()
-        both: list[Any] = [None, None]
-        dist.all_gather_object(both, alone.seconds(options.batches))
-        found["stages"].append(list(both))
-        way = c.Ours(workload, cuts, "1f1b", trace=True)
-        way.open()
+        by_rank: list[Any] = [None, None]
+        dist.all_gather_object(by_rank, stages.seconds(options.batches))
+        found["stages"].append(list(by_rank))
+        ours = c.Ours(workload, cuts, "1f1b", trace=True)
+        ours.open()
         dist.barrier()
-        dist.all_gather_object(both, way.seconds(options.batches))
-        found["pipeline"].append(max(both))
-        found["idle"].append(way.bottleneck_idle())
-        way.close()
+        dist.all_gather_object(by_rank, ours.seconds(options.batches))
+        found["pipeline"].append(max(by_rank))
+        found["idle"].append(ours.bottleneck_idle())
+        ours.close()
     if rank == 0:
         print(json.dumps(found), flush=True)
     dist.destroy_process_group()
 
 
-def draw(every: list[dict[str, Any]], path: Path) -> None:
-    """Throughput of every round, beside what is required."""
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the throughput of every round and the required one."""
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    for position, found in enumerate(every):
+    for position, found in enumerate(results):
         pairs = zip(found["stages"], found["pipeline"], strict=True)
-        ratios = [max(alone) / pipeline for alone, pipeline in pairs]
+        ratios = [max(stages) / pipeline for stages, pipeline in pairs]
         axes.plot([position] * len(ratios), ratios, "o", color="tab:blue", alpha=0.4)
         axes.plot(position, statistics.median(ratios), "_", color="tab:blue", markersize=30, markeredgewidth=2)
-    axes.axhline(LEAST_THROUGHPUT, color="tab:gray", linewidth=1, linestyle="--")
+    axes.axhline(MIN_THROUGHPUT, color="tab:gray", linewidth=1, linestyle="--")
     axes.axhline(1.0, color="tab:gray", linewidth=1)
-    axes.set_xticks(range(len(every)), [found["model"].replace(", ", ",\n") for found in every], fontsize="small")
-    axes.set_ylabel("throughput beside the stages alone")
+    axes.set_xticks(range(len(results)), [found["model"].replace(", ", ",\n") for found in results], fontsize="small")
+    axes.set_ylabel("throughput relative to the stages alone")
     figure.savefig(path, dpi=130)
 
 

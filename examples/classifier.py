@@ -1,4 +1,4 @@
-"""The demo's job: a convolutional classifier on real images.
+"""The job of the demo: a convolutional classifier of real images.
 
 pipedream profile examples/classifier.py                                 scikit-learn's digits, 8x8
 pipedream profile examples/classifier.py -- --data fashion-mnist DIR     IDX files of Fashion-MNIST, 28x28
@@ -23,7 +23,7 @@ MINIBATCH = 32
 
 
 def job(args: list[str]) -> Job:
-    """What `pipedream profile` and `pipedream train` ask for."""
+    """Return the job that the `pipedream` commands run."""
     parser = argparse.ArgumentParser(prog="classifier.py")
     parser.add_argument("--data", nargs="+", default=["digits"], metavar=("NAME", "DIR"))
     name, *folder = parser.parse_args(args).data
@@ -33,20 +33,20 @@ def job(args: list[str]) -> Job:
         train, test = (idx(Path(folder[0]), part) for part in ("train", "t10k"))
     else:
         raise PipedreamError(f"--data takes 'digits' or 'fashion-mnist DIR', not {' '.join([name, *folder])!r}")
-    torch.manual_seed(0)  # the same first weights on every rank
+    torch.manual_seed(0)  # the same initial weights on every rank
     return Job(
         model=classifier(size=train.tensors[0].shape[-1]),
-        loss=nn.CrossEntropyLoss(),
+        loss_fn=nn.CrossEntropyLoss(),
         optimizer=partial(torch.optim.SGD, lr=0.02, momentum=0.9),
-        train=DataLoader(train, batch_size=MINIBATCH, shuffle=True),
-        test=DataLoader(test, batch_size=MINIBATCH),
-        example=train.tensors[0][:MINIBATCH],
+        train_loader=DataLoader(train, batch_size=MINIBATCH, shuffle=True),
+        test_loader=DataLoader(test, batch_size=MINIBATCH),
+        example_inputs=train.tensors[0][:MINIBATCH],
         epochs=30,
     )
 
 
 def classifier(size: int) -> nn.Sequential:
-    """Four convolutions and two linear layers for size x size grey images, ten classes."""
+    """Create four convolutions and two linear layers for grey images of size x size pixels and ten classes."""
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
@@ -67,18 +67,18 @@ def classifier(size: int) -> nn.Sequential:
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """1,797 handwritten digits, every fifth kept for the test."""
+    """Return training and test set of the 1,797 handwritten digits of scikit-learn; every fifth is in the test set."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(data.target)
-    tested = torch.arange(len(labels)) % 5 == 4
-    return TensorDataset(images[~tested], labels[~tested]), TensorDataset(images[tested], labels[tested])
+    in_test = torch.arange(len(labels)) % 5 == 4
+    return TensorDataset(images[~in_test], labels[~in_test]), TensorDataset(images[in_test], labels[in_test])
 
 
 def idx(folder: Path, part: str) -> TensorDataset:
-    """One part of a data set in MNIST's IDX format, plain or gzipped."""
+    """Read the part `train` or `t10k` of a data set in MNIST's IDX format, plain or gzipped."""
     images = torch.tensor(read_idx(folder, f"{part}-images-idx3-ubyte", 3)).unsqueeze(1) / 255
     labels = torch.tensor(read_idx(folder, f"{part}-labels-idx1-ubyte", 1)).long()
     if len(images) != len(labels):
@@ -87,13 +87,15 @@ def idx(folder: Path, part: str) -> TensorDataset:
 
 
 def read_idx(folder: Path, name: str, dims: int) -> np.ndarray:
-    """An IDX file of unsigned bytes: magic 0, 0, 8, dims; big-endian sizes; then the values."""
+    """Read an IDX file of unsigned bytes: magic 0, 0, 8, dims; big-endian sizes; then the values."""
     plain, zipped = folder / name, folder / f"{name}.gz"
     if not plain.is_file() and not zipped.is_file():
-        raise PipedreamError(f"{folder}: neither {name} nor {name}.gz is there: give the folder of the IDX files")
+        raise PipedreamError(f"{folder} contains neither {name} nor {name}.gz: give the folder of the IDX files")
     content = plain.read_bytes() if plain.is_file() else gzip.decompress(zipped.read_bytes())
     header = 4 + 4 * dims
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims))
     if content[:4] != bytes([0, 0, 8, dims]) or len(content) != header + math.prod(shape):
-        raise PipedreamError(f"{folder / name}: is no whole IDX file of unsigned bytes in {dims} dimensions")
+        raise PipedreamError(
+            f"{folder / name} is not a complete IDX file of unsigned bytes in {dims} dimensions: download it again"
+        )
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)

@@ -1,9 +1,9 @@
-"""The whole line on one machine: profile, probe, partition, train, look.
+"""Run all steps on one machine: profile, probe, partition and train.
 
     python examples/demo.py                                 digits, 4 ranks
     python examples/demo.py --data fashion-mnist DIR        Fashion-MNIST from its IDX files
 
-Every command it runs is printed, so that it can be typed again by hand.
+Every command is printed, so that you can run it again by hand.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 BIN = Path(sys.executable).parent
 JOB = Path(__file__).with_name("classifier.py")
-#: What the test accuracy must stand at in the end.
+#: Test accuracy at which training stops.
 GOALS = {"digits": 0.97, "fashion-mnist": 0.88}
 
 
@@ -31,12 +31,11 @@ def main() -> None:
     out, ranks = options.out, options.ranks
     out.mkdir(parents=True, exist_ok=True)
 
-    # Ranks and threads beyond the cores would only take turns: one compute thread each, and ranks
-    # that wait let others run.
+    # More threads than cores would only compete: each rank gets its share of the cores, and waiting ranks yield.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     os.environ.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
-    os.environ.setdefault("PIPEDREAM_SHARE_GPUS", "1")  # with fewer GPUs than ranks they take turns, too
-    os.environ.setdefault("OMPI_MCA_btl", "^ofi")  # one node: no fabric to look for, MPI starts faster
+    os.environ.setdefault("PIPEDREAM_SHARE_GPUS", "1")  # several ranks may use one GPU
+    os.environ.setdefault("OMPI_MCA_btl", "^ofi")  # on one node MPI need not search for a fabric, and starts faster
     mpirun = ["mpirun", "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
     data = ["--", "--data", *options.data] if options.data != ["digits"] else []
     goal = str(GOALS.get(options.data[0], 0.9))
@@ -51,7 +50,7 @@ def main() -> None:
 
 
 def run(*command: object) -> None:
-    """Print a command and run it with the programs beside this Python; stop if it fails."""
+    """Print a command and run it, with the programs of this Python's environment; exit if it fails."""
     words = [str(word) for word in command]
     print(f"\n$ {shlex.join(words)}", flush=True)
     path = f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"

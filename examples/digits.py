@@ -1,7 +1,7 @@
 """Train a small convolutional network on handwritten digits.
 
-python digits.py                   all four stages in this one process
-mpirun -n 4 python digits.py       one stage per rank: the same numbers
+python digits.py                   all four stages in this process
+mpirun -n 4 python digits.py       one stage per rank, with identical results
 srun --mpi=pmix -n 4 python digits.py
 """
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from pipedream_hpc import Pipeline
+from pipedream_hpc.job import accuracy
 
 
 def network() -> nn.Sequential:
@@ -33,26 +34,25 @@ def network() -> nn.Sequential:
 
 
 def main() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the same initial weights on every rank
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(digits.target)
-    train = DataLoader(TensorDataset(images[:1437], labels[:1437]), batch_size=32, shuffle=True)
-    test = DataLoader(TensorDataset(images[1437:], labels[1437:]), batch_size=32)
+    train_loader = DataLoader(TensorDataset(images[:1437], labels[:1437]), batch_size=32, shuffle=True)
+    test_loader = DataLoader(TensorDataset(images[1437:], labels[1437:]), batch_size=32)
 
-    pipeline = Pipeline(
+    with Pipeline(
         network(),
-        loss=nn.CrossEntropyLoss(),
+        loss_fn=nn.CrossEntropyLoss(),
         optimizer=partial(torch.optim.SGD, lr=0.02, momentum=0.9),
-        example=images[:32],
+        example_inputs=images[:32],
         plan=4,
-    )
-    for epoch in range(5):
-        loss = pipeline.fit(train)
-        accuracy = pipeline.evaluate(test)
-        if pipeline.rank == 0:
-            print(f"epoch {epoch}  loss {loss:.6f}  test accuracy {accuracy:.4f}", flush=True)
-    pipeline.close()
+    ) as pipeline:
+        for epoch in range(5):
+            loss = pipeline.fit(train_loader)
+            scores = pipeline.evaluate(test_loader, metrics={"accuracy": accuracy})
+            if pipeline.rank == 0:
+                print(f"epoch {epoch}  loss {loss:.6f}  test accuracy {scores['accuracy']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,30 +8,47 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from pipedream_hpc.version import VERSION
+
 if TYPE_CHECKING:
+    from pipedream_hpc.config import RunConfig, ScheduleConfig, TrainConfig
     from pipedream_hpc.errors import PipedreamError
     from pipedream_hpc.job import Job
     from pipedream_hpc.planning.plan import Plan
     from pipedream_hpc.planning.profile import Profile
     from pipedream_hpc.planning.topology import Topology
-    from pipedream_hpc.runtime.pipeline import Pipeline
-    from pipedream_hpc.runtime.step import Clip
+    from pipedream_hpc.runtime.pipeline import Pipeline, Step
     from pipedream_hpc.schedule.trace import Trace
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _HOMES = {
-    "Clip": "pipedream_hpc.runtime.step",
     "Job": "pipedream_hpc.job",
     "Pipeline": "pipedream_hpc.runtime.pipeline",
     "PipedreamError": "pipedream_hpc.errors",
     "Plan": "pipedream_hpc.planning.plan",
     "Profile": "pipedream_hpc.planning.profile",
+    "RunConfig": "pipedream_hpc.config",
+    "ScheduleConfig": "pipedream_hpc.config",
+    "Step": "pipedream_hpc.runtime.pipeline",
     "Topology": "pipedream_hpc.planning.topology",
     "Trace": "pipedream_hpc.schedule.trace",
+    "TrainConfig": "pipedream_hpc.config",
 }
 
-__all__ = ["Clip", "Job", "PipedreamError", "Pipeline", "Plan", "Profile", "Topology", "Trace"]
+__all__ = [
+    "Job",
+    "PipedreamError",
+    "Pipeline",
+    "Plan",
+    "Profile",
+    "RunConfig",
+    "ScheduleConfig",
+    "Step",
+    "Topology",
+    "Trace",
+    "TrainConfig",
+]
 
 
 def __getattr__(name: str) -> Any:

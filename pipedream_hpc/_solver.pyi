@@ -1,4 +1,4 @@
-"""The inner loop of the partition solver (C++, csrc/reach.hpp); planning/solver/search.py is its only user."""
+"""The inner loop of the partition solver (C++: csrc/solver/min_devices.hpp), used by planning/solver/search.py only."""
 
 from collections.abc import Sequence
 from typing import final
@@ -9,24 +9,24 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 @final
-class Reach:
-    """On how few devices a pipeline keeps within a given time per minibatch.
+class MinDevices:
+    """The fewest devices on which a pipeline keeps within a given time per microbatch.
 
-    With N cuts, M devices in the row, and P rows in every table (row (d - 1) mod P is for stages that
-    end on device d - 1, column m - 1 for m replicas):
+    With N cuts, M devices in the row, and P rows in every table. Row (d - 1) mod P is for stages that end on device
+    d - 1, column m - 1 for m replicas.
 
     Args:
-        round_s: (P, M), one synchronisation of no bytes, in seconds.
-        round_s_per_byte: (P, M), and of every byte of parameters more.
+        round_s: (P, M), time of a synchronisation of 0 bytes, in seconds.
+        round_s_per_byte: (P, M), additional time per byte of parameters.
         parameter_bytes: (N,), of all layers before each cut.
-        copies: rows side by side.
+        copies: number of parallel rows.
         straight: one replica per stage.
-        overlap: whether the larger of compute and synchronisation counts, not their sum.
-        first_output_free: whether the input stage is charged nothing for its output.
+        overlap: whether compute and synchronisation overlap: the larger counts, not the sum.
+        first_output_free: whether the first stage's output costs nothing.
         levels: per level of links (into, out_of, transfer_s): shares (P, M) and seconds (N,).
-        modes: ways to run a stage, (time_s, memory): compute before each cut (N,), and three triples
-            (before, entering, leaving) of bytes (N,) for 1, 2 and 3 minibatches in flight, or none.
-        memory_bytes: limit for those.
+        modes: how a stage can run, (time_s, memory): compute before each cut (N,), and three triples
+            (before, entering, leaving) of bytes (N,) for 1, 2 and 3 microbatches in flight, or none.
+        memory_bytes: limit of these bytes.
         begins: by last cut, the first cuts of allowed stages.
 
     Raises:
@@ -49,4 +49,4 @@ class Reach:
         begins: Sequence[Sequence[int]],
     ) -> None: ...
     def within(self, time_s: float) -> list[tuple[int, int]] | None:
-        """(last cut, replicas) of every stage of the pipeline on the fewest devices; None if there is none."""
+        """Return (last cut, replicas) of each stage of the pipeline on the fewest devices; None if there is none."""

@@ -1,10 +1,10 @@
-"""Errors a person can act on."""
+"""The exception for errors that the user can correct."""
 
 from __future__ import annotations
 
 
 class PipedreamError(Exception):
-    """Bad input or a broken run, told in one sentence: what, where, and how to mend it.
+    """Invalid input or a failed run, described in one sentence: what is wrong, where, and how to fix it.
 
-    The command line prints the text alone, without a traceback, and exits with status 2.
+    The command line prints only the text, without a traceback, and exits with status 2.
     """

@@ -1,11 +1,11 @@
-"""How every noun of the project goes to disk and comes back.
+"""Files: write and read documents, such as profiles, topologies and plans.
 
-A noun is a frozen dataclass. On disk it is one JSON object that begins with its format and version::
+A document is a frozen dataclass. Its file is one JSON object that begins with format and version::
 
-    {"format": "pipedream-profile", "version": 1, ...the fields...}
+    {"format": "pipedream-profile", "version": 2, ...the fields...}
 
-Writing is atomic (a temporary name in the same folder, then a rename), reading is strict: unknown
-fields, wrong types and impossible values end in one sentence that names the file and the field.
+Writing is atomic (a temporary file in the same folder, then a rename). Reading is strict: for unknown
+fields, wrong types and invalid values it raises an error whose message names the file and the field.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from pipedream_hpc.errors import PipedreamError
 
-#: What pydantic reads off each noun: integers are not silently floats, unknown fields are refused.
+#: Configuration that pydantic reads from each dataclass: no implicit conversions, no unknown fields.
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -41,10 +41,10 @@ D = TypeVar("D", bound=Document)
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a temporary file beside `path`; it takes the name `path` only if the block succeeds.
+    """Open a temporary file in the folder of `path`, and rename it to `path` if the block succeeds.
 
     Raises:
-        PipedreamError: it cannot be written there.
+        PipedreamError: the file cannot be written.
     """
     path = Path(path)
     try:
@@ -57,7 +57,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes the file private; a plan is meant to be shared within a group.
+        # mkstemp creates a private file, but users of a group share plans: apply the umask as open() does.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
@@ -70,10 +70,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def make_folder(path: str | Path) -> None:
-    """Make a folder that files can be written to.
+    """Create a folder, and check that files can be written to it.
 
     Raises:
-        PipedreamError: it cannot be made, or written to.
+        PipedreamError: the folder cannot be created, or is not writable.
     """
     path = Path(path)
     try:
@@ -90,27 +90,27 @@ def write_json(path: str | Path, content: Any) -> None:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
-def save(noun: Document, path: str | Path) -> None:
-    """Write `noun` to `path`, atomically."""
-    body = {field.name: _plain(getattr(noun, field.name)) for field in dataclasses.fields(noun)}
-    write_json(path, {"format": noun.FORMAT, "version": noun.VERSION, **body})
+def save(document: Document, path: str | Path) -> None:
+    """Write `document` to `path`, atomically."""
+    body = {field.name: _plain(getattr(document, field.name)) for field in dataclasses.fields(document)}
+    write_json(path, {"format": document.FORMAT, "version": document.VERSION, **body})
 
 
 def load(cls: type[D], path: str | Path) -> D:
-    """Read a `cls` from `path`.
+    """Read a document of type `cls` from `path`.
 
     Raises:
-        PipedreamError: the file is missing, is no JSON, holds another noun or version, or a field
-            is unknown, missing, of the wrong type or impossible.
+        PipedreamError: the file is missing, is not JSON, has another format or version, or a field is
+            unknown, missing, of the wrong type or invalid.
     """
     return parse(cls, read_document(cls, path), path)
 
 
 def read_document(cls: type[Document], path: str | Path) -> dict[str, Any]:
-    """The fields of the `cls` in `path`, still unchecked; format and version are right and left out.
+    """Return the unchecked fields of the document in `path`, after checking format and version.
 
     Raises:
-        PipedreamError: the file is missing, is no JSON, or holds another noun or version.
+        PipedreamError: the file is missing, is not JSON, or has another format or version.
     """
     try:
         content = json.loads(Path(path).read_bytes())
@@ -123,22 +123,22 @@ def read_document(cls: type[Document], path: str | Path) -> dict[str, Any]:
         raise PipedreamError(f"{path}: field 'format' should be '{cls.FORMAT}' but is {found!r}")
     if content.get("version") != cls.VERSION:
         raise PipedreamError(
-            f"{path}: field 'version' is {content.get('version')!r}; this pipedream reads version "
-            f"{cls.VERSION}: make the file anew with the same command"
+            f"{path}: field 'version' is {content.get('version')!r}, but this pipedream reads version "
+            f"{cls.VERSION}: create the file again with the same command"
         )
     return {key: value for key, value in content.items() if key not in ("format", "version")}
 
 
 def parse(cls: type[D], body: dict[str, Any], path: str | Path) -> D:
-    """Make a `cls` of the fields in `body`, strictly; `path` is named in errors.
+    """Create a `cls` from the fields in `body`, strictly; errors name `path`.
 
     Raises:
-        PipedreamError: a field is unknown, missing, of the wrong type or impossible.
+        PipedreamError: a field is unknown, missing, of the wrong type or invalid.
     """
     try:
-        # Through JSON text, so that strict mode knows lists may be tuples.
-        made: D = _adapter(cls).validate_json(json.dumps(body))
-        return made
+        # Via JSON text: only then does pydantic's strict mode accept lists as tuples.
+        document: D = _adapter(cls).validate_json(json.dumps(body))
+        return document
     except ValidationError as error:
         raise PipedreamError(f"{path}: {_sentence(error)}") from None
 
@@ -149,7 +149,7 @@ def _adapter(cls: type[D]) -> TypeAdapter[D]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON data. Nested nouns become objects, tuples become lists."""
+    """Return `value` as JSON data: nested dataclasses become objects, tuples become lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, tuple | list):
@@ -160,7 +160,7 @@ def _plain(value: Any) -> Any:
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first complaint of pydantic as `field 'layers[3].forward_s': ... (got -1)`."""
+    """Format pydantic's first error such as `field 'layers[3].forward_s': ... (got -1)`."""
     first = error.errors(include_url=False)[0]
     field = ""
     for part in first["loc"]:
@@ -170,10 +170,10 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "unexpected_keyword_argument":
         return f"unknown field '{field}': remove it{also}"
     if first["type"] in ("missing", "missing_argument"):
-        return f"field '{field}' is missing: make the file anew with the same command{also}"
+        return f"field '{field}' is missing: create the file again with the same command{also}"
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
     where = f"field '{field}': " if field else ""
-    given = first["input"]
-    shown = f" (got {given!r})" if isinstance(given, int | float | str | bool | None) else ""
+    value = first["input"]
+    shown = f" (got {value!r})" if isinstance(value, int | float | str | bool | None) else ""
     return f"{where}{reason}{shown}{also}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,29 +15,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from pipedream_hpc.config import RunConfig, ScheduleConfig, TrainConfig
 from pipedream_hpc.errors import PipedreamError
 
 if TYPE_CHECKING:
-    from pipedream_hpc.model.materialize import Factory
-    from pipedream_hpc.runtime.step import Clip, SchedulerFactory
+    from pipedream_hpc.model.recipe import ModelFactory
 
-Loss = Callable[[torch.Tensor, Any], torch.Tensor]
-#: Makes the optimizer of one stage from the stage's parameters.
+#: Computes a mean over the samples of a minibatch from (output, target): a tensor with one number.
+LossFn = Callable[[Any, Any], torch.Tensor]
+#: Creates the optimizer of one stage from the stage's parameters.
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Fraction of samples whose largest output is at the target: (n, classes), (n,) -> ()."""
+    """Return the fraction of samples whose largest output is at the target: (n, classes), (n,) -> ()."""
     return (output.argmax(dim=1) == target).float().mean()
 
 
 @dataclass
 class Job:
-    """What `pipedream profile` and `pipedream train` run.
+    """What `pipedream profile`, `pipedream train` and `pipedream verify` run.
 
     Attributes:
-        model: any module that torch.fx can trace; or, for one that is too large for every rank to hold, a
-            function without arguments that builds it: each rank then keeps the weights of its own stages::
+        model: any module that torch.fx can trace; or, for one that is too large for every rank, a function without
+            arguments that builds it, so that each rank keeps the weights of its own stages only::
 
                 def job(args):
                     def model():
@@ -45,39 +47,38 @@ class Job:
 
                     return Job(model=model, ...)
 
-        loss: mean loss of a minibatch from (output, target).
+        loss_fn: mean loss of a minibatch from (output, target).
         optimizer: called once per stage with the stage's parameters, such as
             `functools.partial(torch.optim.SGD, lr=0.1)`.
-        train: yields (inputs, target) minibatches and has a length, such as a DataLoader.
-        example: one minibatch of inputs, as large as they will get: a tensor, a tuple of the model's
+        train_loader: yields (inputs, target) minibatches, such as a DataLoader.
+        example_inputs: one minibatch of inputs, as large as they will get: a tensor, a tuple of the model's
             arguments, or a mapping from their names.
-        test: like `train`; evaluated after every epoch.
-        metric: mean score of a test minibatch from (output, target); the accuracy by default.
+        test_loader: evaluated after every epoch; None for no evaluation.
+        metrics: computed over `test_loader`: name to mean score of a minibatch from (output, target).
         epochs: how many to train at most.
-        leaves: module classes that torch.fx cannot look into and is to keep whole.
-        scheduler: called with each stage's optimizer, makes its learning-rate scheduler, which is
-            stepped once per minibatch.
-        clip: how gradients are clipped.
+        schedule: the schedule, by name or as a ScheduleConfig; None for the plan's own.
+        train_config: how stages are trained. Options of the command line replace its fields.
+        run_config: where it computes and what it records; options replace these fields, too.
     """
 
-    model: nn.Module | Factory
-    loss: Loss
+    model: nn.Module | ModelFactory
+    loss_fn: LossFn
     optimizer: OptimizerFactory
-    train: Any
-    example: Any
-    test: Any = None
-    metric: Loss = accuracy
+    train_loader: Any
+    example_inputs: Any
+    test_loader: Any = None
+    metrics: Mapping[str, LossFn] = dataclasses.field(default_factory=lambda: {"accuracy": accuracy})
     epochs: int = 1
-    leaves: Sequence[type[nn.Module]] = ()
-    scheduler: SchedulerFactory | None = None
-    clip: Clip | None = None
+    schedule: str | ScheduleConfig | None = None
+    train_config: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    run_config: RunConfig = dataclasses.field(default_factory=RunConfig)
 
 
 def load(target: str, args: Sequence[str] = ()) -> Job:
-    """Call `job(args)` of a Python file (`train.py`) or module (`package.train`).
+    """Call `job(args)` of a Python file (`train.py`) or module (`package.train`) and return its Job.
 
     Raises:
-        PipedreamError: there is no such file or module, or it has no function `job`, or that does
+        PipedreamError: there is no such file or module, or it has no function `job`, or the function does
             not return a Job.
     """
     module = _module(target)
@@ -109,8 +110,8 @@ def _module(target: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # As `python train.py` would have it: neighbours of the file can be imported, and pickled
-    # objects (data loader workers) find their classes again.
+    # As `python train.py` does: the file can import its neighbours, and pickled objects (data loader workers) find
+    # their classes again.
     sys.path.insert(0, str(path.parent.resolve()))
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)

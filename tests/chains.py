@@ -1,4 +1,4 @@
-"""Small models, data and optimizers that several tests train."""
+"""Small sequential models, data and optimizers for several tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 def plain_model() -> nn.Sequential:
-    """Four linear layers; the cut into n stages is as even as it can be."""
+    """Create four linear layers, which can be divided evenly into up to four stages."""
     torch.manual_seed(1)
     widths = (FEATURES, 16, 16, 16, CLASSES)
     layers: list[nn.Module] = []
@@ -28,7 +28,7 @@ def plain_model() -> nn.Sequential:
 
 
 def rich_model() -> nn.Sequential:
-    """Convolution, BatchNorm, dropout, in-place ReLU, a reshape: what a plain chain has not."""
+    """Create a model with convolutions, BatchNorm, dropout, in-place ReLU and reshapes."""
     torch.manual_seed(2)
     return nn.Sequential(
         nn.Unflatten(1, (1, 3, 4)),
@@ -47,7 +47,7 @@ def rich_model() -> nn.Sequential:
 
 
 class Cast(nn.Module):
-    """To another dtype."""
+    """Converts its input to a dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -58,19 +58,19 @@ class Cast(nn.Module):
 
 
 def half_model() -> nn.Sequential:
-    """The plain one with weights and boundaries in bfloat16."""
+    """Create the plain model with weights and boundary tensors in bfloat16."""
     return nn.Sequential(Cast(torch.bfloat16), *plain_model().bfloat16(), Cast(torch.float32))
 
 
 class Functional(nn.Module):
-    """Dropout as a function, kept whole."""
+    """Dropout as a function; tests keep this module whole (leaf_modules)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.dropout(x, 0.3, self.training)
 
 
 def attentive_model() -> nn.Sequential:
-    """Dropout inside attention and inside a recurrent layer, where no Dropout module is called."""
+    """Create a model with dropout inside of attention and as a function, where no Dropout module is called."""
     torch.manual_seed(4)
     return nn.Sequential(
         nn.Unflatten(1, (3, 4)),
@@ -87,7 +87,7 @@ MODELS = {"attentive": attentive_model, "half": half_model, "plain": plain_model
 
 
 def minibatches(count: int, last: int = SAMPLES) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`count` minibatches of random inputs and labels; the last one has `last` samples."""
+    """Return `count` minibatches of random inputs and labels; the last one has `last` samples."""
     generator = torch.Generator().manual_seed(3)
     sizes = [SAMPLES] * (count - 1) + [last] * (count > 0)
     return [
@@ -100,4 +100,5 @@ def minibatches(count: int, last: int = SAMPLES) -> list[tuple[torch.Tensor, tor
 
 
 def example() -> torch.Tensor:
+    """Return example inputs: a minibatch of zeros."""
     return torch.zeros(SAMPLES, FEATURES)

@@ -10,21 +10,22 @@ from pipedream_hpc.schedule.trace import Kind, Span, Trace
 KINDS: dict[str, Kind] = {
     "F": "forward",
     "B": "backward",
-    "W": "weight-gradient",
-    "R": "receive",
+    "I": "backward-input",
+    "W": "backward-weight",
+    "R": "recv",
     "S": "send",
-    "A": "reduce",
-    "G": "agree",
-    "U": "update",
+    "A": "reduce-gradients",
+    "G": "all-reduce-grad-norm",
+    "U": "optimizer-step",
 }
 
 
 def trace(picture: str, layout: tuple[tuple[int, ...], ...] | None = None) -> Trace:
-    """A Trace from lines such as `rank 1  .  F0 B0 B0 U`.
+    """Return the Trace of lines such as `rank 1  .  F0 B0 B0 U`.
 
-    A cell is what the rank does in that millisecond: F, B, W(eight gradient), R(eceive), S(end) with the minibatch, A
-    (all-reduce), G (agreeing) and U(pdate) without, `.` for nothing; equal neighbours are one action. Without a
-    layout there is one rank per stage.
+    A cell is what the rank does in that millisecond: F(orward), B(ackward), I and W (backward for input and weights),
+    R(eceive) and S(end) with the microbatch, A (reduction of gradients), G (gradient norm) and U (optimizer step)
+    without, `.` for nothing; equal neighbours are one action. Without a layout there is one rank per stage.
     """
     spans: list[Span] = []
     ranks: list[int] = []
@@ -41,12 +42,12 @@ def trace(picture: str, layout: tuple[tuple[int, ...], ...] | None = None) -> Tr
                 stage = len(ranks) - 1 if found is None else found[int(rank)]
                 spans.append(Span(int(rank), stage, KINDS[cell[0]], number, 0, start, end))
             column += width
-    minibatches = 1 + max(span.minibatch for span in spans)
-    return Trace("measured", layout or tuple((rank,) for rank in ranks), minibatches, tuple(spans))
+    microbatches = 1 + max(span.microbatch for span in spans)
+    return Trace("measured", layout or tuple((rank,) for rank in ranks), microbatches, tuple(spans))
 
 
 def plan(*replicas: int, forward_s: float = 1e-3, backward_s: float = 2e-3) -> Plan:
-    """A plan of equal stages with so many replicas each."""
+    """Return a plan of equal stages with these numbers of replicas."""
     stages, rank = [], 0
     for index, count in enumerate(replicas):
         downstream = sum(replicas[index + 1 :])
@@ -74,18 +75,20 @@ def plan(*replicas: int, forward_s: float = 1e-3, backward_s: float = 2e-3) -> P
 
 
 def timeline(trace: Trace) -> list[str]:
-    """A simulated trace of whole seconds as lanes: what each rank computes in every second.
+    """Return a simulated trace as lanes: what each rank computes in every second.
 
-    A rank's second stage is written in small letters; updates and reductions take no time here.
+    Both kinds of backward are B; a rank's second stage is written in small letters. Optimizer steps and reductions take
+    no time here.
     """
+    letters = {"forward": "F", "backward": "B", "backward-input": "B", "backward-weight": "W"}
     lanes = []
     for rank, stages in sorted(trace.stages_of.items()):
         cells: dict[int, str] = {}
         for span in trace.spans:
-            if span.rank == rank and span.kind in ("forward", "backward", "weight-gradient"):
-                letter = span.kind[0].upper() if span.stage == stages[0] else span.kind[0]
+            if span.rank == rank and span.kind in letters:
+                letter = letters[span.kind] if span.stage == stages[0] else letters[span.kind].lower()
                 for second in range(round(span.start_s), round(span.end_s)):
                     assert second not in cells, "one thing at a time"
-                    cells[second] = f"{letter}{span.minibatch}"
+                    cells[second] = f"{letter}{span.microbatch}"
         lanes.append(" ".join(cells.get(second, ". ") for second in range(1 + max(cells, default=-1))))
     return lanes

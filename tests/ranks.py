@@ -25,14 +25,14 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Finished:
-    """What became of a job: exit status, everything it printed, and when it ended (time.time)."""
+    """A process that has ended: exit status, everything it printed, and when it ended (time.time)."""
 
     status: int
     output: str
     ended: float
 
 
-def alone(*command: object, timeout: float = 120) -> Finished:
+def without_launcher(*command: object, timeout: float = 120) -> Finished:
     """Run a command without a launcher."""
     return _run([str(word) for word in command], timeout)
 
@@ -46,13 +46,13 @@ def mpirun(ranks: int, *command: object, timeout: float = 120) -> Finished:
 def python(ranks: int, program: str, *args: object, timeout: float = 120) -> Finished:
     """Run one of tests/programs on `ranks` ranks, or without a launcher for 0."""
     command = (sys.executable, PROGRAMS / program, *args)
-    return mpirun(ranks, *command, timeout=timeout) if ranks else alone(*command, timeout=timeout)
+    return mpirun(ranks, *command, timeout=timeout) if ranks else without_launcher(*command, timeout=timeout)
 
 
 def pipedream(ranks: int, *words: object, timeout: float = 120) -> Finished:
     """Run the command line on `ranks` ranks, or without a launcher for 0."""
     command = (sys.executable, "-m", "pipedream_hpc.cli", *words)
-    return mpirun(ranks, *command, timeout=timeout) if ranks else alone(*command, timeout=timeout)
+    return mpirun(ranks, *command, timeout=timeout) if ranks else without_launcher(*command, timeout=timeout)
 
 
 def _run(command: list[str], timeout: float) -> Finished:

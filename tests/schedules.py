@@ -1,38 +1,44 @@
-"""Layouts, plans and machines for schedules; a schedule that is tampered with."""
+"""Layouts, plans and machines for schedules; schedules whose actions were changed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import pictures
+from hypothesis import assume
+from hypothesis import strategies as st
 
-from pipedream_hpc.planning.plan import Plan, StagePlan
+from pipedream_hpc.planning.plan import Edge, Plan, StagePlan
 from pipedream_hpc.planning.topology import Level, Topology
+from pipedream_hpc.schedule import registry
 from pipedream_hpc.schedule.actions import (
     Action,
     Backward,
+    BackwardInput,
+    BackwardWeight,
     Forward,
     Layout,
-    Reduce,
+    OptimizerStep,
+    ReduceGradients,
     Schedule,
+    ScheduleError,
     Send,
-    Update,
-    WeightGradient,
 )
 from pipedream_hpc.schedule.one_f_one_b import OneFOneB
 from pipedream_hpc.schedule.simulator import simulate
 
 
 def layout(*replicas: int) -> Layout:
-    """Ranks numbered stage by stage: layout(2, 1) is ((0, 1), (2,))."""
+    """Return ranks numbered stage by stage: layout(2, 1) is ((0, 1), (2,))."""
     ranks = iter(range(sum(replicas)))
     return tuple(tuple(next(ranks) for _ in range(count)) for count in replicas)
 
 
 def planned(members: Layout, forward_s: float = 1.0, backward_s: float = 1.0, **each: Any) -> Plan:
-    """A plan of equal stages for `members`; only its times and bytes count."""
+    """Return a plan of equal stages for `members`; only its times and bytes matter."""
     figures = {
         "forward_s": forward_s,
         "backward_s": backward_s,
@@ -57,7 +63,7 @@ def planned(members: Layout, forward_s: float = 1.0, backward_s: float = 1.0, **
 
 
 def machine(*levels: tuple[int, float, float]) -> Topology:
-    """Levels as (count, latency_s, bandwidth)."""
+    """Return the topology of levels given as (count, latency_s, bandwidth)."""
     made = (Level(f"level {i}", count, latency_s, beta) for i, (count, latency_s, beta) in enumerate(levels))
     return Topology(tuple(made), "test")
 
@@ -67,35 +73,73 @@ INSTANT = machine((4096, 0.0, 1e30))
 
 
 def drawn(schedule: Schedule, **seconds: float) -> list[str]:
-    """The schedule as lanes of seconds; forward and backward take one each, unless `seconds` says otherwise."""
+    """Return the schedule as lanes of seconds; forward and backward take one each, unless `seconds` says otherwise."""
     return pictures.timeline(simulate(schedule, planned(schedule.layout, **seconds), INSTANT).trace)
 
 
 def lanes(schedule: Schedule) -> list[str]:
-    """What each rank computes, in order: F0 F1 B0 R U ..."""
+    """Return what each rank computes, in order: F0 F1 B0 R U ... Both kinds of backward are B."""
 
     def word(action: Action) -> str:
-        if isinstance(action, Forward | Backward | WeightGradient):
-            return f"{type(action).__name__[0]}{action.minibatch}"
-        return {Reduce: "R", Update: "U"}.get(type(action), "")
+        if isinstance(action, Forward | Backward | BackwardInput | BackwardWeight):
+            letter = {Forward: "F", Backward: "B", BackwardInput: "B", BackwardWeight: "W"}[type(action)]
+            return f"{letter}{action.microbatch}"
+        return {ReduceGradients: "R", OptimizerStep: "U"}.get(type(action), "")
 
     ranks = sorted({rank for members in schedule.layout for rank in members})
     return [" ".join(filter(None, map(word, schedule.actions(rank)))) for rank in ranks]
 
 
 def versions(schedule: Schedule, stage: int) -> str:
-    """The versions that one stage of one rank runs on: F0v0 F1v0 B0v0 ..."""
+    """Return the versions that a stage of one rank runs on: F0v0 F1v0 B0v0 ..."""
     (rank,) = schedule.layout[stage]
     return " ".join(
-        f"{type(action).__name__[0]}{action.minibatch}v{action.version}"
+        f"{type(action).__name__[0]}{action.microbatch}v{action.version}"
         for action in schedule.actions(rank)
         if isinstance(action, Forward | Backward) and action.stage == stage
     )
 
 
+@st.composite
+def any_schedule(draw: st.DrawFn, most_accumulated: int = 3) -> registry.AnySchedule:
+    """Draw any schedule on up to five stages of up to five replicas, for up to 60 microbatches."""
+    kind = draw(st.sampled_from(registry.NAMES))
+    replicas = draw(st.lists(st.integers(1, 5), min_size=1, max_size=1 if kind == "data-parallel" else 5))
+    n_microbatches = draw(st.integers(1, 12)) if registry.cuts_minibatches(kind) else 1
+    members: Layout = layout(*replicas)
+    if kind == "interleaved":
+        each, chunks = replicas[0], draw(st.integers(1, 4))
+        members = layout(*[each] * len(replicas)) * chunks
+        n_microbatches = draw(st.integers(1, 3)) * each * len(replicas)
+    stages, edges = len(members), None
+    if kind != "interleaved" and draw(st.booleans()):
+        # Skip connections: each stage with the next, and any others with any behind them.
+        skips = [(a, b) for a in range(stages) for b in range(a + 2, stages)]
+        chosen = draw(st.lists(st.sampled_from(skips), unique=True)) if skips else []
+        edges = tuple(Edge(*pair) for pair in sorted({*pairwise(range(stages)), *chosen}))
+    gradient_accumulation_steps = 1 if kind == "interleaved" else draw(st.integers(1, most_accumulated))
+    microbatches = draw(st.integers(0, 60 // n_microbatches)) * n_microbatches
+    drains = kind.startswith(("1f1b-flush", "zb", "gpipe", "interleaved", "model-parallel", "data-parallel"))
+    norm = drains and len(set(replicas)) == 1 and draw(st.booleans())
+    try:
+        return registry.make(
+            kind,
+            members,
+            microbatches,
+            n_microbatches=n_microbatches,
+            edges=edges,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            all_reduce_grad_norm=norm,
+        )
+    except ScheduleError:
+        assert kind == "2bw", "no other is refused here"
+        assume(False)
+        raise
+
+
 @dataclass(frozen=True)
 class Tampered:
-    """A schedule in which each rank's actions were changed by a function of rank and actions."""
+    """A schedule whose actions are changed by a function of rank and actions."""
 
     base: Any
     change: Callable[[int, list[Action]], list[Action]]
@@ -108,7 +152,7 @@ class Tampered:
 
 
 class ReduceFirst(OneFOneB):
-    """1F1B-RR as naive implementations have it: the all-reduce is part of backward.
+    """1F1B-RR with a common mistake: the all-reduce is part of the backward.
 
     The gradient goes upstream only after it, so upstream waits for all replicas of the stage.
     """
@@ -120,6 +164,6 @@ class ReduceFirst(OneFOneB):
                 held = [action]
             else:
                 yield action
-            if isinstance(action, Reduce):
+            if isinstance(action, ReduceGradients):
                 yield from held
                 held = []

@@ -1,4 +1,4 @@
-"""Which models can be captured, how they fall into layers, and what is said of the others."""
+"""Models are captured as layers; those that cannot be captured are refused with a clear message."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import nn
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.capture import capture
-from pipedream_hpc.model.cut import Cut, enter
-from pipedream_hpc.model.profiler import count, measure
+from pipedream_hpc.model.counting import count
+from pipedream_hpc.model.partition import Partition, writable
+from pipedream_hpc.profiling.profiler import measure
 
 
 class Residual(nn.Module):
@@ -26,7 +27,7 @@ class Residual(nn.Module):
 
 
 class Branching(nn.Module):
-    """Control flow on values, which torch.fx cannot look into."""
+    """Control flow that depends on values, which torch.fx cannot trace."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Branching(nn.Module):
 
 
 class Scaled(nn.Module):
-    """Weights used by name, twice, and a reshape that asks for the batch size."""
+    """A weight used by name twice, and a reshape that reads the batch size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,15 +49,15 @@ class Scaled(nn.Module):
         return self.last(x) * self.scale
 
 
-def names(model: nn.Module) -> list[str]:
+def layer_names(model: nn.Module) -> list[str]:
     return [layer.name for layer in capture(model, chains.example()).layers]
 
 
 def test_a_chain_has_one_layer_per_module() -> None:
-    assert names(nn.Sequential(nn.Linear(12, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4)))) == ["0", "1", "2.0"]
+    assert layer_names(nn.Sequential(nn.Linear(12, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4)))) == ["0", "1", "2.0"]
 
 
-def test_a_block_falls_into_modules_with_what_follows_them() -> None:
+def test_a_block_has_a_layer_per_module_with_the_cheap_operations_after_it() -> None:
     graph = capture(nn.Sequential(nn.Linear(12, 12), Residual(12)), chains.example())
     assert [layer.name for layer in graph.layers] == ["0", "1.first", "1.second", "add", "relu_1"]
     assert graph.edges == ((0, 1), (0, 3), (1, 2), (2, 3), (3, 4))
@@ -65,22 +66,21 @@ def test_a_block_falls_into_modules_with_what_follows_them() -> None:
     assert graph.layers[1].parameter_bytes == 4 * (12 * 12 + 12)
 
 
-def test_a_module_called_twice_is_two_layers_of_the_same_weights() -> None:
+def test_a_module_called_twice_is_two_layers_with_the_same_weights() -> None:
     shared = nn.Linear(12, 12)
     graph = capture(nn.Sequential(shared, nn.Tanh(), shared), chains.example())
     assert [layer.name for layer in graph.layers] == ["0", "1", "0@2"]
 
 
-def test_weights_used_by_name_and_reshapes() -> None:
+def test_a_weight_used_by_name_and_a_reshape() -> None:
     model = Scaled()
     graph = capture(model, chains.example())
     assert [layer.name for layer in graph.layers] == ["view", "mul", "last", "mul_1"]
-    cut = Cut(graph, [[0], [1, 2, 3]])
-    back = cut.part(1)
-    assert sorted(name for name, _ in back.module.named_parameters()) == ["last.bias", "last.weight", "scale"]
+    second = Partition(graph, [[0], [1, 2, 3]]).stage_module(1)
+    assert sorted(name for name, _ in second.module.named_parameters()) == ["last.bias", "last.weight", "scale"]
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_capturing_and_measuring_leave_the_model_unchanged() -> None:
     model = chains.rich_model()
     example = torch.randn(8, 12)
     before, rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
@@ -93,19 +93,19 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_a_stage_may_write_into_its_input() -> None:
     graph = capture(nn.Sequential(nn.Linear(12, 2), nn.Flatten(), nn.ReLU(inplace=True)), chains.example())
-    stage = Cut(graph, [[0], [1, 2]]).part(1)
-    assert stage.rewrites == {0}, "through a view"
+    stage = Partition(graph, [[0], [1, 2]]).stage_module(1)
+    assert stage.written_inputs == {0}, "written through a view"
     leaf = torch.tensor([[-1.0, 2.0]], requires_grad=True)
-    stage.run([enter(leaf)])[-1].sum().backward()
+    stage.run([writable(leaf)])[-1].sum().backward()
     assert leaf.grad is not None
     assert leaf.grad.tolist() == [[0.0, 1.0]]
 
 
-def test_counting_is_the_same_at_every_call_and_knows_what_is_dear() -> None:
+def test_counting_is_deterministic_and_a_convolution_costs_more_than_a_relu() -> None:
     first, second = (count(capture(chains.rich_model(), chains.example())) for _ in range(2))
     assert first == second
     times = {layer.name: layer.forward_s for layer in first.layers}
-    assert times["4"] > times["3"] > 0  # a convolution beside a ReLU
+    assert times["4"] > times["3"] > 0  # a convolution and a ReLU
 
 
 def test_a_profile_has_shapes_bytes_and_positive_times() -> None:
@@ -118,14 +118,19 @@ def test_a_profile_has_shapes_bytes_and_positive_times() -> None:
     assert all(layer.forward_s > 0 and layer.backward_s > 0 for layer in profile.layers)
 
 
-def test_modules_that_cannot_be_looked_into_are_named_and_can_be_kept_whole() -> None:
+def test_a_module_that_cannot_be_traced_is_named_and_can_be_kept_whole() -> None:
     model = nn.Sequential(nn.Linear(12, 12), Branching(), nn.Linear(12, 5))
     words = (
-        r"stopped in module '1' \(Branching\), .*test_capture.py line \d+: .*Pipeline\(\.\.\., leaves=\[its class\]\)"
+        r"cannot trace module '1' \(Branching\), .*test_capture.py line \d+: "
+        r".*TrainConfig\(leaf_modules=\[its class\]\)"
     )
     with pytest.raises(PipedreamError, match=words):
         capture(model, chains.example())
-    assert [layer.name for layer in capture(model, chains.example(), leaves=[Branching]).layers] == ["0", "1", "2"]
+    assert [layer.name for layer in capture(model, chains.example(), leaf_modules=[Branching]).layers] == [
+        "0",
+        "1",
+        "2",
+    ]
 
 
 class TwoInputs(nn.Module):
@@ -133,18 +138,18 @@ class TwoInputs(nn.Module):
         return x + y
 
 
-def test_one_example_for_every_argument() -> None:
-    with pytest.raises(PipedreamError, match=r"TwoInputs\.forward takes 2 inputs \(x, y\), but the example has 1"):
+def test_every_argument_needs_an_example_input() -> None:
+    with pytest.raises(PipedreamError, match=r"TwoInputs\.forward takes 2 inputs \(x, y\), but example_inputs has 1"):
         capture(TwoInputs(), chains.example())
 
 
-def test_an_example_that_does_not_fit() -> None:
-    with pytest.raises(PipedreamError, match=r"does not take the example input of shape \(2, 9\) and dtype float32"):
+def test_example_inputs_that_do_not_fit() -> None:
+    with pytest.raises(PipedreamError, match=r"does not accept example_inputs of shape \(2, 9\) and dtype float32"):
         capture(nn.Linear(8, 8), torch.zeros(2, 9))
     graph = capture(nn.Linear(8, 8), torch.zeros(2, 8))
-    with pytest.raises(PipedreamError, match=r"the example has shape \(3, 8\) of torch.float32, but"):
+    with pytest.raises(PipedreamError, match=r"example_inputs has shape \(3, 8\) of torch.float32, but"):
         measure(graph, torch.zeros(3, 8))
-    with pytest.raises(PipedreamError, match="should be at least 1, not 0"):
+    with pytest.raises(PipedreamError, match="minibatches is 0: profile at least 1"):
         measure(graph, torch.zeros(2, 8), minibatches=0)
 
 
@@ -152,7 +157,7 @@ def test_an_example_that_does_not_fit() -> None:
 
 
 class Writing(nn.Module):
-    """A statement that writes into `h`, whose result nobody takes."""
+    """A statement that writes into `h` in place, and whose result is unused."""
 
     def __init__(self, write: Callable[[torch.Tensor], Any]) -> None:
         super().__init__()
@@ -180,13 +185,13 @@ class Writing(nn.Module):
     ],
     ids=["method", "function", "argument", "torch", "chain", "module"],
 )
-def test_a_write_in_place_is_kept_though_nobody_takes_its_result(write: Any) -> None:
+def test_a_write_in_place_is_kept_although_its_result_is_unused(write: Any) -> None:
     model, x = Writing(write), torch.randn(4, 12)
     graph = capture(model, x)
-    whole = Cut(graph, [list(range(len(graph.layers)))]).part(0)
+    whole = Partition(graph, [list(range(len(graph.layers)))]).stage_module(0)
     assert torch.equal(whole.run([x])[-1], model(x))
 
 
 def test_a_write_into_a_view_is_refused() -> None:
-    with pytest.raises(PipedreamError, match=r"writes into '.*' in place where its graph does not show who reads that"):
+    with pytest.raises(PipedreamError, match=r"writes into '.*' in place, and its graph does not show what reads"):
         capture(Writing(lambda h: h.view(-1, 3).add_(1.0)), torch.randn(4, 12))

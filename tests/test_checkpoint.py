@@ -1,10 +1,12 @@
-"""A run that stops and goes on is the run that never stopped, bit for bit; what is damaged is passed over."""
+"""A run that stops and resumes is bitwise the run that never stopped; damaged checkpoints are skipped."""
 
 from __future__ import annotations
 
 import json
+import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ import ranks
 import torch
 import training
 from torch import nn
-from training import assert_bitwise
+from training import Training, assert_bitwise
 
-from pipedream_hpc import Pipeline
+from pipedream_hpc import Pipeline, ScheduleConfig, TrainConfig
 from pipedream_hpc.errors import PipedreamError
 
 
@@ -27,22 +29,33 @@ def one_thread() -> None:
 
 
 def pipeline(
-    folder: Path | None, plan: str = "2-1", optimizer: str = "adam", model: str = "rich", **more: Any
+    plan: str = "2-1",
+    optimizer: str = "adam",
+    model: str = "rich",
+    schedule: ScheduleConfig | None = None,
+    **train_options: Any,
 ) -> Pipeline:
     return Pipeline(
         chains.MODELS[model](),
-        loss=nn.CrossEntropyLoss(),
+        loss_fn=nn.CrossEntropyLoss(),
         optimizer=chains.OPTIMIZERS[optimizer],
-        example=chains.example(),
+        example_inputs=chains.example(),
         plan=plan,
-        scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=7, gamma=0.5),
-        checkpoints=folder,
-        **more,
+        schedule=schedule,
+        train_config=TrainConfig(
+            lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=7, gamma=0.5), **train_options
+        ),
     )
 
 
-def trained(held: Pipeline, epochs: int) -> list[float]:
-    return [held.fit(chains.minibatches(7, last=3)) for _ in range(epochs)]
+def trained(held: Pipeline, epochs: int, folder: Path | None = None) -> list[float]:
+    """Train; write a checkpoint into `folder` after every epoch."""
+    losses = []
+    for _ in range(epochs):
+        losses.append(held.fit(chains.minibatches(7, last=3)))
+        if folder is not None:
+            held.save_checkpoint(folder)
+    return losses
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -51,30 +64,32 @@ def trained(held: Pipeline, epochs: int) -> list[float]:
     [
         ("1-1-1", {}),
         ("2-1", {}),
-        ("1-1", {"schedule": "gpipe", "microbatches": 2}),
+        ("1-1", {"schedule": ScheduleConfig("gpipe", 2)}),
         ("1-1", {"model": "half", "master_weights": True}),
     ],
 )
-def test_going_on_is_never_having_stopped(plan: str, more: dict[str, Any], optimizer: str, tmp_path: Path) -> None:
-    straight_on = pipeline(None, plan, optimizer, **more)
-    expected = trained(straight_on, 4)
-    first = pipeline(tmp_path, plan, optimizer, **more)
-    assert trained(first, 2) == expected[:2]
-    second = pipeline(tmp_path, plan, optimizer, **more)
-    assert second.resume() == 2
-    assert trained(second, 2) == expected[2:]
-    assert_bitwise(second.state_dict(), straight_on.state_dict())
+def test_a_resumed_run_is_the_run_that_never_stopped(
+    plan: str, more: dict[str, Any], optimizer: str, tmp_path: Path
+) -> None:
+    uninterrupted = pipeline(plan, optimizer, **more)
+    expected = trained(uninterrupted, 4)
+    assert trained(pipeline(plan, optimizer, **more), 2, tmp_path) == expected[:2]
+    second = pipeline(plan, optimizer, **more)
+    assert second.resume(tmp_path) == 2
+    assert trained(second, 2, tmp_path) == expected[2:]
+    assert_bitwise(second.state_dict(), uninterrupted.state_dict())
 
 
 def test_on_ranks(tmp_path: Path) -> None:
-    """Two epochs on ranks, then two more in another launch = four epochs in one process."""
-    order = {"plan": "2-1", "model": "rich", "optimizer": "sgd", "last": 3, "decay": 0.9}
-    kept = {"checkpoints": str(tmp_path / "kept")}
+    """Two epochs on ranks, then two more in another launch: the same as four epochs in one process."""
+    decay = TrainConfig(lr_scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9))
+    whole = Training((2, 1), train_config=decay, model="rich", epochs=(7,) * 4, last=3)
+    half = replace(whole, epochs=(7, 7), checkpoints=str(tmp_path / "kept"))
     for done in (0, 2):
-        (resumed,) = training.on_ranks(3, [{**order, "epochs": [7, 7], "options": kept, "resume": done}], tmp_path)
-    (whole,) = training.on_ranks(0, [{**order, "epochs": [7] * 4}], tmp_path)
-    assert_bitwise(resumed["weights"], whole["weights"])
-    assert resumed["losses"] == whole["losses"][2:]
+        (resumed,) = training.on_ranks(3, [replace(half, resumed=done)], tmp_path)
+    (expected,) = training.on_ranks(0, [whole], tmp_path)
+    assert_bitwise(resumed.weights, expected.weights)
+    assert resumed.losses == expected.losses[2:]
 
 
 def damage(path: Path) -> None:
@@ -84,7 +99,7 @@ def damage(path: Path) -> None:
 
 
 def rewritten(field: str, value: Any) -> Callable[[Path], None]:
-    """Spoils a field of the manifest."""
+    """Return a function that changes a field of the manifest."""
 
     def spoil(folder: Path) -> None:
         path = folder / "manifest.json"
@@ -97,55 +112,80 @@ def rewritten(field: str, value: Any) -> Callable[[Path], None]:
     ("spoil", "words"),
     [
         (lambda folder: (folder / "stage-1.safetensors").unlink(), r"stage-1\.safetensors: is missing"),
-        (lambda folder: damage(folder / "stage-0.safetensors"), "its contents are not what was written"),
+        (lambda folder: damage(folder / "stage-0.safetensors"), "is damaged: its checksum is wrong"),
         (lambda folder: (folder / "stage-0.safetensors").write_bytes(b"no"), r"stage-0\.safetensors: is damaged"),
         (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: cannot be read"),
         (lambda folder: (folder / "manifest.json").write_text("{"), r"manifest\.json: is not JSON"),
-        (rewritten("epoch", -7), r"manifest\.json: field 'epoch': input should be greater than 0 \(got -7\)"),
+        (
+            rewritten("epoch", -7),
+            r"manifest\.json: field 'epoch': input should be greater than or equal to 0 \(got -7\)",
+        ),
         (rewritten("epoch", 1), r"manifest\.json: is not the manifest of this epoch"),
-        (rewritten("parts", []), r"manifest\.json: is not the manifest of this epoch and these stages"),
-        (rewritten("version", 99), r"manifest\.json: field 'version' is 99"),
+        (rewritten("files", []), r"manifest\.json: is not the manifest of this epoch and these stages"),
     ],
 )
-def test_what_is_not_whole_is_passed_over_by_name(spoil: Any, words: str, tmp_path: Path) -> None:
-    trained(pipeline(tmp_path), 2)
+def test_a_damaged_or_incomplete_checkpoint_is_skipped_with_the_reason(spoil: Any, words: str, tmp_path: Path) -> None:
+    trained(pipeline(), 2, tmp_path)
     spoil(tmp_path / "epoch-00002")
-    held = pipeline(tmp_path)
     with pytest.warns(UserWarning, match=words):
-        assert held.resume() == 1
+        assert pipeline().resume(tmp_path) == 1
 
 
-def test_nothing_to_go_on_from(tmp_path: Path) -> None:
+def test_nothing_to_resume_from(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert pipeline(tmp_path / "new").resume() == 0
-    with pytest.raises(PipedreamError, match="make the Pipeline with checkpoints=FOLDER"):
-        pipeline(None).resume()
+        assert pipeline().resume(tmp_path / "new") == 0
 
 
-def test_of_another_plan(tmp_path: Path) -> None:
-    trained(pipeline(tmp_path), 1)
-    with pytest.raises(PipedreamError, match=r"manifest\.json is of another plan or schedule: take the one"):
-        pipeline(tmp_path, "1-1").resume()
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
+    trained(pipeline(), 1, tmp_path)
+    with pytest.raises(PipedreamError, match=r"manifest\.json was written with another plan or schedule: resume with"):
+        pipeline("1-1").resume(tmp_path)
 
 
-def test_of_another_seed_precision_or_optimizer(tmp_path: Path) -> None:
-    trained(pipeline(tmp_path), 1)
-    for other, words in (
-        ({"seed": 7}, "is of another seed, 0: take the one that it was trained with instead of this, 7"),
-        ({"precision": "bf16"}, "is of another precision, the model's: take"),
+def test_a_checkpoint_of_another_seed_precision_or_optimizer_is_refused(tmp_path: Path) -> None:
+    trained(pipeline(), 1, tmp_path)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"seed": 7}, r"was written with another seed \(0, here 7\): resume with the same"),
+        ({"precision": "bf16"}, r"was written with another precision \(the model's, here bf16\)"),
         ({"optimizer": "sgd"}, r"stage 0: it was trained with torch\.optim\.adam\.Adam, not torch\.optim\.sgd\.SGD"),
-    ):
+    ]
+    for other, words in refused:
         with pytest.raises(PipedreamError, match=words):
-            pipeline(tmp_path, **other).resume()
+            pipeline(**other).resume(tmp_path)
+
+
+def test_a_checkpoint_of_an_older_format_is_refused(tmp_path: Path) -> None:
+    trained(pipeline(), 1, tmp_path)
+    rewritten("version", 1)(tmp_path / "epoch-00001")
+    with pytest.raises(PipedreamError, match=r"manifest\.json has format version 1, .* reads version 2: resume with"):
+        pipeline().resume(tmp_path)
+
+
+def test_frozen_weights_are_restored_in_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resumed model is built with other frozen weights; each of its slabs gets those of the run."""
+
+    def frozen(value: float) -> Pipeline:
+        model = chains.plain_model()
+        model[0].requires_grad_(False)
+        nn.init.constant_(model[0].weight, value)
+        monkeypatch.setitem(chains.MODELS, "frozen", lambda: model)
+        return pipeline("1-1", model="frozen")
+
+    uninterrupted = frozen(0.5)
+    losses = trained(uninterrupted, 2)
+    assert trained(frozen(0.5), 1, tmp_path) == losses[:1]
+    resumed = frozen(7.0)
+    assert resumed.resume(tmp_path) == 1
+    assert trained(resumed, 1) == losses[1:]
+    assert_bitwise(resumed.state_dict(), uninterrupted.state_dict())
 
 
 def test_a_folder_that_one_rank_does_not_see(tmp_path: Path) -> None:
-    """Nothing is trained, and nothing is lost."""
-    order = {"plan": 2, "model": "plain", "optimizer": "sgd", "epochs": [3]}
-    training.on_ranks(2, [{**order, "options": {"checkpoints": str(tmp_path / "0")}}], tmp_path)
-    apart = [{**order, "options": {"checkpoints": str(tmp_path / "{rank}")}, "resume": 1, "out": "never"}]
-    finished = ranks.python(2, "train_chain.py", json.dumps(apart))
+    """Training does not start, and the checkpoint stays."""
+    training.on_ranks(2, [Training(2, checkpoints=str(tmp_path / "0"))], tmp_path)
+    (tmp_path / "apart").write_bytes(pickle.dumps([Training(2, checkpoints=str(tmp_path / "{rank}"), resumed=1)]))
+    finished = ranks.python(2, "train_chain.py", tmp_path / "apart", tmp_path / "never")
     assert finished.status == 2, finished.output
     assert "ranks see different checkpoints: epochs 1 on rank 0, none on rank 1: give" in finished.output
     assert (tmp_path / "0" / "epoch-00001" / "manifest.json").exists()
@@ -154,38 +194,49 @@ def test_a_folder_that_one_rank_does_not_see(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PipedreamError, match=r"file/kept: cannot be written"):
-        trained(pipeline(tmp_path / "file" / "kept"), 1)
+        pipeline().save_checkpoint(tmp_path / "file" / "kept")
 
 
-def test_a_new_run_takes_no_folder_of_another(tmp_path: Path) -> None:
-    trained(pipeline(tmp_path), 2)
+def test_a_new_run_refuses_the_folder_of_another(tmp_path: Path) -> None:
+    trained(pipeline(), 2, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
-    with pytest.raises(PipedreamError, match="holds checkpoints of an earlier run, epoch-00002 the newest: go on"):
-        trained(pipeline(tmp_path), 1)
+    with pytest.raises(PipedreamError, match="holds checkpoints of an earlier run, the newest is epoch-00002: resume"):
+        trained(pipeline(), 1, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
-def test_parts_of_two_launches_are_no_whole(tmp_path: Path) -> None:
-    """The second launch was killed when one stage had written epoch 2 anew, and the other not yet."""
+def test_files_of_two_launches_are_not_one_checkpoint(tmp_path: Path) -> None:
+    """The second launch was killed when one stage had written epoch 2 again, and the other had not."""
     for launch in ("first", "second"):
-        trained(pipeline(tmp_path / launch), 2)
-    part = Path("epoch-00002") / "stage-0.safetensors"
-    (tmp_path / "first" / part).write_bytes((tmp_path / "second" / part).read_bytes())
+        trained(pipeline(), 2, tmp_path / launch)
+    file = Path("epoch-00002") / "stage-0.safetensors"
+    (tmp_path / "first" / file).write_bytes((tmp_path / "second" / file).read_bytes())
     with pytest.warns(UserWarning, match=r"stage-0\.safetensors: was written by another launch than its manifest"):
-        assert pipeline(tmp_path / "first").resume() == 1
+        assert pipeline().resume(tmp_path / "first") == 1
 
 
-def test_what_was_passed_over_makes_room(tmp_path: Path) -> None:
-    """Epoch 3 is damaged: it is trained anew, and that is the newest from then on."""
-    trained(pipeline(tmp_path), 3)
+def test_a_skipped_checkpoint_is_replaced(tmp_path: Path) -> None:
+    """Epoch 3 is damaged: it is trained and written again."""
+    trained(pipeline(), 3, tmp_path)
     damage(tmp_path / "epoch-00003" / "stage-0.safetensors")
-    held = pipeline(tmp_path)
+    held = pipeline()
     with pytest.warns(UserWarning, match="epoch-00003"):
-        assert held.resume() == 2
-    trained(held, 1)
-    assert pipeline(tmp_path).resume() == 3
+        assert held.resume(tmp_path) == 2
+    trained(held, 1, tmp_path)
+    assert pipeline().resume(tmp_path) == 3
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
-    trained(pipeline(tmp_path), 4)
+    trained(pipeline(), 4, tmp_path)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["epoch-00003", "epoch-00004"]
+
+
+def test_checkpoints_of_one_run_in_two_folders(tmp_path: Path) -> None:
+    """Each folder has the epochs that were saved in it."""
+    held = pipeline()
+    trained(held, 1, tmp_path / "first")
+    trained(held, 1, tmp_path / "second")
+    held.save_checkpoint(tmp_path / "first")
+    for folder, epochs in (("first", ["epoch-00001", "epoch-00002"]), ("second", ["epoch-00002"])):
+        assert sorted(each.name for each in (tmp_path / folder).iterdir()) == epochs
+        assert pipeline().resume(tmp_path / folder) == 2

@@ -31,7 +31,7 @@ Command = Callable[..., str]
 
 @pytest.fixture
 def pipedream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run a command in an empty folder; returns what it printed."""
+    """Run a command in an empty folder; return its output."""
     monkeypatch.chdir(tmp_path)
 
     def run(*words: object) -> str:
@@ -44,14 +44,14 @@ def pipedream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
 
 @pytest.fixture
 def profiled(pipedream: Command) -> Command:
-    """A folder with profile.json."""
+    """Run commands in a folder with profile.json."""
     pipedream("profile", JOB, "-o", "profile.json", "--minibatches", 2)
     return pipedream
 
 
 @pytest.fixture
 def planned(profiled: Command) -> Command:
-    """A folder with plan.json for two ranks."""
+    """Run commands in a folder with plan.json, for two ranks."""
     profiled("partition", "profile.json", "--devices", 2, "--bandwidth", 1e9, "--straight")
     return profiled
 
@@ -108,7 +108,7 @@ def test_simulate_and_trace(planned: Command) -> None:
     output = planned("simulate", "plan.json", "--minibatches", 6, "-o", "predicted.json", "--png", "one.png")
     assert "no deadlock in" in output
     assert "weight versions per stage: 2, 1" in output
-    assert load_trace("predicted.json").minibatches == 6
+    assert load_trace("predicted.json").total_microbatches == 6
     output = planned("trace", "predicted.json", "--compare", "predicted.json", "--png", "both.png")
     assert output.count("simulated: ") == 2
     assert all(Path(name).read_bytes().startswith(b"\x89PNG") for name in ("one.png", "both.png"))
@@ -116,9 +116,9 @@ def test_simulate_and_trace(planned: Command) -> None:
 
 def test_simulate_takes_the_microbatches_of_the_plan(profiled: Command) -> None:
     links = ("--devices", 2, "--bandwidth", 1e9, "--straight")
-    profiled("partition", "profile.json", *links, "--schedule", "gpipe", "--microbatches", 4)
-    assert profiled("simulate", "plan.json") == profiled("simulate", "plan.json", "--microbatches", 4)
-    assert profiled("simulate", "plan.json") != profiled("simulate", "plan.json", "--microbatches", 2)
+    profiled("partition", "profile.json", *links, "--schedule", "gpipe", "--n-microbatches", 4)
+    assert profiled("simulate", "plan.json") == profiled("simulate", "plan.json", "--n-microbatches", 4)
+    assert profiled("simulate", "plan.json") != profiled("simulate", "plan.json", "--n-microbatches", 2)
 
 
 def test_simulate_a_replicated_plan(pipedream: Command) -> None:
@@ -134,50 +134,50 @@ def test_train_in_one_process(planned: Command) -> None:
     assert sorted(path.name for path in Path("out").iterdir()) == ["summary.json", "timeline.png", "trace.json"]
     summary = json.loads(Path("out/summary.json").read_text())
     assert (summary["epochs"], summary["ranks"], summary["stages"]) == (3, 2, 2)
-    assert load_trace("out/trace.json").minibatches == 8
+    assert load_trace("out/trace.json").total_microbatches == 8
 
 
-def test_what_is_told_of_microbatches_is_of_whole_minibatches(planned: Command) -> None:
-    gpipe = ("--schedule", "gpipe", "--microbatches", 4, "--split-backward")
+def test_figures_are_per_minibatch_where_minibatches_are_cut(planned: Command) -> None:
+    gpipe = ("--schedule", "gpipe-split", "--n-microbatches", 4)
     output = planned("train", JOB, "--plan", "plan.json", "--out", "out", "--epochs", 1, *gpipe)
     trace, summary = load_trace("out/trace.json"), json.loads(Path("out/summary.json").read_text())
-    assert (trace.minibatches, trace.microbatches) == (32, 4)
+    assert (trace.total_microbatches, trace.n_microbatches) == (32, 4)
     assert summary["in_flight"] == [4, 4]
     assert summary["minibatch_ms"] == pytest.approx(minibatch_s(trace) * 1e3, abs=1e-3)
     assert f"{human_seconds(minibatch_s(trace))} per minibatch measured" in output
     assert minibatch_s(trace) > 4 * split(trace)[0].forward_s
 
 
-def test_train_stops_at_the_accuracy_asked_for(planned: Command) -> None:
+def test_train_stops_at_the_given_accuracy(planned: Command) -> None:
     planned("train", JOB, "--plan", "plan.json", "--until-accuracy", 0, "--no-trace")
     assert json.loads(Path("out/summary.json").read_text())["epochs"] == 1
     assert not Path("out/trace.json").exists()
 
 
-def test_train_goes_on_from_a_checkpoint_until_nothing_is_left(planned: Command) -> None:
+def test_train_resumes_until_nothing_is_left(planned: Command) -> None:
     words = ("train", JOB, "--plan", "plan.json", "--checkpoints", "kept", "--resume", "--epochs")
 
-    def told(output: str) -> list[str]:
-        return re.findall(r"^(?:epoch \d|\d of \d epochs are in the checkpoint: .*)", output, re.MULTILINE)
+    def reported(output: str) -> list[str]:
+        return re.findall(r"^(?:epoch \d|the checkpoint has \d of \d epochs: .*)", output, re.MULTILINE)
 
-    assert told(planned(*words, 2)) == ["epoch 0", "epoch 1"]
-    gone_on = ["2 of 3 epochs are in the checkpoint: goes on with epoch 2", "epoch 2"]
-    assert told(planned(*words, 3)) == gone_on
+    assert reported(planned(*words, 2)) == ["epoch 0", "epoch 1"]
+    resumed = ["the checkpoint has 2 of 3 epochs: continuing with epoch 2", "epoch 2"]
+    assert reported(planned(*words, 3)) == resumed
     summary = Path("out/summary.json").read_text()
-    assert told(planned(*words, 3)) == ["3 of 3 epochs are in the checkpoint: nothing is left to do"]
+    assert reported(planned(*words, 3)) == ["the checkpoint has 3 of 3 epochs: nothing left to train"]
     assert Path("out/summary.json").read_text() == summary
 
 
 def test_train_on_ranks_gives_the_losses_of_one_process(planned: Command) -> None:
-    alone = planned("train", JOB, "--plan", "plan.json", "--out", "alone")
+    one_process = planned("train", JOB, "--plan", "plan.json", "--out", "one")
     finished = ranks.mpirun(2, *PIPEDREAM, "train", JOB, "--plan", "plan.json", "--out", "ranks")
     assert finished.status == 0, finished.output
 
     def losses(output: str) -> list[str]:
         return re.findall(r"^epoch \d  loss \S+  test accuracy \S+", output, re.MULTILINE)
 
-    assert losses(finished.output) == losses(alone)
-    # What a batch log gets: root's words alone, no colours, no bar that moves.
+    assert losses(finished.output) == losses(one_process)
+    # A batch log gets the lines of rank 0 only, without colors or a progress bar.
     assert finished.output.count("written to ranks") == 1
     assert "\x1b" not in finished.output
     assert "\r" not in finished.output.replace("\r\n", "\n")  # a pseudo-terminal ends lines so
@@ -189,7 +189,7 @@ def test_train_on_ranks_gives_the_losses_of_one_process(planned: Command) -> Non
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(pipedream: Command, command: str) -> None:
     text = pipedream(command, "--help")
-    usage, *explanation = text.split("Options")[0].strip().splitlines()
+    usage, *explanation = text.split("╭")[0].strip().splitlines()
     assert usage.strip().startswith("Usage: ")
     assert any(f"pipedream {command}" in line for line in explanation)  # a worked example
     assert "Next:" in text
@@ -208,6 +208,6 @@ def test_version_and_help_load_nothing_heavy() -> None:
         "try: main()\n"
         "finally: print([m for m in ('torch', 'numpy', 'matplotlib', 'mpi4py') if m in sys.modules])"
     )
-    finished = ranks.alone(sys.executable, "-c", script, "--version")
+    finished = ranks.without_launcher(sys.executable, "-c", script, "--version")
     assert finished.output.splitlines() == [f"pipedream {__version__}", "[]"]
-    assert ranks.alone(sys.executable, "-c", script, "train", "--help").output.splitlines()[-1] == "[]"
+    assert ranks.without_launcher(sys.executable, "-c", script, "train", "--help").output.splitlines()[-1] == "[]"

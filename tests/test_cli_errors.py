@@ -1,4 +1,4 @@
-"""One wrong input of each kind: one sentence, exit status 2, no traceback."""
+"""Bad input of every kind ends in one sentence and exit status 2, without a traceback."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def profile() -> Profile:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a good profile and plan, and files with something wrong in them."""
+    """A folder with a good profile and plans, and files that are wrong in some way."""
     monkeypatch.chdir(tmp_path)
     save(profile(), "profile.json")
     save(pictures.plan(1, 1), "plan.json")
@@ -64,29 +64,29 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("partition negative.json --devices 2 --bandwidth 1e9", "field 'layers[1].forward_s'"),
         ("partition profile.json", "either --topology FILE, or --devices with either --bandwidth or --preset"),
         ("partition profile.json --devices 2", "either --topology FILE, or --devices with either --bandwidth"),
-        ("partition profile.json --devices 2y2 --bandwidth 1e9", "such as 8x2, of 1 to 1048576 each, not '2y2'"),
-        ("partition profile.json --devices 8x --bandwidth 1e9", "each, not '8x'"),
+        ("partition profile.json --devices 2y2 --bandwidth 1e9", "such as 8x2, each from 1 to 1048576, not '2y2'"),
+        ("partition profile.json --devices 8x --bandwidth 1e9", "each from 1 to 1048576, not '8x'"),
         ("partition profile.json --devices 0 --bandwidth 1e9", "--devices should be a number such as 16"),
         ("partition profile.json --devices 2x2 --bandwidth 1e9", "--bandwidth should be 2 numbers, one per level"),
-        ("partition profile.json --devices 2 --bandwidth fast", "--bandwidth should be numbers with commas between"),
-        ("partition profile.json --devices 2 --bandwidth 1e9 --latency=-1", "--latency should be seconds from 0"),
-        ("partition profile.json --devices 2 --bandwidth 1e9 --latency 1e308", "--latency should be seconds from 0"),
-        ("partition profile.json --devices 2 --bandwidth 1e-300", "should be bytes per second, 0.001 at least"),
+        ("partition profile.json --devices 2 --bandwidth fast", "--bandwidth should be numbers separated by commas"),
+        ("partition profile.json --devices 2 --bandwidth 1e9 --latency=-1", "--latency should be from 0 to"),
+        ("partition profile.json --devices 2 --bandwidth 1e9 --latency 1e308", "--latency should be from 0 to"),
+        ("partition profile.json --devices 2 --bandwidth 1e-300", "should be at least 0.001 bytes per second"),
         ("partition endless.json --devices 2 --bandwidth 1e9", "'layers[1].forward_s': input should be less than"),
         ("partition profile.json --devices 2 --preset lan", "there is no preset 'lan': choose one of cluster-a"),
         ("partition profile.json --devices 2x2 --preset cluster-a", "should be 1 number, one for each level"),
         ("partition profile.json --devices 2 --preset cluster-a --latency 1", "a preset has its own"),
         ("partition profile.json --devices 2 --bandwidth 1e9 --memory 0", "--memory should be a positive number"),
-        ("partition profile.json --devices 2 --bandwidth 1e9 --memory 10", "the smallest that would do have"),
+        ("partition profile.json --devices 2 --bandwidth 1e9 --memory 10", "it needs at least"),
         ("partition profile.json --devices 2 --bandwidth 1e9 --batch 0", "--batch should be 1 or more samples"),
         ("partition profile.json --devices 2 --bandwidth 1e9 --compute-scale 0", "--compute-scale should be"),
         ("partition profile.json --devices 2 --bandwidth 1e9 --recompute yes", "should be never, auto or always"),
         ("partition profile.json --devices 2 --bandwidth 1e9 --optimizer lion", "no optimizer kind 'lion'"),
         ("partition profile.json --devices 2 --bandwidth 1e9 --schedule zb", "no schedule 'zb' to plan for"),
-        ("partition profile.json --devices 2 --bandwidth 1e9 --cut-behind x", "--cut-behind: the profile has no layer"),
+        ("partition profile.json --devices 2 --bandwidth 1e9 --cut-after x", "--cut-after: the profile has no layer"),
         ("partition profile.json --devices 2 --bandwidth 1e9 --together x,y", "--together: the profile has no layer"),
-        ("partition profile.json --devices 2 --bandwidth 0", "--bandwidth should be bytes per second, 0.001 at least"),
-        ("partition profile.json --devices 9 --bandwidth 1e9 --straight", "9 stages were asked for"),
+        ("partition profile.json --devices 2 --bandwidth 0", "--bandwidth should be at least 0.001 bytes per second"),
+        ("partition profile.json --devices 9 --bandwidth 1e9 --straight", "cannot be cut into 9 stages"),
         ("partition profile.json --devices 2 --bandwidth 1e9 --cost free", "no cost formula 'free'"),
         ("partition profile.json --devices 2 --bandwidth 1e9 -o occupied/p.json", "occupied/p.json: cannot be written"),
         ("profile", "either a TARGET to measure or --import FILE"),
@@ -95,26 +95,38 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("profile nothing.py", "nothing.py has no function job"),
         ("profile other.py", "job(args) returned int"),
         ("profile --import published.txt", "published.txt"),
-        (f"profile {JOB} --minibatches 0", "minibatches to profile should be at least 1"),
+        (f"profile {JOB} --minibatches 0", "minibatches is 0: profile at least 1"),
         (f"profile {JOB} -- --height 3", "small_job.py takes --width 12 or nothing"),
         ("probe", "only one rank was started"),
         ("simulate profile.json", "'format' should be 'pipedream-plan'"),
         ("simulate plan.json --slow 1=nan", "rank 1 cannot be nan times as slow"),
         ("simulate plan.json --slow 1", "--slow should be RANK=TIMES, such as 3=1.5"),
-        ("profile --import published.txt --precision bf16", "--precision is of a measurement"),
+        ("profile --import published.txt --precision bf16", "apply to a measurement: omit them with --import"),
         ("trace plan.json", "'format' should be 'pipedream-trace'"),
-        (f"train {JOB} --plan absent.json", "absent.json: cannot be read"),
+        (f"train {JOB} --plan absent.json", "absent.json: there is no such file"),
         (f"train {JOB} --plan plan.json", "plan.json was made for another model"),
         (f"train {JOB} --plan 0", "needs at least one stage"),
-        (f"train {JOB} --plan 9", "9 stages were asked for"),
-        (f"train {JOB} --plan 2-0", "plan '2-0' is neither a file, nor replicas of stages such as 2-1-1"),
+        (f"train {JOB} --plan 9", "cannot be cut into 9 stages"),
+        (f"train {JOB} --plan 2-0", "plan '2-0' is neither a number of stages, nor replicas per stage"),
         (f"train {JOB} --plan 2 --schedule forward-only", "the forward-only schedule trains nothing"),
         (f"train {JOB} --plan 2 --chunks 2", "1f1b has one stage per rank, not 2 chunks: use interleaved"),
-        (f"train {JOB} --plan 2 --split-backward", "1f1b runs backwards whole: leave split_backward away"),
-        (f"train {JOB} --plan 2 --schedule gpipe --zero-bubble", "zero_bubble is for 1f1b-flush, not for gpipe"),
+        (f"train {JOB} --plan 2 --n-microbatches 4", "1f1b passes whole minibatches and does not cut them into 4"),
+        (f"train {JOB} --plan 2 --schedule zb-h1 --compile-backend eager", "compiled stages run backwards whole"),
+        (f"train {JOB} --plan 2 --schedule zb", "there is no schedule 'zb': choose from 1f1b"),
+        (f"train {JOB} --plan 2 --schedule broken.json", "broken.json"),
+        (f"train {JOB} --plan 2 --precision fp8", "precision should be one of 'bf16', 'fp16' or None, not 'fp8'"),
+        (f"train {JOB} --plan 2 --clip-grad-norm 0", "clip_grad_norm should be a positive number"),
+        (f"train {JOB} --plan 2 --clip-grad-over all", "clip_grad_over should be one of 'stage', 'model', not 'all'"),
+        (f"train {JOB} --plan 2 --gradient-accumulation-steps 0", "gradient_accumulation_steps should be an integer"),
+        (f"train {JOB} --plan 2 --compile-backend gcc", "compile_backend should be one of"),
+        (f"train {JOB} --plan 2 --device tpu", "device should be one of 'auto', 'cpu', 'cuda', not 'tpu'"),
+        (f"train {JOB} --plan 2 --stall-limit-s -1", "stall_limit_s should be a positive number of seconds"),
         (f"train {JOB} --plan 2 --out occupied/out", "occupied/out: cannot be written: Not a directory"),
         (f"train {JOB} --plan 2 --resume", "--resume needs to know from where"),
-        (f"train {JOB} --plan 2 --precision fp16", "for fp16 or clipping over the model use 1f1b-flush or gpipe"),
+        (
+            f"train {JOB} --plan 2 --precision fp16",
+            "nor losses be scaled for fp16, where each stage updates by itself: use 1f1b-flush, zb-h1",
+        ),
         ("train endless.py --plan 2", "generator has no length"),
         (f"verify {JOB} --plan 2 --tolerance nan", "--tolerance should be 0 or more, not nan"),
     ],
@@ -147,7 +159,7 @@ def test_bad_usage(
     assert "Usage: " in capsys.readouterr().err
 
 
-def test_nothing_is_left_behind_by_a_failed_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_command_leaves_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(path.name for path in folder.iterdir())
     monkeypatch.setattr(sys, "argv", ["pipedream", "partition", "negative.json", *LINKS])
     with pytest.raises(SystemExit):
@@ -155,10 +167,10 @@ def test_nothing_is_left_behind_by_a_failed_command(folder: Path, monkeypatch: p
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_on_four_ranks_bad_input_is_said_once(folder: Path) -> None:
+def test_four_ranks_print_one_sentence(folder: Path) -> None:
     finished = ranks.mpirun(4, *PIPEDREAM, "train", JOB, "--plan", "absent.json", timeout=60)
     assert finished.status == 2, finished.output
-    assert len(re.findall(r"absent\.json: cannot be read", finished.output)) == 1, finished.output
+    assert len(re.findall(r"absent\.json: there is no such file", finished.output)) == 1, finished.output
     assert "Traceback" not in finished.output
 
 
@@ -188,12 +200,12 @@ OPTIONS = {
     "--memory": NUMBERS,
     "--batch": NUMBERS,
     "--compute-scale": NUMBERS,
-    "--microbatches": NUMBERS,
+    "--n-microbatches": NUMBERS,
     "--cost": WORDS,
     "--schedule": WORDS,
     "--optimizer": WORDS,
     "--recompute": WORDS,
-    "--cut-behind": WORDS,
+    "--cut-after": WORDS,
     "--together": WORDS,
     "--preset": WORDS,
 }

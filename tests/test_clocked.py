@@ -1,4 +1,4 @@
-"""Whole minibatches with a clock between the layers: modules that take so many seconds of a clock of their own."""
+"""The time of every layer in a whole minibatch, with modules that advance a fake clock by given seconds."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.clock import HostClock
-from pipedream_hpc.model.clocked import Clocked
-from pipedream_hpc.model.profiler import one_minibatch
+from pipedream_hpc.profiling.clocked import ClockedModel
+from pipedream_hpc.profiling.profiler import one_minibatch
 
 
-class Clock:
-    """Stands still but when somebody works."""
+class FakeClock:
+    """A clock that only Work advances."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -25,8 +25,10 @@ class Clock:
 
 
 class Work(torch.autograd.Function):
+    """Adds its inputs, and advances the clock in forward and in backward."""
+
     @staticmethod
-    def forward(context: Any, clock: Clock, seconds: tuple[float, float], *values: torch.Tensor) -> torch.Tensor:
+    def forward(context: Any, clock: FakeClock, seconds: tuple[float, float], *values: torch.Tensor) -> torch.Tensor:
         clock.now += seconds[0]
         context.clock, context.seconds, context.count = clock, seconds[1], len(values)
         return sum(values) * 1.0  # type: ignore[return-value]
@@ -37,10 +39,10 @@ class Work(torch.autograd.Function):
         return None, None, *[gradient] * context.count
 
 
-class Takes(nn.Module):
-    """So many seconds forwards and backwards; has a weight, that there is a backward."""
+class TimedModule(nn.Module):
+    """A module whose forward and backward take given seconds; its weight gives it a backward."""
 
-    def __init__(self, clock: Clock, forward_s: float, backward_s: float) -> None:
+    def __init__(self, clock: FakeClock, forward_s: float, backward_s: float) -> None:
         super().__init__()
         self.clock, self.seconds = clock, (forward_s, backward_s)
         self.weight = nn.Parameter(torch.ones(()))
@@ -49,36 +51,36 @@ class Takes(nn.Module):
         return Work.apply(self.clock, self.seconds, *(value * self.weight for value in values))
 
 
-def clocked(model: nn.Module, clock: Clock, loss: Any = None) -> tuple[list[float], list[float]]:
+def measured(model: nn.Module, clock: FakeClock, loss: Any = None) -> tuple[list[float], list[float]]:
     example = torch.ones(2, 3)
-    found = Clocked(capture(model, example, leaves=[Takes]), loss, clock=HostClock(clock))
+    clocked = ClockedModel(capture(model, example, leaf_modules=[TimedModule]), loss, clock=HostClock(clock))
     for _ in range(2):
-        found.run((example,))
-    return found.forward_s, found.backward_s
+        clocked.run((example,))
+    return clocked.forward_s, clocked.backward_s
 
 
 def test_a_chain() -> None:
-    clock = Clock()
-    chain = nn.Sequential(Takes(clock, 1, 2), Takes(clock, 3, 5), Takes(clock, 4, 7))
-    assert clocked(chain, clock) == ([1, 3, 4], [2, 5, 7])
+    clock = FakeClock()
+    chain = nn.Sequential(TimedModule(clock, 1, 2), TimedModule(clock, 3, 5), TimedModule(clock, 4, 7))
+    assert measured(chain, clock) == ([1, 3, 4], [2, 5, 7])
 
 
-def test_the_loss_counts_with_the_last_layer() -> None:
-    clock = Clock()
-    chain = nn.Sequential(Takes(clock, 1, 2), Takes(clock, 3, 5))
+def test_the_loss_is_counted_with_the_last_layer() -> None:
+    clock = FakeClock()
+    chain = nn.Sequential(TimedModule(clock, 1, 2), TimedModule(clock, 3, 5))
 
     def loss(output: torch.Tensor) -> torch.Tensor:
         return Work.apply(clock, (10, 20), output).sum()
 
-    assert clocked(chain, clock, loss) == ([1, 13], [2, 25])
+    assert measured(chain, clock, loss) == ([1, 13], [2, 25])
 
 
-class Around(nn.Module):
-    """first ──► inner ──► last, and from first straight to last."""
+class Skipping(nn.Module):
+    """first ──► inner ──► last, and a skip connection from first to last."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: FakeClock) -> None:
         super().__init__()
-        self.first, self.inner, self.last = Takes(clock, 1, 2), Takes(clock, 3, 5), Takes(clock, 4, 7)
+        self.first, self.inner, self.last = TimedModule(clock, 1, 2), TimedModule(clock, 3, 5), TimedModule(clock, 4, 7)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)
@@ -86,19 +88,19 @@ class Around(nn.Module):
 
 
 def test_a_skip_connection() -> None:
-    clock = Clock()
-    assert clocked(Around(clock), clock) == ([1, 3, 4], [2, 5, 7])
+    clock = FakeClock()
+    assert measured(Skipping(clock), clock) == ([1, 3, 4], [2, 5, 7])
 
 
-def test_a_layer_without_backward_takes_none() -> None:
-    clock = Clock()
-    model = nn.Sequential(Takes(clock, 1, 2), Takes(clock, 3, 5))
+def test_a_layer_without_backward_has_no_backward_time() -> None:
+    clock = FakeClock()
+    model = nn.Sequential(TimedModule(clock, 1, 2), TimedModule(clock, 3, 5))
     model[0].weight.requires_grad_(False)
-    assert clocked(model, clock) == ([1, 3], [0, 5])
+    assert measured(model, clock) == ([1, 3], [0, 5])
 
 
 @pytest.mark.parametrize("rounds", [1, 3])
-def test_a_minibatch_in_between_leaves_the_model_as_it_was(rounds: int) -> None:
+def test_one_minibatch_leaves_the_model_unchanged(rounds: int) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
     before, rng = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
     example = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))

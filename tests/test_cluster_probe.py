@@ -1,4 +1,4 @@
-"""Links: from times to α and β, and from ranks to levels."""
+"""The probe: α and β from message times, and levels from hosts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import ranks
 
 from pipedream_hpc.cluster.fit import fit
-from pipedream_hpc.cluster.probe import MOST_PAIRS, SIZES, group, measure, pairs_across, pairs_within
+from pipedream_hpc.cluster.probe import MOST_PAIRS, SIZES, group_by_host, measure, pairs_across, pairs_within
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import load
@@ -23,7 +23,7 @@ def test_a_link_is_recovered_from_its_times(latency_s: float, bandwidth: float) 
 
 
 def test_small_messages_count_as_much_as_large_ones() -> None:
-    # One large message is 20 % late: α, thousands of times smaller, must not move by more than that.
+    # One large message takes 20 % longer. α is thousands of times smaller, but must not change by more than that.
     times = [1e-6 + size / 1e9 for size in SIZES]
     times[-1] *= 1.2
     latency_s, bandwidth = fit(SIZES, times)
@@ -40,8 +40,8 @@ def test_a_link_is_recovered_through_noise(seed: int) -> None:
 
 @pytest.mark.parametrize("largest", [1 << 24, 1 << 25, 1 << 26])
 @pytest.mark.parametrize("burst", [500_000, 2_000_000])
-def test_the_rate_that_lasts_is_found_behind_a_burst(burst: int, largest: int) -> None:
-    # A token bucket of 1 Gbit/s on a wire of 10: what fits in the bucket goes at the wire's rate.
+def test_the_sustained_rate_is_found_in_spite_of_a_burst(burst: int, largest: int) -> None:
+    # A token bucket of 1 Gbit/s on a 10 Gbit/s link: bytes that fit in the bucket travel at 10 Gbit/s.
     #
     #   seconds │       ╱  1 Gbit/s
     #           │    ╱
@@ -55,8 +55,8 @@ def test_the_rate_that_lasts_is_found_behind_a_burst(burst: int, largest: int) -
 
 
 def test_times_of_a_shaped_link() -> None:
-    # Measured: half a round trip over TCP on a link with a token bucket of 1 Gbit/s, 500 kB; iperf3
-    # counts 957 Mbit/s on it. A fit up to 4 MiB gave more than twice the rate that lasts.
+    # Measured half round trips over TCP on a link with a token bucket of 1 Gbit/s and 500 kB; iperf3
+    # reports 957 Mbit/s. A fit up to 4 MiB yields more than twice the sustained rate.
     times = [
         *(1.325e-5, 1.330e-5, 1.434e-5, 1.674e-5, 2.150e-5, 1.334e-4, 2.732e-4, 5.484e-4, 1.097e-3, 2.195e-3),
         *(4.925e-3, 1.373e-2, 3.155e-2, 6.647e-2, 1.3655e-1, 2.7717e-1),
@@ -67,25 +67,25 @@ def test_times_of_a_shaped_link() -> None:
 
 
 @pytest.mark.parametrize("times", [[1e-5] * len(SIZES), [size / 1e10 for size in reversed(SIZES)]])
-def test_noise_makes_no_impossible_link(times: list[float]) -> None:
+def test_noise_yields_no_impossible_link(times: list[float]) -> None:
     latency_s, bandwidth = fit(SIZES, times)
     assert latency_s >= 0
     assert bandwidth > 0
 
 
 def test_hosts_become_nodes() -> None:
-    assert group(["a", "a", "b", "b"]) == [[0, 1], [2, 3]]
-    assert group(["a", "b"]) == [[0], [1]]
+    assert group_by_host(["a", "a", "b", "b"]) == [[0, 1], [2, 3]]
+    assert group_by_host(["a", "b"]) == [[0], [1]]
 
 
-def test_nodes_of_different_size() -> None:
+def test_nodes_with_different_numbers_of_ranks_are_refused() -> None:
     with pytest.raises(PipedreamError, match=r"a has 2, b has 1: set --ntasks-per-node"):
-        group(["a", "a", "b"])
+        group_by_host(["a", "a", "b"])
 
 
-def test_ranks_dealt_out_in_turn() -> None:
+def test_interleaved_ranks_are_refused() -> None:
     with pytest.raises(PipedreamError, match=r"a has ranks \[0, 2\]: use --distribution=block"):
-        group(["a", "b", "a", "b"])
+        group_by_host(["a", "b", "a", "b"])
 
 
 def test_few_pairs_are_all_measured_and_many_are_sampled() -> None:
@@ -98,7 +98,7 @@ def test_few_pairs_are_all_measured_and_many_are_sampled() -> None:
     assert len(within) == len(across) == MOST_PAIRS
     assert all(a < b and a // 64 == b // 64 for a, b in within)
     assert all(a < b and a // 64 != b // 64 for a, b in across)
-    # Every rank must come to the same pairs by itself.
+    # Every rank must choose the same pairs independently.
     assert (within, across) == (pairs_within(many), pairs_across(many))
 
 
@@ -114,7 +114,7 @@ def test_four_ranks_of_this_machine(tmp_path: Path) -> None:
     topology = load(Topology, path)
     (level,) = topology.levels
     assert (level.name, level.count, len(set(topology.hosts))) == ("node", 4, 1)
-    # Shared memory: less than a hundredth of a second, more than a megabyte per second.
+    # Shared memory: under 10 ms and over 1 MB/s.
     assert level.latency_s < 1e-2
     assert level.bandwidth > 1e6
     assert level.reduce_latency_s is not None
@@ -131,7 +131,7 @@ def test_four_ranks_of_this_machine(tmp_path: Path) -> None:
 
 
 def test_two_hosts_make_two_levels() -> None:
-    # One machine that says it is two: ranks 0 and 1 on `a`, 2 and 3 on `b`.
+    # One machine that reports two host names: ranks 0 and 1 on `a`, 2 and 3 on `b`.
     script = (
         "import dataclasses\n"
         "from pipedream_hpc.cluster.probe import measure\n"
@@ -147,7 +147,7 @@ def test_two_hosts_make_two_levels() -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_the_ring_sums_every_part(size: int) -> None:
-    # Arrays shorter than the ring leave parts empty.
+    # With arrays shorter than the ring, some parts are empty.
     script = (
         "import numpy as np\n"
         "from pipedream_hpc.cluster.probe import _ring\n"
@@ -163,7 +163,7 @@ def test_the_ring_sums_every_part(size: int) -> None:
     assert ranks.mpirun(size, sys.executable, "-c", script, timeout=60).output.strip() == "sums"
 
 
-def test_hosts_with_unlike_numbers_of_ranks_end_in_one_sentence() -> None:
+def test_hosts_with_different_numbers_of_ranks_print_one_sentence() -> None:
     script = (
         "import dataclasses\n"
         "from pipedream_hpc.cluster.probe import measure\n"
@@ -173,4 +173,4 @@ def test_hosts_with_unlike_numbers_of_ranks_end_in_one_sentence() -> None:
     )
     finished = ranks.mpirun(3, sys.executable, "-c", script, timeout=60)
     assert finished.status == 2, finished.output
-    assert finished.output.count("every node needs as many ranks as the others, but a has 2, b has 1") == 1
+    assert finished.output.count("every node needs the same number of ranks, but a has 2, b has 1") == 1

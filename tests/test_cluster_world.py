@@ -1,4 +1,4 @@
-"""Who a process is among the ranks, and launchers that do not know its MPI."""
+"""The ranks of a job and which one a process is; launchers that do not work with the process's MPI."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipedream_hpc.cluster.world import World, check_size, check_threads, launch
 from pipedream_hpc.errors import PipedreamError
 
 CORES = len(os.sched_getaffinity(0))
-#: In what srun starts, and only there.
+#: Set only in processes that srun started.
 STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
 
 
@@ -27,7 +27,7 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
         ({"PALS_RANKID": "0"}, True),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, True),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),
-        # The shell of a batch script, and of salloc.
+        # The shell of a batch script or of salloc.
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, False),
         ({"SLURM_NTASKS": "4"}, False),
     ],
@@ -42,8 +42,8 @@ def test_whether_a_launcher_started_this_process(environment: dict[str, str], ex
         ({**STEP, "SLURM_NTASKS": "4"}, "use `srun --mpi=pmix`"),
         ({**STEP, "SLURM_STEP_NUM_TASKS": "4", "SLURM_NTASKS": "8"}, "use `srun --mpi=pmix`"),
         ({**STEP, "SLURM_STEP_NUM_TASKS": "4", "PMI_SIZE": "4", "PMI_RANK": "0"}, "(`srun --mpi=list` shows"),
-        ({**STEP, "SLURM_STEP_NUM_TASKS": "4", "PMIX_RANK": "0"}, "it does not understand the PMIx of this Slurm"),
-        # Hydra in a batch job: it starts a helper on each of two nodes with srun.
+        ({**STEP, "SLURM_STEP_NUM_TASKS": "4", "PMIX_RANK": "0"}, "this MPI does not support the PMIx of this Slurm"),
+        # Hydra in a batch job starts a helper on each of two nodes with srun.
         (
             {**STEP, "SLURM_STEP_NUM_TASKS": "2", "PMI_SIZE": "4", "PMI_RANK": "0", "MPI_LOCALNRANKS": "2"},
             "use the mpirun that belongs to Open MPI v5",
@@ -52,13 +52,13 @@ def test_whether_a_launcher_started_this_process(environment: dict[str, str], ex
         ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "use the mpirun that belongs to Open MPI v5"),
     ],
 )
-def test_several_tasks_that_are_alone_each(environment: dict[str, str], remedy: str) -> None:
+def test_tasks_that_mpi_does_not_connect_are_refused(environment: dict[str, str], remedy: str) -> None:
     with pytest.raises(PipedreamError, match=r"started 4 tasks, but MPI .* sees only this one") as caught:
         check_size(environment, 1, "Open MPI v5")
     assert remedy in str(caught.value)
 
 
-def test_sizes_that_are_right() -> None:
+def test_matching_sizes_are_accepted() -> None:
     check_size({}, 1, "Open MPI v5")
     check_size({"OMPI_COMM_WORLD_SIZE": "1"}, 1, "Open MPI v5")
     check_size({**STEP, "SLURM_NTASKS": "4"}, 4, "Open MPI v5")
@@ -67,13 +67,13 @@ def test_sizes_that_are_right() -> None:
     check_size({"PMIX_RANK": "0", "SLURM_NTASKS": "4"}, 1, "Open MPI v5")
 
 
-def test_an_mpi_without_threads() -> None:
+def test_an_mpi_without_thread_support_is_refused() -> None:
     check_threads(True, "Open MPI v5")
     with pytest.raises(PipedreamError, match="Open MPI v5 runs without MPI_THREAD_MULTIPLE"):
         check_threads(False, "Open MPI v5")
 
 
-def test_a_process_by_itself_leaves_mpi_alone() -> None:
+def test_a_process_without_a_launcher_does_not_import_mpi() -> None:
     assert ranks.python(0, "place.py").output == "alone 0/1 mpi4py loaded: False\n"
 
 
@@ -82,8 +82,8 @@ def test_ranks_of_one_node() -> None:
     assert finished.output.strip() == str([(rank, 3, rank, 3, CORES) for rank in range(3)])
 
 
-def test_a_local_rank_that_all_ranks_of_a_node_inherit_does_not_count() -> None:
-    """MPICH's mpiexec in a Slurm job: SLURM_LOCALID is that of its helper, 0 for every rank."""
+def test_an_inherited_local_rank_of_slurm_is_ignored() -> None:
+    """With MPICH's mpiexec in a Slurm job, every rank inherits SLURM_LOCALID=0 from the helper process."""
     script = (
         "import os, runpy\n"
         "own = os.environ.pop('OMPI_COMM_WORLD_LOCAL_RANK')\n"
@@ -94,8 +94,8 @@ def test_a_local_rank_that_all_ranks_of_a_node_inherit_does_not_count() -> None:
     assert finished.output.strip() == str([(rank, 2, rank, 2, CORES) for rank in range(2)])
 
 
-def test_ranks_bound_to_a_core_each_share_out_them_all() -> None:
-    # Rank r may use core r mod CORES and no other; together they have the union.
+def test_the_cores_of_a_node_are_the_union_of_the_cpusets() -> None:
+    # Rank r may only use core r mod CORES.
     program = ranks.PROGRAMS / "place.py"
     script = (
         "import os, runpy\n"
@@ -108,33 +108,33 @@ def test_ranks_bound_to_a_core_each_share_out_them_all() -> None:
 
 
 def test_a_launcher_of_another_mpi() -> None:
-    # MPICH's mpiexec sets these; Open MPI, not knowing them, comes up alone.
-    finished = ranks.alone("env", "PMI_RANK=0", "PMI_SIZE=4", sys.executable, ranks.PROGRAMS / "place.py")
+    # MPICH's mpiexec sets these variables; Open MPI ignores them and starts with one rank.
+    finished = ranks.without_launcher("env", "PMI_RANK=0", "PMI_SIZE=4", sys.executable, ranks.PROGRAMS / "place.py")
     if "Open MPI" in finished.output:
         assert "pipedream: the launcher started 4 tasks, but MPI (Open MPI" in finished.output
         assert "use the mpirun that belongs to Open MPI" in finished.output
     else:
-        pytest.skip("this MPI knows MPICH's launcher")
+        pytest.skip("this MPI supports MPICH's launcher")
     assert finished.status != 0
 
 
 @pytest.mark.parametrize(
-    ("given", "on_node", "expected"),
+    ("setting", "on_node", "expected"),
     [(None, 4, 2), (None, 3, 2), (None, 16, 1), (None, 0, 8), ("3", 4, 3), ("5,2", 4, 5), ("0", 4, 2), ("many", 4, 2)],
 )
-def test_threads_per_rank(monkeypatch: pytest.MonkeyPatch, given: str | None, on_node: int, expected: int) -> None:
+def test_threads_per_rank(monkeypatch: pytest.MonkeyPatch, setting: str | None, on_node: int, expected: int) -> None:
     monkeypatch.setattr(threads, "join", lambda: World(0, 4, 0, 4, "a", cpusets=(frozenset(range(8)),) * 4))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if given is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    if setting is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", setting)
     assert threads.threads_per_rank(on_node) == expected
 
 
-def test_ranks_are_crowded_when_they_want_more_cores_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_oversubscribed_when_they_need_more_cores_than_the_node_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "join", lambda: World(0, 4, 0, 4, "a", cpusets=(frozenset(range(8)),) * 4))
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    assert not threads.crowded(4)
-    assert threads.crowded(5)
+    assert not threads.oversubscribed(4)
+    assert threads.oversubscribed(5)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert not threads.crowded(8)  # an even share each
-    assert threads.crowded(9)
+    assert not threads.oversubscribed(8)  # an even share each
+    assert threads.oversubscribed(9)

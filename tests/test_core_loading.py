@@ -30,7 +30,7 @@ def run(program: str, **environment: str) -> str:
 
 
 def test_import_loads_neither_torch_nor_mpi_nor_the_core() -> None:
-    heavy = ("torch", "mpi4py", "pipedream_hpc._core", "pipedream_hpc._memory", "matplotlib")
+    heavy = ("torch", "mpi4py", "pipedream_hpc._comm", "pipedream_hpc._weights", "matplotlib")
     program = f"import pipedream_hpc, pipedream_hpc.cli, sys; print([m for m in {heavy} if m in sys.modules])"
     assert run(program) == "[]"
 
@@ -40,8 +40,8 @@ import torch
 from torch import nn
 from pipedream_hpc import Pipeline
 model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
-pipeline = Pipeline(model, loss=nn.CrossEntropyLoss(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
-                    example=torch.zeros(3, 4), plan=2)
+pipeline = Pipeline(model, loss_fn=nn.CrossEntropyLoss(), optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+                    example_inputs=torch.zeros(3, 4), plan=2)
 print(pipeline.fit([(torch.ones(3, 4), torch.tensor([0, 1, 0]))]) > 0)
 """
 
@@ -54,9 +54,9 @@ def test_one_process_trains_where_there_is_no_mpi() -> None:
 
 def test_no_mpi_is_said_in_one_sentence() -> None:
     program = """
-from pipedream_hpc.core import load_core
+from pipedream_hpc.core import load_comm
 try:
-    load_core()
+    load_comm()
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -67,24 +67,24 @@ except Exception as error:
 
 
 def loaded_with(monkeypatch: pytest.MonkeyPatch, **changed: Any) -> str:
-    """What load_core says when the extension has these answers."""
+    """What load_comm says when the extension has these answers."""
     truth = {
         "initialized": lambda: True,
         "library_version": MPI.Get_library_version,
-        "built_with": core.load_core().built_with,
+        "built_with": core.load_comm().built_with,
         "comm_bytes": MPI._sizeof(MPI.Comm),
     }
     fake = SimpleNamespace(**{**truth, **changed})
     monkeypatch.setattr(core, "import_module", lambda name: fake)
-    core.load_core.cache_clear()
+    core.load_comm.cache_clear()
     try:
-        assert core.load_core() is fake
+        assert core.load_comm() is fake
         return ""
     except PipedreamError as error:
         return str(error)
     finally:
         monkeypatch.undo()
-        core.load_core.cache_clear()
+        core.load_comm.cache_clear()
 
 
 def test_the_mpi_of_the_build_is_compared_with_the_running_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,20 +17,20 @@ NAMES = ("host", "ranks-1", "ranks-2", "ranks-3", "ranks-4", "device-1", "device
 def built() -> Path:
     options = ("-DPIPEDREAM_TESTS=ON", "-DPIPEDREAM_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}")
     for command in (("-S", ROOT, "-B", BUILD, *options), ("--build", BUILD, "--parallel", "2")):
-        finished = ranks.alone("cmake", *command, timeout=250)
+        finished = ranks.without_launcher("cmake", *command, timeout=250)
         assert finished.status == 0, finished.output
     return BUILD
 
 
 def test_the_list_is_whole(built: Path) -> None:
-    listed = ranks.alone("ctest", "--test-dir", built, "--show-only").output
+    listed = ranks.without_launcher("ctest", "--test-dir", built, "--show-only").output
     assert all(f": {name}\n" in listed for name in NAMES), listed
     assert f"Total Tests: {len(NAMES)}" in listed
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_cpp(built: Path, name: str) -> None:
-    finished = ranks.alone(
+    finished = ranks.without_launcher(
         "ctest", "--test-dir", built, "--tests-regex", f"^{name}$", "--no-tests=error", "--verbose", timeout=280
     )
     assert finished.status == 0, finished.output

@@ -1,4 +1,4 @@
-"""Which cores a rank gets, as tables of nodes; and that threads really run there."""
+"""Which cores each rank of a node gets, drawn as one line per rank; and that threads really run there."""
 
 from __future__ import annotations
 
@@ -11,36 +11,41 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipedream_hpc.cluster.cores import Cores, in_order, numbers, share
-from pipedream_hpc.cluster.threads import take_cores
+from pipedream_hpc.cluster.cores import Cores, assign_cores, numa_order, parse_cpu_list
+from pipedream_hpc.cluster.threads import bind_rank
 from pipedream_hpc.cluster.world import World
 
 FREE = [frozenset(range(8))] * 4
-#: Two NUMA domains, in which cores come in pairs: 0 and 4 are threads of one core.
+#: Two NUMA domains with hyper-threading: 0 and 4 are threads of one physical core.
 PAIRS = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 def drawn(cpusets: list[frozenset[int]], threads: int, order: list[int] | None = None) -> list[str]:
-    """A line for each rank: c where it computes, p where its progress thread is alone."""
+    """Return one line per rank: c for a core of its compute threads, p for a core of its progress thread only."""
     lines = []
-    for place in range(len(cpusets)):
-        cores = share(cpusets, place, threads, order)
+    for index in range(len(cpusets)):
+        cores = assign_cores(cpusets, index, threads, order)
         lines.append(
             "".join("c" if core in cores.compute else "p" if core in cores.progress else "." for core in range(8))
         )
     return lines
 
 
-def test_nobody_is_bound() -> None:
-    """Who computes may be helped by a progress thread anywhere in its cpuset, but others compute there."""
-    shared = share(FREE, 1, threads=2)
+def test_ranks_with_the_same_cpuset_divide_it() -> None:
+    """The progress thread has no dedicated core here: it may run anywhere in the cpuset."""
+    assert drawn(FREE, threads=2) == [
+        "ccpppppp",
+        "ppccpppp",
+        "ppppccpp",
+        "ppppppcc",
+    ]
+    shared = assign_cores(FREE, 1, threads=2)
     assert shared == Cores(frozenset({2, 3}), frozenset(range(8)))
-    assert not shared.spare
-    assert share(FREE, 1, threads=1).spare
-    assert [share(FREE, place, 2).compute for place in range(4)] == [{0, 1}, {2, 3}, {4, 5}, {6, 7}]
+    assert not shared.progress_is_dedicated
+    assert assign_cores(FREE, 1, threads=1).progress_is_dedicated
 
 
-def test_fewer_threads_than_cores_leave_one_to_the_progress_thread() -> None:
+def test_with_fewer_threads_than_cores_the_progress_thread_gets_one() -> None:
     assert drawn(FREE, threads=1) == [
         "cp......",
         "..cp....",
@@ -56,7 +61,7 @@ def test_threads_of_a_core_stay_together() -> None:
     ]
 
 
-def test_who_is_bound_keeps_what_it_has() -> None:
+def test_ranks_with_disjoint_cpusets_keep_them() -> None:
     assert drawn([frozenset({0, 1, 2}), frozenset({5, 6, 7})], threads=2) == [
         "ccp.....",
         ".....ccp",
@@ -67,32 +72,32 @@ def test_who_is_bound_keeps_what_it_has() -> None:
     "cpusets",
     [
         [frozenset({0, 1})] * 3,  # more ranks than cores
-        [frozenset({0, 1, 2}), frozenset({2, 3, 4})],  # they overlap: the launcher meant something by it
+        [frozenset({0, 1, 2}), frozenset({2, 3, 4})],  # they overlap as the launcher set them
     ],
 )
-def test_others_are_left_alone(cpusets: list[frozenset[int]]) -> None:
-    assert [share(cpusets, place, 1) for place in range(len(cpusets))] == [Cores()] * len(cpusets)
-    assert not Cores().spare
+def test_other_ranks_are_not_bound(cpusets: list[frozenset[int]]) -> None:
+    assert [assign_cores(cpusets, index, 1) for index in range(len(cpusets))] == [Cores()] * len(cpusets)
+    assert not Cores().progress_is_dedicated
 
 
 @given(st.integers(1, 12), st.sets(st.integers(0, 63), min_size=1), st.integers(1, 8), st.randoms())
-def test_shares_are_apart_and_even(count: int, cpuset: set[int], threads: int, random: object) -> None:
+def test_shares_are_disjoint_and_even(count: int, cpuset: set[int], threads: int, random: object) -> None:
     order = list(range(64))
     random.shuffle(order)  # type: ignore[attr-defined]
-    found = [share([frozenset(cpuset)] * count, place, threads, order) for place in range(count)]
+    assigned = [assign_cores([frozenset(cpuset)] * count, index, threads, order) for index in range(count)]
     if len(cpuset) < count:
-        assert set(found) == {Cores()}
+        assert set(assigned) == {Cores()}
         return
-    held = [each.compute | (each.progress if each.progress.isdisjoint(each.compute) else frozenset()) for each in found]
-    assert frozenset().union(*held) == cpuset
-    assert sum(map(len, held)) == len(cpuset)
-    assert max(map(len, held)) - min(map(len, held)) <= 1
-    assert all(each.compute for each in found)
-    # A core is given to the progress thread only if the compute threads do not need it.
-    assert all(len(each.compute) >= min(threads, len(own)) for each, own in zip(found, held, strict=True))
+    shares = [each.compute | each.progress if each.progress_is_dedicated else each.compute for each in assigned]
+    assert frozenset().union(*shares) == cpuset
+    assert sum(map(len, shares)) == len(cpuset)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert all(each.compute for each in assigned)
+    # The progress thread gets a dedicated core only if the compute threads do not need it.
+    assert all(len(each.compute) >= min(threads, len(share)) for each, share in zip(assigned, shares, strict=True))
 
 
-def test_the_order_of_a_node(tmp_path: Path) -> None:
+def test_cores_are_sorted_by_numa_domain(tmp_path: Path) -> None:
     """Two domains of two cores with two threads each, numbered as Linux does."""
     for node, cores in enumerate(("0-1,4-5", "2-3,6-7")):
         (tmp_path / f"node/node{node}").mkdir(parents=True)
@@ -100,17 +105,17 @@ def test_the_order_of_a_node(tmp_path: Path) -> None:
     for core in range(8):
         (tmp_path / f"cpu/cpu{core}/topology").mkdir(parents=True)
         (tmp_path / f"cpu/cpu{core}/topology/thread_siblings_list").write_text(f"{core % 4},{core % 4 + 4}\n")
-    assert in_order(tmp_path) == PAIRS
-    assert in_order(tmp_path / "nothing") is None
-    assert numbers("") == []
+    assert numa_order(tmp_path) == PAIRS
+    assert numa_order(tmp_path / "nothing") is None
+    assert parse_cpu_list("") == []
 
 
 @pytest.mark.parametrize(
     ("size", "local_size", "plan", "threads"),
     [
-        (16, 8, 16, 8),  # two nodes of 64 cores: each shares its own cores out among its own ranks
+        (16, 8, 16, 8),  # two nodes of 64 cores: the cores of each node are divided among the ranks of that node
         (8, 8, 8, 8),
-        (1, 1, 4, 16),  # all ranks of the plan in this process
+        (1, 1, 4, 16),  # all ranks of the plan run in this process
     ],
 )
 def test_threads_of_a_rank(
@@ -119,23 +124,23 @@ def test_threads_of_a_rank(
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("PIPEDREAM_BIND", "0")
     monkeypatch.setattr("pipedream_hpc.cluster.threads.core_count", lambda: 64)
-    taken: list[int] = []
-    monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    take_cores(World(0, size, 0, local_size, "n1", cpusets=(frozenset(range(64)),) * local_size), plan)
-    assert taken == [threads]
+    numbers: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    bind_rank(World(0, size, 0, local_size, "n1", cpusets=(frozenset(range(64)),) * local_size), plan)
+    assert numbers == [threads]
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 @pytest.mark.parametrize("bind", [True, False])
 def test_threads_run_where_they_should(bind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of two ranks with a thread each, on as many cores as there are: compute threads apart, unless told otherwise."""
+    """Two ranks with one compute thread each run on different cores, unless PIPEDREAM_BIND=0."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if not bind:
         monkeypatch.setenv("PIPEDREAM_BIND", "0")
-    done = ranks.python(2, "cores.py")
-    assert done.status == 0, done.output
-    lines = sorted(line for line in done.output.splitlines() if line.startswith("rank"))
-    computes = [set(numbers(line.split("compute ")[1].split()[0])) for line in lines]
+    finished = ranks.python(2, "cores.py")
+    assert finished.status == 0, finished.output
+    lines = sorted(line for line in finished.output.splitlines() if line.startswith("rank"))
+    computes = [set(parse_cpu_list(line.split("compute ")[1].split()[0])) for line in lines]
     assert len(lines) == 2
     whole = os.sched_getaffinity(0)
     if bind:

@@ -15,8 +15,9 @@ from torch import nn
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import load, save
+from pipedream_hpc.job import LossFn
 from pipedream_hpc.model.capture import capture
-from pipedream_hpc.model.profiler import count
+from pipedream_hpc.model.counting import count
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.topology import Level, Topology
@@ -36,7 +37,7 @@ def plan_file(folder: Path, model: nn.Module, devices: int, *, straight: bool = 
 
 
 def fails(how: str, *args: object, launched: int = 4) -> str:
-    """Output of a job that fails soon and everywhere."""
+    """Return the output of a run that fails soon, on every rank."""
     finished = ranks.python(launched, "failing.py", how, *args, timeout=60)
     assert finished.status != 0, finished.output
     assert "all went well" not in finished.output
@@ -46,7 +47,7 @@ def fails(how: str, *args: object, launched: int = 4) -> str:
 
 
 def sentence(output: str, ranks: int = 4) -> str:
-    """The one line of bad input in `output`."""
+    """Return the only error sentence in `output`."""
     lines = re.findall(rf"\[rank \d/{ranks}[^\]]*\] pipedream: (.*)", output)
     assert len(lines) == 1, output
     return str(lines[0])
@@ -55,8 +56,8 @@ def sentence(output: str, ranks: int = 4) -> str:
 def test_a_rank_that_raises() -> None:
     output = fails("raise")
     assert output.count("ValueError: the labels of this minibatch are broken") == 2, output  # cause, and summary
-    assert "rank 3 (stage 3) failed at 'forward 4 on version 4'" in output
-    assert "rank 0 (stage 0) failed" not in output
+    assert "rank 3 (stage 3) at epoch 0, minibatch 4, forward (3F4v4) failed: ValueError: the labels" in output
+    assert "rank 0 (stage 0) at" not in output
 
 
 def test_a_rank_killed_by_sigkill() -> None:
@@ -67,13 +68,13 @@ def test_a_rank_killed_by_sigkill() -> None:
 
 def test_a_rank_that_does_not_answer_is_named() -> None:
     text = sentence(fails("sleep"))
-    assert "nobody answers. No word from rank 3:" in text
+    assert "no answer from rank 3, which may be stuck" in text
     for rank in (0, 1, 2):
-        waits = rf"rank {rank} has waited 3\.\d s for minibatch \d: "
+        waits = rf"rank {rank} has waited 3\.\d s for epoch 0, minibatch \d: "
         assert re.search(waits + rf"gradient of layer '\d' \(stage {rank}\) from rank {rank + 1}", text), text
 
 
-def test_a_rank_that_never_comes_to_the_epoch_is_named() -> None:
+def test_a_rank_that_never_begins_the_epoch_is_named() -> None:
     assert sentence(fails("absent")).startswith("rank 2 did not answer within 3 s")
 
 
@@ -90,9 +91,9 @@ def test_a_model_that_does_not_match_its_plan(tmp_path: Path) -> None:
 
 def test_a_minibatch_larger_than_the_example() -> None:
     text = sentence(fails("large"))
-    assert text.startswith("rank 0 (stage 0) at 'send activation 3 to rank 1': activation of layer")
-    assert "has shape (9, 16) and dtype float32, but the example led to (8, 16)" in text
-    assert "give Pipeline an example as large as the largest minibatch" in text
+    assert text.startswith("rank 0 (stage 0) at epoch 0, minibatch 3, send (0SEND_F3>1r1): activation of layer")
+    assert "has shape (9, 16) and dtype float32, but example_inputs led to (8, 16)" in text
+    assert "give example_inputs that are as large as the largest minibatch" in text
 
 
 def test_ranks_that_read_different_data() -> None:
@@ -101,30 +102,36 @@ def test_ranks_that_read_different_data() -> None:
 
 def test_ranks_with_examples_of_different_sizes() -> None:
     text = sentence(fails("example"))
-    assert "ranks disagree about the boundaries that the example leads to" in text
+    assert "ranks disagree about the plan" in text
     assert "on rank 0" in text
     assert "on rank 1" in text
 
 
-def test_ranks_that_run_backwards_in_different_parts() -> None:
-    assert sentence(fails("parts")) == (
-        "ranks disagree about the parts of backwards (--split-backward, --zero-bubble): split on rank 0, "
-        "split, without a bubble on rank 1: start every rank with the same"
+def test_ranks_with_different_schedules() -> None:
+    options = "n_microbatches=2, chunks=1, gradient_accumulation_steps=1"
+    assert sentence(fails("schedule")) == (
+        f"ranks disagree about the schedule: zb-h1, {options} on rank 0, zb-h2, {options} on rank 1: start every rank "
+        "with the same"
     )
+
+
+def test_a_loop_over_steps_that_is_left() -> None:
+    """The output stage leaves first and ends all others, which wait for its gradients."""
+    assert sentence(fails("left")).startswith("epoch 0 is not finished, and a schedule is fixed before")
 
 
 def test_ranks_with_loaders_of_different_lengths() -> None:
     assert "ranks disagree about the minibatches: 20 on rank 0, 19 on rank 3" in sentence(fails("length"))
 
 
-def make(model: nn.Module, plan: Plan | Path | int) -> Pipeline:
-    return Pipeline(
-        model,
-        loss=nn.CrossEntropyLoss(),
-        optimizer=chains.OPTIMIZERS["sgd"],
-        example=chains.example(),
-        plan=plan,
-    )
+def make(
+    model: nn.Module,
+    plan: Plan | Path | int,
+    *,
+    loss_fn: LossFn = nn.functional.cross_entropy,
+    optimizer: Any = chains.OPTIMIZERS["sgd"],
+) -> Pipeline:
+    return Pipeline(model, loss_fn=loss_fn, optimizer=optimizer, example_inputs=chains.example(), plan=plan)
 
 
 def test_other_weights_under_the_same_names(tmp_path: Path) -> None:
@@ -141,12 +148,14 @@ def test_a_loader_without_length() -> None:
 
 
 def test_a_loader_that_yields_no_pairs() -> None:
-    with pytest.raises(PipedreamError, match="minibatch 0 of the loader is no \\(input, target\\) pair"):
+    with pytest.raises(PipedreamError, match="epoch 0, minibatch 0: the loader yielded int instead of an"):
         make(chains.plain_model(), 2).fit([1, 2])
 
 
 def test_more_stages_than_layers() -> None:
-    with pytest.raises(PipedreamError, match="9 stages were asked for, but 'Sequential' can be cut into 7"):
+    with pytest.raises(
+        PipedreamError, match="'Sequential' has 7 layers and cannot be cut into 9 stages: use fewer stages"
+    ):
         make(chains.plain_model(), 9)
 
 
@@ -168,40 +177,32 @@ def test_a_plan_with_another_schedule_or_too_few_versions(tmp_path: Path) -> Non
         (torch.optim.LBFGS, "LBFGS runs the model again within a step, which no pipeline can do"),
     ],
 )
-def test_a_factory_that_makes_no_optimizer(optimizer: Any, words: str) -> None:
-    """It would train nothing, and say nothing."""
+def test_a_factory_that_returns_no_usable_optimizer(optimizer: Any, words: str) -> None:
     with pytest.raises(PipedreamError, match=words):
-        Pipeline(
-            chains.plain_model(),
-            loss=nn.CrossEntropyLoss(),
-            optimizer=optimizer,
-            example=chains.example(),
-            plan=2,
-        )
+        make(chains.plain_model(), 2, optimizer=optimizer)
 
 
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        (torch.zeros(8, 13), r"'input' of the loader's first minibatch has shape \(8, 13\) .* example has \(8, 12\)"),
-        (torch.zeros(8, 2, 6), r"has shape \(8, 2, 6\) and dtype torch.float32, but the example has \(8, 12\)"),
-        (torch.zeros(8, 12).double(), r"dtype torch.float64, but the example has \(8, 12\) and torch.float32"),
+        (torch.zeros(8, 13), r"minibatch 0: input 'input' has shape \(8, 13\) .* example_inputs has shape \(8, 12\)"),
+        (
+            torch.zeros(8, 2, 6),
+            r"has shape \(8, 2, 6\) and dtype torch.float32, but example_inputs has shape \(8, 12\)",
+        ),
+        (torch.zeros(8, 12).double(), r"torch.float64, but example_inputs has shape \(8, 12\) and dtype torch.float32"),
     ],
 )
-def test_data_that_is_not_as_the_example(inputs: torch.Tensor, words: str) -> None:
+def test_data_unlike_the_example(inputs: torch.Tensor, words: str) -> None:
     pipeline = make(chains.plain_model(), 2)
     with pytest.raises(PipedreamError, match=words):
         pipeline.fit([(inputs, torch.zeros(8).long())])
 
 
 def test_a_loss_per_sample() -> None:
-    pipeline = Pipeline(
-        chains.plain_model(),
-        loss=nn.CrossEntropyLoss(reduction="none"),
-        optimizer=chains.OPTIMIZERS["sgd"],
-        example=chains.example(),
-        plan=2,
+    pipeline = make(chains.plain_model(), 2, loss_fn=nn.CrossEntropyLoss(reduction="none"))
+    words = (
+        r"rank 1 \(stage 1\) at epoch 0, minibatch 0, forward \(1F0v0\): the loss should be one number, .* shape \(8,\)"
     )
-    words = r"rank 1 \(stage 1\) at 'forward 0 on version 0': the loss should be one number, .* shape \(8,\)"
     with pytest.raises(PipedreamError, match=words):
         pipeline.fit(chains.minibatches(3))

@@ -1,7 +1,7 @@
-"""Fused steps from one weight version to the next: the bits of torch's own optimizers, and nothing written beside.
+"""Fused steps from one weight version to the next: bitwise torch's own optimizers, and no write out of bounds.
 
-Where Adam is compared, torch takes correctly rounded square roots (verification.rounding): as they come, they may be
-off by one unit in the last place. `test_adam_with_the_square_roots_of_torch` bounds what that amounts to.
+Where Adam is compared, torch takes correctly rounded square roots (verification.rounding): its own may be off by one
+unit in the last place. `test_adam_with_the_square_roots_of_torch` bounds the effect of that.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from pipedream_hpc.core import load_memory
-from pipedream_hpc.runtime import stash as stash_module
-from pipedream_hpc.runtime.fused import FusedStep, fused_from
-from pipedream_hpc.runtime.stash import WeightStash
+from pipedream_hpc.core import load_weights
+from pipedream_hpc.runtime.weights import stash as stash_module
+from pipedream_hpc.runtime.weights.fused import FusedStep, fused_from
+from pipedream_hpc.runtime.weights.stash import WeightStash
 from pipedream_hpc.verification.rounding import correct_square_roots
 
 Make = Callable[[Any], torch.optim.Optimizer]
@@ -45,16 +45,16 @@ ADAMS = [
     {"lr": 0.01, "betas": (0.5, 0.9), "weight_decay": 0.1, "maximize": True},
 ]
 CASES: dict[str, Make] = {
-    f"{kind.__name__} {', '.join(f'{key}={value}' for key, value in wanted.items())}": partial(kind, **wanted)
-    for kind, all_wanted in ((SGD, SGDS), (Adam, ADAMS), (AdamW, ADAMS))
-    for wanted in all_wanted
+    f"{kind.__name__} {', '.join(f'{key}={value}' for key, value in options.items())}": partial(kind, **options)
+    for kind, all_options in ((SGD, SGDS), (Adam, ADAMS), (AdamW, ADAMS))
+    for options in all_options
 }
 every_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
 GUARD = 12345.5
 
 
 @pytest.fixture(autouse=True)
-def threads_as_they_were() -> Any:
+def restore_threads() -> Any:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -65,7 +65,7 @@ def bits(values: Tensor) -> Tensor:
 
 
 def assert_bitwise(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
-    """Zeros of different sign are different."""
+    """Compare bit patterns: zeros of different sign are different."""
     different = [i for i, (a, b) in enumerate(zip(left, right, strict=True)) if not torch.equal(bits(a), bits(b))]
     assert not different
 
@@ -88,18 +88,18 @@ def plain_step(optimizer: torch.optim.Optimizer, gradients: Sequence[Tensor | No
 
 
 class Versions:
-    """Weights that a fused step takes from buffer to buffer, with guards around each."""
+    """Weights in a buffer with guard values around each; every fused step writes them into a new buffer."""
 
     def __init__(self, make: Make, start: Sequence[Tensor], shift: int = 0, master: bool = False) -> None:
         self.optimizer = make(parameters_of(start))
         self._master, self._shift, self._shapes = master, shift, [tensor.shape for tensor in start]
         self.dtype = start[0].dtype if start else torch.float32
-        self._place()
+        self._allocate()
         for value, tensor in zip(self.now, start, strict=True):
             value.copy_(tensor)
 
-    def _place(self) -> None:
-        """New buffers: tensors one after the other, `shift` numbers off a line, with guards between."""
+    def _allocate(self) -> None:
+        """Allocate tensors one after the other, `shift` numbers past alignment, with guards between them."""
         self.buffer = torch.full((8 + sum(s.numel() + 3 for s in self._shapes) + self._shift,), GUARD, dtype=self.dtype)
         self.now, at = [], 5 + self._shift
         for shape in self._shapes:
@@ -115,9 +115,9 @@ class Versions:
         step.streaming = streaming
         old, buffer = self.now, self.buffer
         before = buffer.clone()
-        self._place()
+        self._allocate()
         step.step(old, self.now, gradients)
-        assert_bitwise([buffer], [before])  # the old version stands as it stood
+        assert_bitwise([buffer], [before])  # the old version is unchanged
         assert self.guards() >= self.buffer.numel() - sum(shape.numel() for shape in self._shapes)
 
 
@@ -188,7 +188,7 @@ def test_any_shapes_groups_and_missing_gradients(data: st.DataObject) -> None:
 
 
 @every_case
-def test_threads_and_kinds_of_stores_do_not_change_bits(make: Make) -> None:
+def test_threads_and_streaming_stores_do_not_change_bits(make: Make) -> None:
     shapes = [(200_001,), (3,), (77_777,)]
     start, *gradients = (drawn(minibatch, shapes) for minibatch in range(3))
     results = []
@@ -217,7 +217,7 @@ def test_in_place(make: Make) -> None:
 
 @pytest.mark.parametrize("kind", [Adam, AdamW])
 def test_adam_with_the_square_roots_of_torch(kind: Any) -> None:
-    """From the same weights and state: averages equal, weights within 1 ulp and 4 ulp of what was added to them."""
+    """From the same weights and state: moments equal, weights within 1 ulp plus 4 ulp of the change."""
     shapes = [(50_000,)]
     plain, versions = kind(parameters_of(drawn(0, shapes)), lr=0.01), Versions(partial(kind, lr=0.01), drawn(0, shapes))
     for minibatch in range(20):
@@ -238,21 +238,21 @@ def test_adam_with_the_square_roots_of_torch(kind: Any) -> None:
 def test_learning_rate_schedule(make: Make, recwarn: pytest.WarningsRecorder) -> None:
     shapes = [(100,), (3, 5)]
     plain, versions = make(parameters_of(drawn(0, shapes))), Versions(make, drawn(0, shapes))
-    schedules = [torch.optim.lr_scheduler.ExponentialLR(each, 0.7) for each in (plain, versions.optimizer)]
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.7) for each in (plain, versions.optimizer)]
     for minibatch in range(5):
         gradients = drawn(minibatch + 1, shapes)
         plain_step(plain, gradients)
         versions.step(gradients)
-        for schedule in schedules:
-            schedule.step()
+        for scheduler in schedulers:
+            scheduler.step()
     assert versions.optimizer.param_groups[0]["lr"] < 0.2 * make(parameters_of(drawn(0, shapes))).param_groups[0]["lr"]
     assert_bitwise(plain.param_groups[0]["params"], versions.now)
     assert not [str(warning.message) for warning in recwarn if "lr_scheduler" in str(warning.message)]
 
 
 @every_case
-def test_saved_and_loaded_on_either_side(make: Make) -> None:
-    """fused, fused | saved | plain, fused | saved | fused, plain, as six plain steps."""
+def test_state_moves_between_fused_and_plain_steps(make: Make) -> None:
+    """fused, fused | saved | plain, fused | saved | fused, plain: the same as six plain steps."""
     shapes = [(300,), (4, 4)]
     plain, versions = make(parameters_of(drawn(0, shapes))), Versions(make, drawn(0, shapes))
     for minibatch, fused in enumerate([True, True, False, True, True, False]):
@@ -273,8 +273,8 @@ def test_saved_and_loaded_on_either_side(make: Make) -> None:
             versions.optimizer.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
 
 
-def test_state_of_another_layout_is_read_right() -> None:
-    """Averages of a channels-last model, loaded into a slab, which has one layout."""
+def test_state_in_another_memory_layout_is_converted() -> None:
+    """Moments of a channels-last model, loaded where weights are contiguous."""
     start = drawn(0, [(2, 3, 4, 5)])
     plain, versions = Adam(parameters_of(start)), Versions(Adam, start)
     for optimizer in (plain, versions.optimizer):
@@ -295,7 +295,7 @@ def test_state_of_another_layout_is_read_right() -> None:
 
 
 @every_case
-def test_the_master_is_stepped_and_the_weights_are_the_master_rounded(make: Make) -> None:
+def test_the_step_updates_the_master_and_weights_are_the_master_rounded(make: Make) -> None:
     shapes = [(0,), (1,), (1000,), (33, 3)]
     start = [tensor.bfloat16() for tensor in drawn(0, shapes)]
     plain = make(parameters_of([tensor.float() for tensor in start]))
@@ -310,7 +310,7 @@ def test_the_master_is_stepped_and_the_weights_are_the_master_rounded(make: Make
 
 
 def test_rounding_to_bfloat16_as_torch() -> None:
-    """Ties, overflow to infinity, infinities, what is not a number, and the smallest numbers."""
+    """Ties, overflow to infinity, infinities, NaN and the smallest numbers."""
     patterns = [
         0x3F808000,
         0x3F818000,
@@ -334,14 +334,14 @@ def test_rounding_to_bfloat16_as_torch() -> None:
     assert versions.now[0][~numbers].isnan().all()
 
 
-def test_a_checkpoint_keeps_masters_in_full() -> None:
+def test_a_checkpoint_keeps_masters_in_float32() -> None:
     shapes = [(100,)]
     start = [tensor.bfloat16() for tensor in drawn(0, shapes)]
     versions = Versions(Adam, start, master=True)
     versions.step([tensor.bfloat16() for tensor in drawn(1, shapes)])
     saved = copy.deepcopy(versions.optimizer.state_dict())
     resumed = Versions(Adam, versions.now, master=True)
-    assert fused_from(resumed.optimizer, master=True) is not None  # from here on loading keeps float32
+    assert fused_from(resumed.optimizer, master=True) is not None  # loading keeps float32 from now on
     resumed.optimizer.load_state_dict(saved)
     assert_bitwise(state_of(versions.optimizer), state_of(resumed.optimizer))
     for each in (versions, resumed):
@@ -349,10 +349,10 @@ def test_a_checkpoint_keeps_masters_in_full() -> None:
     assert_bitwise(versions.now, resumed.now)
 
 
-# --- what has no fused step ------------------------------------------------------------------------
+# --- optimizers without a fused step ---------------------------------------------------------------
 
 
-class Own(SGD):
+class Subclass(SGD):
     pass
 
 
@@ -360,7 +360,7 @@ class Own(SGD):
     "make",
     [
         RMSprop,
-        Own,
+        Subclass,
         partial(Adam, amsgrad=True),
         partial(Adam, capturable=True),
         partial(Adam, differentiable=True),
@@ -368,11 +368,11 @@ class Own(SGD):
     ],
     ids=["another class", "subclass", "amsgrad", "capturable", "differentiable", "tensor as learning rate"],
 )
-def test_other_optimizers_have_none(make: Make) -> None:
+def test_other_optimizers_have_no_fused_step(make: Make) -> None:
     assert fused_from(make(parameters_of(drawn(0, [(3,)])))) is None
 
 
-def test_none_where_a_call_of_step_would_be_missed() -> None:
+def test_no_fused_step_where_a_call_of_step_has_effects_of_its_own() -> None:
     parameters = parameters_of(drawn(0, [(3,)]))
     optimizer = SGD(parameters)
     handle = optimizer.register_step_post_hook(lambda *_: None)
@@ -386,7 +386,7 @@ def test_none_where_a_call_of_step_would_be_missed() -> None:
     assert fused_from(optimizer) is None
 
 
-def test_none_for_other_numbers() -> None:
+def test_no_fused_step_for_other_dtypes_layouts_or_parameters() -> None:
     (single,) = drawn(0, [(3,)])
     assert fused_from(SGD([nn.Parameter(single.double())])) is None
     assert fused_from(SGD([nn.Parameter(single.bfloat16())])) is None, "torch steps it without a master"
@@ -396,20 +396,27 @@ def test_none_for_other_numbers() -> None:
     assert fused_from(SGD(parameters), parameters[:1]) is None, "one of its parameters is not among them"
 
 
-def test_contraction_without_the_instructions_is_refused() -> None:
-    memory = load_memory()
+def test_fma_without_the_instructions_is_refused() -> None:
+    memory = load_weights()
     rule = memory.Sgd(
         rate=-1.0, weight_decay=0.0, momentum=0.0, undampened=1.0, first=False, nesterov=False, maximize=False
     )
-    if not memory.fused_contracts():
+    if not memory.cpu_has_fma():
         with pytest.raises(ValueError, match="cannot multiply and add with one rounding"):
-            memory.fused_step(rule, [], contracted=True)
+            memory.fused_step(rule, [], fma=True)
     if not memory.cuda_compiled():
         with pytest.raises(RuntimeError, match="install it again where nvcc is on PATH"):
             memory.fused_step(rule, [], stream=0)
 
 
 # --- the stash -------------------------------------------------------------------------------------
+
+
+def release(stash: WeightStash, microbatch: int) -> list[Tensor | None]:
+    """Release the microbatch's version and return its gradients."""
+    slab = stash.slab_of(microbatch)
+    stash.release(microbatch)
+    return stash.take_gradients(slab)
 
 
 def network() -> nn.Sequential:
@@ -428,7 +435,7 @@ def test_twenty_updates_of_a_stash_are_twenty_plain_steps(slabs: int, make: Make
     for minibatch, inputs in enumerate(drawn(1, [(4, 7)] * 20, spread=0)):
         stash.acquire(minibatch, stash.version)
         module(inputs).tanh().sum().backward()
-        stash.update(stash.release(minibatch))
+        stash.update(release(stash, minibatch))
         optimizer.zero_grad()
         plain(inputs).tanh().sum().backward()
         with correct_square_roots():
@@ -441,32 +448,32 @@ def test_twenty_updates_of_a_stash_are_twenty_plain_steps(slabs: int, make: Make
     ("make", "fused"),
     [(SGD, True), (Adam, True), (AdamW, True), (RMSprop, False), (partial(Adam, amsgrad=True), False)],
 )
-def test_the_stash_takes_the_fused_step_where_there_is_one(
+def test_the_stash_uses_the_fused_step_if_there_is_one(
     make: Make, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken: list[FusedStep | None] = []
+    steps: list[FusedStep | None] = []
 
-    def ask(*arguments: Any, **options: Any) -> FusedStep | None:
-        taken.append(fused_from(*arguments, **options))
-        return taken[-1]
+    def recorded(*arguments: Any, **options: Any) -> FusedStep | None:
+        steps.append(fused_from(*arguments, **options))
+        return steps[-1]
 
     module, plain = network(), network()
     stash, optimizer = WeightStash(module, 2, make), make(plain.parameters())
-    monkeypatch.setattr(stash_module, "fused_from", ask)
+    monkeypatch.setattr(stash_module, "fused_from", recorded)
     for minibatch, inputs in enumerate(drawn(1, [(4, 7)] * 3, spread=0)):
         stash.acquire(minibatch, stash.version)
         module(inputs).sum().backward()
         optimizer.zero_grad()
         plain(inputs).sum().backward()
         with correct_square_roots():
-            stash.update(stash.release(minibatch))
+            stash.update(release(stash, minibatch))
             optimizer.step()
-    assert [step is not None for step in taken] == [fused] * 3
+    assert [step is not None for step in steps] == [fused] * 3
     stash.use_newest()
     assert_bitwise(list(plain.parameters()), list(module.parameters()))
 
 
-def test_the_stash_with_groups_in_an_order_of_their_own_and_a_parameter_left_out() -> None:
+def test_the_stash_with_reordered_groups_and_a_parameter_left_out() -> None:
     def make(parameters: Any) -> torch.optim.Optimizer:
         _, *rest = parameters
         weights = [{"params": [p for p in rest if p.ndim == 2], "weight_decay": 0.1}]
@@ -477,7 +484,7 @@ def test_the_stash_with_groups_in_an_order_of_their_own_and_a_parameter_left_out
     for minibatch, inputs in enumerate(drawn(1, [(4, 7)] * 5, spread=0)):
         stash.acquire(minibatch, stash.version)
         module(inputs).sum().backward()
-        stash.update(stash.release(minibatch))
+        stash.update(release(stash, minibatch))
         optimizer.zero_grad()
         plain(inputs).sum().backward()
         optimizer.step()
@@ -489,7 +496,7 @@ WITHOUT_TORCH = """
 import importlib.util, sys
 import numpy as np
 
-spec = importlib.util.spec_from_file_location("pipedream_hpc._memory", sys.argv[1])
+spec = importlib.util.spec_from_file_location("pipedream_hpc._weights", sys.argv[1])
 memory = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(memory)
 numbers = dict(rate=-0.5, weight_decay=0.0, momentum=0.0, undampened=1.0)
@@ -502,7 +509,7 @@ assert "torch" not in sys.modules
 """
 
 
-def test_the_core_starts_threads_of_its_own_where_there_is_no_torch() -> None:
-    command = [sys.executable, "-c", WITHOUT_TORCH, load_memory().__file__]
+def test_the_core_starts_its_own_threads_without_torch() -> None:
+    command = [sys.executable, "-c", WITHOUT_TORCH, load_weights().__file__]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert finished.returncode == 0, finished.stderr

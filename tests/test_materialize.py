@@ -1,4 +1,4 @@
-"""A model given as a function: the weights of the whole model, bit for bit, and only one's own in memory."""
+"""A model given as a function: weights bitwise equal to the whole model's, and only a rank's own in memory."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from zoo import ZOO
 
 from pipedream_hpc import Pipeline
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model import materialize as module_under_test
+from pipedream_hpc.model import recipe
 from pipedream_hpc.model.capture import capture
-from pipedream_hpc.model.cut import Cut
 from pipedream_hpc.model.materialize import materialize
+from pipedream_hpc.model.partition import Partition
 
 
 class Positions(nn.Module):
-    """Buffers that are computed: a mask, and an encoding of places; a weight that starts as another's copy."""
+    """Computed buffers (a mask and positional encodings), and a weight initialised from another weight."""
 
     def __init__(self) -> None:
         super().__init__()
-        place = torch.arange(6.0)[:, None] * torch.exp(torch.arange(4.0) / 4)
-        self.register_buffer("encoding", torch.sin(place))
+        angles = torch.arange(6.0)[:, None] * torch.exp(torch.arange(4.0) / 4)
+        self.register_buffer("encoding", torch.sin(angles))
         self.register_buffer("mask", torch.tril(torch.ones(6, 6)))
         self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
         with torch.no_grad():
@@ -58,7 +58,7 @@ def own_generator() -> nn.Module:
 
 
 def truncated() -> nn.Module:
-    """How many numbers are drawn depends on those drawn."""
+    """The number of random draws depends on the drawn values."""
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)))
     for layer in model:
         nn.init.trunc_normal_(layer.weight, std=2.0)
@@ -77,7 +77,7 @@ def normalized() -> nn.Module:
 
 
 def arrays() -> nn.Module:
-    """Weights from other generators, and from outside of torch."""
+    """Weights from the generators of numpy and Python, and a weight written through numpy."""
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     with torch.no_grad():
         model[1].weight.copy_(torch.from_numpy(numpy.random.rand(8, 8)))
@@ -87,7 +87,7 @@ def arrays() -> nn.Module:
 
 
 BUILDERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
-    **{name: (specimen.build, specimen.example()) for name, specimen in ZOO.items()},
+    **{name: (case.build, case.example()) for name, case in ZOO.items()},
     "positions": (Positions, torch.zeros(2, 6, 4)),
     "orthogonal": (orthogonal, torch.zeros(2, 8)),
     "a generator of its own": (own_generator, torch.zeros(2, 8)),
@@ -100,9 +100,9 @@ BUILDERS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
 
 
 @pytest.fixture
-def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small models are treated like large ones: nothing but the largest tensors may stay."""
-    monkeypatch.setattr(module_under_test, "_SPARE", 0)
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat small models like large ones: only a few tensors may stay in memory."""
+    monkeypatch.setattr(recipe, "_SPARE_BYTES", 0)
 
 
 def seed() -> None:
@@ -111,73 +111,76 @@ def seed() -> None:
     numpy.random.seed(11)
 
 
-def states() -> list[Any]:
-    """Where the random number generators are."""
+def generator_states() -> list[Any]:
+    """Return the states of all random number generators."""
     return [bytes(torch.get_rng_state().numpy()), random.getstate(), numpy.random.get_state()[1].tobytes()]
 
 
 @pytest.mark.filterwarnings("ignore:every rank holds the whole model")
 @pytest.mark.parametrize("name", BUILDERS)
-def test_every_layer_by_itself_has_the_weights_of_the_whole(name: str, no_room: None) -> None:
+def test_every_layer_has_the_weights_of_the_whole_model(name: str, little_memory: None) -> None:
     build, example = BUILDERS[name]
     seed()
-    expected, after = dict(build().state_dict()), states()
+    expected, after = dict(build().state_dict()), generator_states()
     seed()
     graph = capture(build, example)
-    assert states() == after, "as if the whole model had been built"
+    assert generator_states() == after, "as after building the whole model"
     assert all(parameter.is_meta for parameter in graph.module.parameters())
-    cut = Cut(graph, [[index] for index in range(len(graph.layers))])
+    partition = Partition(graph, [[index] for index in range(len(graph.layers))])
     seen = set()
     for index in range(len(graph.layers)):
-        part = cut.part(index)
-        materialize(graph, [part.module])
-        for key, value in part.module.state_dict().items():
+        stage = partition.stage_module(index)
+        materialize(graph, [stage.module])
+        for key, value in stage.module.state_dict().items():
             assert torch.equal(value, expected[key]), key
             seen.add(key)
     assert {name for name, _ in graph.module.named_parameters()} <= seen
-    assert states() == after
+    assert generator_states() == after
 
 
 @pytest.mark.parametrize("plan", ["1-1-1", "2-1"])
-def test_training_is_that_of_the_built_model(plan: str) -> None:
-    def trained(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
-        pipeline = Pipeline(
+def test_training_equals_that_of_the_built_model(plan: str) -> None:
+    def train(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
+        with Pipeline(
             model,
-            loss=nn.CrossEntropyLoss(),
+            loss_fn=nn.CrossEntropyLoss(),
             optimizer=chains.OPTIMIZERS["sgd"],
-            example=chains.example(),
+            example_inputs=chains.example(),
             plan=plan,
-        )
-        return pipeline.fit(chains.minibatches(7)), pipeline.state_dict()
+        ) as pipeline:
+            return pipeline.fit(chains.minibatches(7)), pipeline.state_dict()
 
-    (loss, weights), (expected_loss, expected) = trained(chains.rich_model), trained(chains.rich_model())
+    (loss, weights), (expected_loss, expected) = train(chains.rich_model), train(chains.rich_model())
     assert loss == expected_loss
     assert weights.keys() == expected.keys()
     assert [name for name in weights if not torch.equal(weights[name], expected[name])] == []
 
 
-def held(how: str, folder: Path) -> list[dict[str, Any]]:
+def run_hold_own(how: str, folder: Path) -> list[dict[str, Any]]:
     folder.mkdir()
     finished = ranks.python(4, "hold_own.py", how, folder, timeout=240)
     assert finished.status == 0, finished.output
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
 
 
-def test_each_rank_has_its_own_stage_in_memory_and_no_more(tmp_path: Path) -> None:
-    by_function, by_module = held("function", tmp_path / "function"), held("module", tmp_path / "module")
+def test_each_rank_holds_only_its_own_stage(tmp_path: Path) -> None:
+    by_function, by_module = (
+        run_hold_own("function", tmp_path / "function"),
+        run_hold_own("module", tmp_path / "module"),
+    )
     whole = sum(each["own"] for each in by_function)
     assert whole > 250 << 20
     for rank, (own, built) in enumerate(zip(by_function, by_module, strict=True)):
-        assert own["ranks"] == 4, "the ranks really ran"
-        assert own["weights"] == built["weights"], "the same training"
-        # Versions, gradients of two minibatches, and what it takes to make the largest tensor.
+        assert own["ranks"] == 4, "the job ran on four ranks"
+        assert own["weights"] == built["weights"], "both trained to the same weights"
+        # Weight versions, gradients of two minibatches, and temporaries for creating the largest tensor.
         needed = own["own"] * (own["versions"] + 2) + (96 << 20)
         assert own["grown"] < needed, f"rank {rank}: {own['grown'] >> 20} MiB, of {needed >> 20} MiB needed"
-        # A built model stays whole beside the stage's versions.
+        # A built model stays in memory in addition to the versions of the stage.
         assert built["grown"] > own["grown"] + whole // 2, f"{built['grown'] >> 20} and {own['grown'] >> 20} MiB"
 
 
-def test_a_function_that_looks_back_is_said_to_and_right_all_the_same(no_room: None) -> None:
+def test_a_function_that_reads_earlier_tensors_is_warned_about_and_still_correct(little_memory: None) -> None:
     def build() -> nn.Module:
         torch.manual_seed(2)
         model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12)))
@@ -185,29 +188,31 @@ def test_a_function_that_looks_back_is_said_to_and_right_all_the_same(no_room: N
             model[-1].weight.copy_(model[0].weight)
         return model
 
-    with pytest.warns(UserWarning, match="every rank holds the whole model while it is built: it looks back"):
+    with pytest.warns(UserWarning, match="every rank holds the whole model while it is built: it reads a tensor"):
         graph = capture(build, torch.zeros(2, 8))
-    part = Cut(graph, [list(range(len(graph.layers)))]).part(0)
-    materialize(graph, [part.module])
-    assert all(torch.equal(value, build().state_dict()[key]) for key, value in part.module.state_dict().items())
+    stage = Partition(graph, [list(range(len(graph.layers)))]).stage_module(0)
+    materialize(graph, [stage.module])
+    assert all(torch.equal(value, build().state_dict()[key]) for key, value in stage.module.state_dict().items())
 
 
-def test_a_function_that_builds_something_else_the_second_time() -> None:
+def test_a_function_that_builds_a_different_model_the_second_time() -> None:
     widths = iter([8, 9, 9, 9])
 
     def build() -> nn.Module:
         width = next(widths)
         return nn.Sequential(nn.Linear(8, width), nn.Linear(width, 8))
 
-    with pytest.raises(PipedreamError, match="built another one when it was called again"):
-        Pipeline(build, loss=nn.MSELoss(), optimizer=chains.OPTIMIZERS["sgd"], example=torch.zeros(2, 8), plan=2)
+    with pytest.raises(PipedreamError, match="built a different model when it was called again"):
+        Pipeline(
+            build, loss_fn=nn.MSELoss(), optimizer=chains.OPTIMIZERS["sgd"], example_inputs=torch.zeros(2, 8), plan=2
+        )
 
 
 @pytest.mark.parametrize(
     ("model", "words"),
-    [(lambda: 3, "built something of type int"), (3, "the model is of type int")],
+    [(lambda: 3, "returned an object of type int"), (3, "model is of type int")],
 )
-def test_what_is_no_model(model: Any, words: str) -> None:
+def test_an_object_that_is_no_model(model: Any, words: str) -> None:
     with warnings.catch_warnings(), pytest.raises(PipedreamError, match=words):
         warnings.simplefilter("error")
         capture(model, torch.zeros(2, 8))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,177 +15,216 @@ import pytest
 import torch
 import training
 from torch import nn
-from training import Order, Report, assert_bitwise
+from training import Report, Training, assert_bitwise
 
-from pipedream_hpc import Clip, Pipeline
+from pipedream_hpc import Pipeline, ScheduleConfig, TrainConfig
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.precision import autocast
 from pipedream_hpc.verification import reference
-from pipedream_hpc.verification.reference import Way
+from pipedream_hpc.verification.reference import ReferenceConfig
 
-PLANS = ["1", "2", "4", "1-1", "2-1", "1-2", "2-1-1", "1-2-1", "3-1", "1-1-1-1"]
-#: Two epochs, whose ends fill no round of 2, 3 or 4, the last minibatch being short.
-SPLITTING = ("split_backward", "zero_bubble")
-UNEVEN = {"epochs": [11, 7], "last": 5, "model": "plain"}
+DECAY = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)
+#: Two epochs that end in the middle of a round of 2, 3 or 4 minibatches, with a short last minibatch.
+EPOCHS, LAST = (11, 7), 5
+
+#: One case for each combination of an optimizer and a plan in a row. Plans are the replicas of the stages; options are
+#: fields of ScheduleConfig and TrainConfig, or `model`, a name in chains.MODELS.
+TABLE = """
+schedule       | optimizers | plans                                         | options
+1f1b           | sgd adam   | 1 2 4 1-1 2-1 1-2 2-1-1 1-2-1 3-1 1-1-1-1     |
+1f1b           | sgd        | 2-1                                           | gradient_accumulation_steps=2
+1f1b           | sgd        | 2-1                                           | clip_grad_norm=0.1
+1f1b           | sgd        | 1-1 2-1                                       | precision=bf16
+1f1b           | sgd        | 1-1-1                                         | recompute=True
+1f1b           | sgd        | 1-1-1 2-1                                     | model=half master_weights=True
+1f1b           | adam       | 1-1-1                                         | model=half master_weights=True
+vertical-sync  | sgd        | 1-1 2-1 1-2 2-1-1 3-1 1-1-1-1                 |
+vertical-sync  | sgd        | 1-1-1                                         | gradient_accumulation_steps=3
+data-parallel  | sgd adam   | 2 4                                           |
+data-parallel  | sgd        | 2                                             | gradient_accumulation_steps=2
+model-parallel | sgd        | 1-1 2-1 1-1-1-1                               |
+2bw            | sgd        | 1-1 2-1 1-1-1-1                               | n_microbatches=4
+1f1b-flush     | sgd        | 1-1 2-1 1-2-1 1-1-1-1 4                       | n_microbatches=4
+1f1b-flush     | adam       | 1-1-1                                         | n_microbatches=5
+1f1b-flush     | sgd        | 2-2                                           | n_microbatches=4 clip_grad_norm=0.1 clip_grad_over=model
+zb-h1          | sgd        | 1-1 2-1 1-2-1 1-1-1-1                         | n_microbatches=4
+zb-h1          | adam       | 1-1 1-2 1-3 1-1-1-1                           | n_microbatches=3
+zb-h1          | sgd        | 1-1-1                                         | n_microbatches=4 recompute=True
+zb-h1          | sgd        | 2-2                                           | n_microbatches=4 clip_grad_norm=0.1 clip_grad_over=model
+zb-h1          | sgd        | 1-1-1                                         | n_microbatches=2 precision=bf16
+zb-h1          | adam       | 1-1                                           | n_microbatches=2 model=half master_weights=True
+zb-h2          | sgd        | 1-1 2-1 1-1-1 1-1-1-1                         | n_microbatches=5
+zb-h2          | adam       | 1-2-1                                         | n_microbatches=4 recompute=True
+gpipe          | sgd        | 1-1 2-1 1-2-1 1-1-1-1 4                       | n_microbatches=4
+gpipe          | sgd        | 1-1                                           | n_microbatches=3
+gpipe          | sgd        | 1-1                                           | n_microbatches=2 gradient_accumulation_steps=2
+gpipe          | sgd        | 1-1                                           | n_microbatches=2 clip_grad_norm=0.1 clip_grad_over=model
+gpipe          | sgd        | 1-1-1                                         | n_microbatches=2 precision=bf16
+gpipe          | adam       | 1-1                                           | n_microbatches=2 model=half master_weights=True
+gpipe-split    | sgd        | 1-1 2-1 1-2-1                                 | n_microbatches=4
+gpipe-split    | sgd        | 1-1-1-1                                       | n_microbatches=3
+gpipe-split    | sgd        | 1-1-1-1                                       | n_microbatches=5
+"""  # noqa: E501
 
 
-def case(plan: str, kind: str = "1f1b", optimizer: str = "sgd", **more: Any) -> dict[str, Any]:
-    return {"plan": plan, "kind": kind, "optimizer": optimizer, "decay": 0.9, **UNEVEN, **more}
+def training_of(schedule: str, optimizer: str, plan: str, options: str = "") -> Training:
+    """Return the training of one case."""
+    values = dict(option.split("=") for option in options.split())
+    model = values.pop("model", "plain")
+    numbers: dict[str, Any] = {
+        name: ast.literal_eval(value) if value[0].isdigit() or value == "True" else value
+        for name, value in values.items()
+    }
+    of_schedule = {field.name for field in dataclasses.fields(ScheduleConfig)}
+    return Training(
+        tuple(map(int, plan.split("-"))),
+        ScheduleConfig(schedule, **{name: value for name, value in numbers.items() if name in of_schedule}),
+        TrainConfig(lr_scheduler=DECAY, **{name: value for name, value in numbers.items() if name not in of_schedule}),
+        model,
+        optimizer,
+        EPOCHS,
+        LAST,
+    )
 
 
-def cases() -> list[dict[str, Any]]:
-    found = [case(plan, "1f1b", optimizer) for plan in PLANS for optimizer in ("sgd", "adam")]
-    found += [case(plan, "vertical-sync") for plan in ("1-1", "2-1", "1-2", "2-1-1", "3-1", "1-1-1-1")]
-    for kind in ("1f1b-flush", "gpipe"):
-        found += [case(plan, kind, microbatches=4) for plan in ("1-1", "2-1", "1-2-1", "1-1-1-1", "4")]
-    found += [case("1-1", "gpipe", microbatches=3), case("1-1-1", "1f1b-flush", "adam", microbatches=5)]
-    found += [case(plan, "2bw", microbatches=4) for plan in ("1-1", "2-1", "1-1-1-1")]
-    found += [case(plan, "data-parallel", optimizer) for plan in ("2", "4") for optimizer in ("sgd", "adam")]
-    found += [case(plan, "model-parallel") for plan in ("1-1", "2-1", "1-1-1-1")]
-    found += [case("2-1", "1f1b", accumulate=2), case("1-1-1", "vertical-sync", accumulate=3)]
-    found += [case("1-1", "gpipe", microbatches=2, accumulate=2), case("2", "data-parallel", accumulate=2)]
-    found += [case("2-1", "1f1b", clip=(0.1, "stage")), case("1-1", "gpipe", microbatches=2, clip=(0.1, "model"))]
-    found += [case("2-2", "1f1b-flush", microbatches=4, clip=(0.1, "model"))]
-    found += [case(plan, "1f1b", precision="bf16") for plan in ("1-1", "2-1")]
-    found += [case("1-1-1", "gpipe", microbatches=2, precision="bf16"), case("1-1-1", "1f1b", recompute=True)]
-    half = {"model": "half", "master_weights": True}
-    found += [case("1-1-1", "1f1b", optimizer, **half) for optimizer in ("sgd", "adam")]
-    found += [case("2-1", "1f1b", **half), case("1-1", "gpipe", "adam", microbatches=2, **half)]
-    split: dict[str, Any] = {"split_backward": True}
-    found += [case(plan, "1f1b-flush", microbatches=4, **split) for plan in ("1-1", "2-1", "1-2-1", "1-1-1-1")]
-    found += [case(plan, "1f1b-flush", "adam", microbatches=3, **split) for plan in ("1-1", "1-2", "1-3", "1-1-1-1")]
-    found += [case("1-1-1", "1f1b-flush", microbatches=4, recompute=True, **split)]
-    found += [case("2-2", "1f1b-flush", microbatches=4, clip=(0.1, "model"), **split)]
-    found += [case("1-1-1", "1f1b-flush", microbatches=2, precision="bf16", **split)]
-    found += [case("1-1", "1f1b-flush", "adam", microbatches=2, **half, **split)]
-    found += [case(plan, "gpipe", microbatches=4, **split) for plan in ("1-1", "2-1", "1-2-1")]
-    found += [case("1-1-1-1", "gpipe", microbatches=m, **split) for m in (3, 5)]
-    zero: dict[str, Any] = {"zero_bubble": True}
-    found += [case(plan, "1f1b-flush", microbatches=5, **zero) for plan in ("1-1", "2-1", "1-1-1", "1-1-1-1")]
-    found += [case("1-2-1", "1f1b-flush", "adam", microbatches=4, recompute=True, **zero)]
+def cases() -> dict[str, Training]:
+    """Return the trainings of the table by name, such as `gpipe sgd 1-1 n_microbatches=3`."""
+    found = {}
+    for row in TABLE.strip().splitlines()[1:]:
+        schedule, optimizers, plans, options = (cell.strip() for cell in row.split("|"))
+        for optimizer in optimizers.split():
+            for plan in plans.split():
+                name = f"{schedule} {optimizer} {plan} {options}".strip()
+                found[name] = training_of(schedule, optimizer, plan, options)
     return found
 
 
-def named(wanted: dict[str, Any]) -> str:
-    extra = [
-        f"{key}={wanted[key]}"
-        for key in ("microbatches", "accumulate", "clip", "precision", "recompute", "master_weights", *SPLITTING)
-        if key in wanted
-    ]
-    return " ".join([wanted["plan"], wanted["kind"], wanted["optimizer"], *extra])
-
-
-CASES = {named(wanted): wanted for wanted in cases()}
-
-
-def replicas(wanted: dict[str, Any]) -> list[int]:
-    return [int(count) for count in wanted["plan"].split("-")]
-
-
-def options(wanted: dict[str, Any]) -> dict[str, Any]:
-    keys = ("microbatches", "accumulate", "precision", "recompute", "master_weights", *SPLITTING)
-    found = {key: wanted[key] for key in keys if key in wanted}
-    return {**found, "schedule": wanted["kind"]}
-
-
-def ordered(wanted: dict[str, Any], **more: Any) -> Order:
-    return {**wanted, "options": {**options(wanted), **more}}
+CASES = cases()
 
 
 @cache
-def emulated(name: str) -> Report:
-    return training.alone(ordered(CASES[name]))
+def in_one_process(name: str) -> Report:
+    return training.in_one_process(CASES[name])
 
 
-def by_reference(wanted: dict[str, Any], stage_of: dict[str, int]) -> dict[str, torch.Tensor]:
+def by_reference(case: Training, stage_of: dict[str, int], schedule: str | None = None) -> dict[str, torch.Tensor]:
+    """Return the weights by the reference."""
+    options = case.train_config
     return reference.train(
-        chains.MODELS[wanted["model"]](),
+        chains.MODELS[case.model](),
         stage_of,
-        [chains.minibatches(count, last=wanted["last"]) for count in wanted["epochs"]],
+        case.minibatches,
         nn.CrossEntropyLoss(),
-        chains.OPTIMIZERS[wanted["optimizer"]],
-        Way(
-            wanted["kind"],
-            replicas(wanted),
-            wanted.get("microbatches", 1),
-            wanted.get("accumulate", 1),
-            wanted.get("clip"),
-            wanted.get("master_weights", False),
-            2 if "zero_bubble" in wanted else int("split_backward" in wanted),
+        chains.OPTIMIZERS[case.optimizer],
+        ReferenceConfig(
+            schedule or case.schedule.name or "1f1b",
+            case.replicas,
+            case.schedule.n_microbatches or 1,
+            options.gradient_accumulation_steps,
+            None if options.clip_grad_norm is None else (options.clip_grad_norm, options.clip_grad_over),
+            options.master_weights,
         ),
-        scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=wanted["decay"]),
-        precision=autocast(wanted.get("precision")) or nullcontext,
+        lr_scheduler=options.lr_scheduler,
+        precision=autocast(options.precision) or nullcontext,
     )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_in_one_process_as_the_reference(name: str) -> None:
-    report = emulated(name)
-    assert_bitwise(report["weights"], by_reference(CASES[name], report["stage_of"]))
+def test_one_process_computes_the_bits_of_the_reference(name: str) -> None:
+    report = in_one_process(name)
+    assert_bitwise(report.weights, by_reference(CASES[name], report.stage_of))
 
 
-@pytest.mark.parametrize("on_ranks", [1, 2, 3, 4])
-def test_on_ranks_as_in_one_process(on_ranks: int, tmp_path: Path) -> None:
-    """One launch trains all the cases that are for so many ranks."""
-    chosen = {name: ordered(wanted) for name, wanted in CASES.items() if sum(replicas(wanted)) == on_ranks}
-    expected = {name: emulated(name) for name in chosen}
-    if on_ranks == 2:
-        # Two stages to a rank: GPipe to the last bit.
-        name = "1-1-1-1 interleaved sgd"
-        chosen[name] = ordered(case("1-1-1-1", "interleaved", microbatches=4), chunks=2)
-        expected[name] = emulated("1-1-1-1 gpipe sgd microbatches=4")
-    for name, report in zip(chosen, training.on_ranks(on_ranks, list(chosen.values()), tmp_path), strict=True):
-        assert_bitwise(report["weights"], expected[name]["weights"], name)
-        assert report["losses"] == expected[name]["losses"], name
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_ranks_compute_the_bits_of_one_process(count: int, tmp_path: Path) -> None:
+    """One launch trains all cases for this number of ranks."""
+    chosen = {name: case for name, case in CASES.items() if sum(case.replicas) == count}
+    expected = {name: in_one_process(name) for name in chosen}
+    if count == 2:
+        # Interleaved with two stages per rank computes the bits of GPipe.
+        gpipe = "gpipe sgd 1-1-1-1 n_microbatches=4"
+        chosen["interleaved"] = replace(CASES[gpipe], schedule=ScheduleConfig("interleaved", 4, chunks=2))
+        expected["interleaved"] = in_one_process(gpipe)
+    for name, report in zip(chosen, training.on_ranks(count, list(chosen.values()), tmp_path), strict=True):
+        assert_bitwise(report.weights, expected[name].weights, name)
+        assert report.losses == expected[name].losses, name
 
 
-@pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
-def test_recomputing_changes_nothing(kind: str) -> None:
-    """With BatchNorm, whose statistics see a minibatch once, dropout and writes in place."""
-    wanted = case("1-1-1", kind, **{**UNEVEN, "model": "rich"}, **({"microbatches": 2} if kind == "gpipe" else {}))
-    kept, again = (training.alone(ordered({**wanted, "recompute": recompute})) for recompute in (False, True))
-    assert_bitwise(kept["weights"], again["weights"])
-    assert kept["losses"] == again["losses"]
+@pytest.mark.parametrize("options", ["1f1b", "gpipe n_microbatches=2"])
+def test_recomputation_changes_no_bit(options: str) -> None:
+    """The model has BatchNorm, which must count every minibatch once, dropout, and writes in place."""
+    schedule, _, rest = options.partition(" ")
+    kept, recomputed = (
+        training.in_one_process(training_of(schedule, "sgd", "1-1-1", f"model=rich {rest} {recompute}"))
+        for recompute in ("", "recompute=True")
+    )
+    assert_bitwise(kept.weights, recomputed.weights)
+    assert kept.losses == recomputed.losses
 
 
-def test_naive_pipelining_is_none_of_the_others() -> None:
-    """What weight stashing is for: without it gradients are of no function at all."""
-    naive = training.alone(ordered(case("1-1-1-1", "naive")))
-    plain = by_reference(case("1-1-1-1", "model-parallel"), naive["stage_of"])
-    for other in (emulated("1-1-1-1 1f1b sgd")["weights"], plain):
-        assert any(not torch.equal(value, other[name]) for name, value in naive["weights"].items())
+def test_naive_pipelining_computes_neither_stale_nor_plain_gradients() -> None:
+    """Without weight stashing, a gradient belongs to no function."""
+    naive = training.in_one_process(training_of("naive", "sgd", "1-1-1-1"))
+    stashed = in_one_process("1f1b sgd 1-1-1-1").weights
+    plain = by_reference(CASES["model-parallel sgd 1-1-1-1"], naive.stage_of)
+    for other in (stashed, plain):
+        assert any(not torch.equal(value, other[name]) for name, value in naive.weights.items())
 
 
-def test_fixed_order_or_not_replicas_stay_equal(tmp_path: Path) -> None:
-    """MPI may sum in an order of its own, but all replicas must get the same sum."""
-    training.on_ranks(3, [ordered(case("3"), deterministic=False)], tmp_path)
+def test_replicas_stay_equal_where_mpi_chooses_the_order_of_sums(tmp_path: Path) -> None:
+    """The run compares the replicas itself, at the end of each epoch."""
+    case = training_of("1f1b", "sgd", "3")
+    training.on_ranks(3, [replace(case, train_config=replace(case.train_config, deterministic=False))], tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("schedule", "options", "words"),
     [
-        ({"schedule": "gpip"}, "there is no schedule 'gpip': choose from 1f1b"),
-        ({"microbatches": 4}, "1f1b sends whole minibatches, not 4 microbatches"),
-        ({"schedule": "gpipe", "microbatches": 9}, "tensors of 8 samples, which cannot be cut into 9 microbatches"),
-        ({"clip": Clip(1.0, "model")}, "stages cannot agree about gradients .* use 1f1b-flush or gpipe"),
-        ({"precision": "fp16"}, "stages cannot agree about gradients"),
-        ({"precision": "fp8"}, "precision should be 'bf16' or 'fp16', or left away"),
+        (ScheduleConfig("gpip"), {}, "there is no schedule 'gpip': choose from 1f1b"),
         (
-            {"master_weights": True, "optimizer": torch.optim.RMSprop},
-            "master_weights=True needs .* this RMSprop is not",
+            ScheduleConfig(n_microbatches=4),
+            {},
+            "1f1b passes whole minibatches and does not cut them into 4 microbatches",
         ),
-        ({"accumulate": 0}, "at least one minibatch, not of 0"),
-        ({"schedule": "2bw", "microbatches": 1}, "2bw needs at least 3 microbatches"),
-        ({"schedule": "data-parallel"}, "the plan has 4 stages"),
-        ({"schedule": "interleaved", "chunks": 3}, "4 stages cannot be shared out in chunks of 3"),
+        (ScheduleConfig("gpipe", 9), {}, "8 samples cannot be split into 9 microbatches: use at most 8"),
+        (ScheduleConfig(), {"clip_grad_norm": 1.0, "clip_grad_over": "model"}, "cannot be clipped .* use 1f1b-flush"),
+        (ScheduleConfig(), {"precision": "fp16"}, "nor losses be scaled for fp16"),
+        (ScheduleConfig("2bw", 1), {}, "2bw needs at least 3 microbatches"),
+        (ScheduleConfig("data-parallel"), {}, "the plan has 4 stages"),
+        (ScheduleConfig("interleaved", chunks=3), {}, "4 stages cannot be distributed 3 per rank"),
     ],
 )
-def test_what_cannot_be_run_is_said_in_a_sentence(asked: dict[str, Any], words: str) -> None:
+def test_a_schedule_that_cannot_run_is_refused(schedule: ScheduleConfig, options: dict[str, Any], words: str) -> None:
     with pytest.raises(PipedreamError, match=words):
-        Pipeline(
-            chains.plain_model(),
-            loss=nn.CrossEntropyLoss(),
-            example=chains.example(),
-            plan="1-1-1-1",
-            **{"optimizer": chains.OPTIMIZERS["sgd"], **asked},
-        )
+        pipeline(schedule, TrainConfig(**options))
+
+
+def test_master_weights_need_an_optimizer_of_the_core() -> None:
+    with pytest.raises(PipedreamError, match=r"master_weights=True needs .* this RMSprop is not"):
+        pipeline(ScheduleConfig(), TrainConfig(master_weights=True), torch.optim.RMSprop)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"precision": "fp8"}, "precision should be one of 'bf16', 'fp16' or None, not 'fp8'"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps should be an integer of at least 1, not 0"),
+    ],
+)
+def test_an_option_with_an_impossible_value_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(PipedreamError, match=words):
+        TrainConfig(**options)
+
+
+def pipeline(
+    schedule: ScheduleConfig, train_config: TrainConfig, optimizer: Any = chains.OPTIMIZERS["sgd"]
+) -> Pipeline:
+    return Pipeline(
+        chains.plain_model(),
+        loss_fn=nn.CrossEntropyLoss(),
+        optimizer=optimizer,
+        example_inputs=chains.example(),
+        plan="1-1-1-1",
+        schedule=schedule,
+        train_config=train_config,
+    )

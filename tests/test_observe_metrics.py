@@ -1,4 +1,4 @@
-"""Numbers read off traces that are drawn above them, one column per millisecond."""
+"""Metrics of traces that are drawn in each test, one column per millisecond."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ def test_where_the_time_of_each_rank_went() -> None:
     )
     ms = {kind: round(seconds * 1e3) for kind, seconds in first.seconds.items()}
     assert ms == {
-        "forward": 2, "backward": 4, "weight-gradient": 0, "receive": 2, "send": 2, "reduce": 0, "agree": 0,
-        "update": 2, "idle": 0,
+        "forward": 2, "backward": 4, "backward-input": 0, "backward-weight": 0, "recv": 2, "send": 2,
+        "reduce-gradients": 0, "all-reduce-grad-norm": 0, "optimizer-step": 2, "idle": 0,
     }  # fmt: skip
     assert (last.rank, last.stages) == (1, (1,))
-    # Before its first minibatch came and after its last one went, rank 1 was part of the run too.
+    # Rank 1 is idle before its first microbatch arrives and after its last one has left.
     assert last.seconds["idle"] == pytest.approx(4e-3)
     assert last.span_s == pytest.approx(12e-3)
     assert (first.busy, last.busy) == (pytest.approx(8 / 12), pytest.approx(8 / 12))
     assert bubble([first, last]) == pytest.approx(1 / 3)
 
 
-def test_waiting_for_all_ranks_to_agree_is_no_work() -> None:
+def test_waiting_for_the_gradient_norm_is_no_work() -> None:
     (only,) = split(pictures.trace("rank 0  F0 B0 B0 A G G G U"))
-    assert only.seconds["agree"] == pytest.approx(3e-3)
+    assert only.seconds["all-reduce-grad-norm"] == pytest.approx(3e-3)
     assert only.busy == pytest.approx(5 / 8)
 
 
 def test_a_backward_in_two_parts_is_one_backward() -> None:
-    (only,) = split(pictures.trace("rank 0  F0 B0 B0 B0 F1 B1 W1 W1 U"))
+    (only,) = split(pictures.trace("rank 0  F0 B0 B0 B0 F1 I1 W1 W1 U"))
     assert only.backward_s == pytest.approx(3e-3)
-    assert only.seconds["weight-gradient"] == pytest.approx(2e-3)
+    assert only.seconds["backward-weight"] == pytest.approx(2e-3)
     assert only.busy == pytest.approx(1)
 
 
@@ -57,7 +57,7 @@ def test_seconds_per_minibatch_leave_start_up_and_drain_out() -> None:
     assert minibatch_s(pictures.trace(picture)) == pytest.approx(3e-3)
 
 
-def test_replicas_that_finish_together_count_as_so_many() -> None:
+def test_replicas_that_finish_together_are_counted_together() -> None:
     # Two replicas, 4 ms each per minibatch: one minibatch every 2 ms, though ends come in pairs.
     picture = """
         rank 0  F0 B0 B0 B0 F2 B2 B2 B2 F4 B4 B4 B4 F6 B6 B6 B6 F8 B8 B8 B8
@@ -67,9 +67,9 @@ def test_replicas_that_finish_together_count_as_so_many() -> None:
 
 
 def test_microbatches_make_up_minibatches() -> None:
-    # Two to a minibatch: the flush comes once in it.
+    # Two per minibatch, with one flush.
     trace = pictures.trace("rank 0  F0 F1 . B0 B1 U F2 F3 . B2 B3 U F4 F5 . B4 B5 U F6 F7 . B6 B7 U")
-    assert minibatch_s(replace(trace, microbatches=2)) == pytest.approx(6e-3)
+    assert minibatch_s(replace(trace, n_microbatches=2)) == pytest.approx(6e-3)
 
 
 def test_a_single_minibatch_takes_what_it_took() -> None:

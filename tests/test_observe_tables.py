@@ -1,4 +1,4 @@
-"""Tables: the figures are those of the nouns, in units for people."""
+"""Tables show the figures of plans and traces in readable units."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipedream_hpc.observe.tables import (
 
 
 def text(table: Table) -> str:
-    """What a batch log gets of `table`."""
+    """Return `table` as a batch log shows it."""
     console = Console(width=160, markup=False)
     with console.capture() as captured:
         console.print(table)
@@ -44,7 +44,7 @@ def test_seconds(seconds: float, shown: str) -> None:
     assert human_seconds(seconds) == shown
 
 
-def test_a_plan_beside_what_was_measured() -> None:
+def test_a_plan_with_measured_times() -> None:
     plan = pictures.plan(1, 1)
     measured = split(
         pictures.trace(
@@ -59,19 +59,19 @@ def test_a_plan_beside_what_was_measured() -> None:
     for cell in ("block0[a] … block0[b] (2)", "3 ms", "4 ms", " 2 ", "4.0 MB", "250 kB", "compute"):
         assert cell in first
     assert "4 ms" in second
-    # Of microbatches it is as many times as much.
+    # Times of microbatches are multiplied by their number per minibatch.
     thirds = [
-        line for line in text(plan_table(replace(plan, microbatches=3), measured)).splitlines() if "block" in line
+        line for line in text(plan_table(replace(plan, n_microbatches=3), measured)).splitlines() if "block" in line
     ]
     assert ["12 ms" in line for line in thirds] == [True, True]
 
 
-def test_bytes_sent_are_activations_on_and_gradients_back() -> None:
+def test_sent_bytes_are_activations_and_input_gradients() -> None:
     plan = pictures.plan(1, 1, 1)
     assert [sent_bytes(plan, stage) for stage in range(3)] == [250_000, 500_000, 250_000]
 
 
-def test_shares_of_a_rank_add_up() -> None:
+def test_the_percentages_of_a_rank_add_up_to_100() -> None:
     table = text(split_table(split(pictures.trace("rank 0  F0 S0 R0 R0 B0 B0 B0 U  .  .\nrank 1  " + "F0 " * 10))))
     row = next(line for line in table.splitlines() if "10.0%" in line)
     shares = [float(word.rstrip("%")) for word in row.split() if word.endswith("%")]

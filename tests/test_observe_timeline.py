@@ -1,4 +1,4 @@
-"""The picture: what is in it, not how it looks."""
+"""Timelines: what is drawn, not how it looks."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ SHORT = """
 
 
 def shows(image: np.ndarray, colour: str) -> bool:
-    """Whether some pixels have this colour."""
+    """Return whether some pixels have this colour."""
     return bool((np.abs(image[:, :, :3] - to_rgb(colour)).max(axis=2) < 0.01).any())
 
 
-def test_forward_backward_and_update_are_drawn(tmp_path: Path) -> None:
+def test_forward_backward_and_optimizer_step_are_drawn(tmp_path: Path) -> None:
     draw(pictures.trace(SHORT), tmp_path / "one.png")
     image = imread(tmp_path / "one.png")
-    assert [kind for kind, colour in _COLOURS.items() if shows(image, colour)] == ["forward", "backward", "update"]
+    assert [kind for kind, colour in _COLOURS.items() if shows(image, colour)] == [
+        "forward",
+        "backward",
+        "optimizer-step",
+    ]
 
 
 def test_one_trace_over_another(tmp_path: Path) -> None:
@@ -48,13 +52,13 @@ def test_colours_are_told_apart_in_grey() -> None:
     assert grey(_COLOURS["backward"]) - grey(_COLOURS["forward"]) > 0.3
 
 
-def test_a_long_trace_is_cut_and_says_so() -> None:
+def test_the_title_says_where_a_long_trace_ends() -> None:
     cells = " ".join(f"F{i} B{i}" for i in range(40))
     trace = pictures.trace(f"rank 0  {cells}")
     assert _window_s(trace, 12) == pytest.approx(24e-3)
     assert _title(trace, _window_s(trace, 12)) == "measured: the first 12 of 40 minibatches"
     assert _title(trace, 1.0) == "measured: all 40 minibatches"
-    assert _title(replace(trace, microbatches=4), 1.0) == "measured: all 40 microbatches"
+    assert _title(replace(trace, n_microbatches=4), 1.0) == "measured: all 40 microbatches"
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
-"""What training on GPUs adds, as far as a machine without one can tell: stand-ins take the place of the device.
+"""The code paths of training on GPUs, on a machine without one: stand-ins take the place of the device.
 
-Everything asserted here is bitwise: what goes by way of the stand-ins is what goes without them.
+Comparisons are bitwise: results through the stand-ins are those without them.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections import deque
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,19 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pipedream_hpc.core import load_memory
+from pipedream_hpc.core import load_weights
 from pipedream_hpc.model.clock import HostClock, StreamClock, clock_of
 from pipedream_hpc.model.precision import autocast
-from pipedream_hpc.runtime import stash as stash_module
-from pipedream_hpc.runtime.assembly import place_buffers
-from pipedream_hpc.runtime.averaging import Averager, Packing
-from pipedream_hpc.runtime.feed import Feed, Taker
-from pipedream_hpc.runtime.reduction import Meeting
-from pipedream_hpc.runtime.staging import StagedReduction
-from pipedream_hpc.runtime.stash import WeightStash
-from pipedream_hpc.runtime.step import _clip_on_device
-from pipedream_hpc.runtime.tally import Tally
-from pipedream_hpc.runtime.view import CPU, memory_on, tensor_over
+from pipedream_hpc.runtime.comm.allreduce import LocalGroup
+from pipedream_hpc.runtime.comm.staged_allreduce import CopyStream, StagedAllReduce
+from pipedream_hpc.runtime.comm.tensor_view import CPU, memory_on, tensor_over
+from pipedream_hpc.runtime.execution.data import MicrobatchLoader, Reader
+from pipedream_hpc.runtime.execution.loss_meter import LossMeter
+from pipedream_hpc.runtime.launch.build import move_buffers
+from pipedream_hpc.runtime.weights import stash as stash_module
+from pipedream_hpc.runtime.weights.grad_allreduce import BucketLayout, GradAllReduce
+from pipedream_hpc.runtime.weights.optimizer_step import _clip_on_device
+from pipedream_hpc.runtime.weights.stash import WeightStash
 
 GPU = torch.device("cuda", 0)
 
@@ -47,15 +48,15 @@ def device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def pool(nbytes: int, slabs: int, memory: str) -> Any:
         assert memory == "device"
-        return load_memory().WeightPool(nbytes, slabs)
+        return load_weights().WeightPool(nbytes, slabs)
 
     monkeypatch.setattr(torch, "as_tensor", as_tensor)
-    monkeypatch.setattr(stash_module, "load_memory", lambda: SimpleNamespace(WeightPool=pool))
+    monkeypatch.setattr(stash_module, "load_weights", lambda: SimpleNamespace(WeightPool=pool))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 def test_a_view_as_a_tensor(device_memory: None, dtype: torch.dtype) -> None:
-    pool = load_memory().WeightPool(1024, 1)
+    pool = load_weights().WeightPool(1024, 1)
     there = tensor_over(pool.slab(0), torch.Size([2, 3]), dtype, offset=64, device=GPU)
     here = tensor_over(pool.slab(0), torch.Size([2, 3]), dtype, offset=64, device=CPU)
     here.copy_(torch.arange(6).view(2, 3))
@@ -64,18 +65,18 @@ def test_a_view_as_a_tensor(device_memory: None, dtype: torch.dtype) -> None:
     assert (memory_on(CPU), memory_on(GPU)) == ("host", "device")
 
 
-def test_a_copy_instead_of_a_view_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It would be trained, and nobody would ever see it."""
+def test_a_copy_instead_of_a_view_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training would change the copy, and the weights would stay as they are."""
     monkeypatch.setattr(torch, "as_tensor", lambda view, device: torch.zeros(view.nbytes, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="the memory is not on cuda:0"):
-        tensor_over(load_memory().WeightPool(64, 1).slab(0), torch.Size([4]), torch.float32, device=GPU)
+        tensor_over(load_weights().WeightPool(64, 1).slab(0), torch.Size([4]), torch.float32, device=GPU)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.RMSprop])  # with a fused step, and without
 @settings(deadline=None)
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
 def test_a_stash_on_a_device_makes_the_same_versions(optimizer: Any, skipped: list[bool]) -> None:
-    """Versions are copied by torch, on its stream, in place of the core, which would wait for them."""
+    """On a device torch copies versions, on its stream; the core would have to wait for the stream."""
     torch.manual_seed(0)
     module, twin = nn.Linear(3, 5), nn.Linear(3, 5)
     twin.load_state_dict(module.state_dict())
@@ -103,93 +104,94 @@ def test_a_stash_on_a_device_makes_the_same_versions(optimizer: Any, skipped: li
 # --- gradients through pinned memory -----------------------------------------------------------------
 
 
-class Late:
-    """A moment that has come after it was asked for so often."""
+class DelayedCopy:
+    """A copy that completes at the n-th query."""
 
-    def __init__(self, copy: Any, asked: int) -> None:
-        self.copy, self.asked = copy, asked
+    def __init__(self, source: torch.Tensor, target: torch.Tensor, queries: int) -> None:
+        self.copy: Any = (source, target)
+        self.queries = queries
 
     def query(self) -> bool:
-        self.asked -= 1
-        if self.asked <= 0:
+        self.queries -= 1
+        if self.queries <= 0:
             self.synchronize()
-        return self.asked <= 0
+        return self.queries <= 0
 
     def synchronize(self) -> None:
-        self.asked = 0
+        self.queries = 0
         if self.copy is not None:
             source, target = self.copy
             target.copy_(source)
             self.copy = None
 
 
-class LateLane:
-    """Copies arrive only when their moment has come: whoever reads before finds what was there before."""
+class DelayedCopies:
+    """DeviceCopies whose copies are delayed: a reader that does not wait for one finds the old values."""
 
     def __init__(self, delays: list[int]) -> None:
         self.delays = deque(delays)
 
-    def buffer(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+    def device_buffer(self, count: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(count, dtype=dtype)
 
-    def pinned(self, like: torch.Tensor) -> torch.Tensor:
+    def pinned_buffer(self, like: torch.Tensor) -> torch.Tensor:
         return torch.full_like(like, 7)
 
-    def out(self, source: torch.Tensor, target: torch.Tensor) -> Late:
+    def to_host(self, source: torch.Tensor, target: torch.Tensor) -> DelayedCopy:
         self.delays.rotate(-1)
-        return Late((source, target), self.delays[0])
+        return DelayedCopy(source, target, self.delays[0])
 
-    def back(self, source: torch.Tensor, target: torch.Tensor) -> None:
+    def to_device(self, source: torch.Tensor, target: torch.Tensor) -> None:
         target.copy_(source)
 
 
-def average(rounds: int, delays: list[int] | None) -> list[list[torch.Tensor | None]]:
-    """Two replicas average three parameters, the last of which the second replica does not use."""
+def averages(rounds: int, delays: list[int] | None) -> list[list[torch.Tensor | None]]:
+    """Average three parameters over two replicas; the second replica does not use the last parameter."""
     parameters = [torch.zeros(5), torch.zeros(3, 2), torch.zeros(4)]
-    packing = Packing(parameters, bucket_bytes=32)
-    meeting = Meeting()
-    members: list[Any] = [meeting.join(packing.buckets) for _ in range(2)]
+    layout = BucketLayout(parameters, bucket_bytes=32)
+    group = LocalGroup()
+    members: list[Any] = [group.join(layout.buckets) for _ in range(2)]
     if delays is not None:
-        members = [StagedReduction(each, packing.buckets, LateLane(delays), on_host=1) for each in members]
-    averagers = [Averager(packing, member) for member in members]
+        members = [StagedAllReduce(each, layout.buckets, DelayedCopies(delays), n_host_buckets=1) for each in members]
+    grad_allreduces = [GradAllReduce(layout, member) for member in members]
     found = []
     for round in range(rounds):
         draw = torch.Generator().manual_seed(round)
-        for replica, averager in enumerate(averagers):
+        for replica, grad_allreduce in enumerate(grad_allreduces):
             for position in reversed(range(3 - replica)):
-                averager.add(position, torch.randn(parameters[position].shape, generator=draw), last=True)
-        for averager in averagers:
-            averager.start_rest()
-        # The second to be asked knows that all are here, however late the copies are: who waits for nobody but
-        # his own device does not wait for another rank.
-        assert [averager.done() for averager in averagers][1]
-        assert averagers[0].done()
+                grad_allreduce.add(position, torch.randn(parameters[position].shape, generator=draw), last=True)
+        for grad_allreduce in grad_allreduces:
+            grad_allreduce.start_rest()
+        # The last replica to ask finds all buckets started, however late the copies are: waiting for a copy on
+        # its own device is not waiting for another rank.
+        assert [grad_allreduce.done() for grad_allreduce in grad_allreduces][1]
+        assert grad_allreduces[0].done()
         found += [
-            [None if gradient is None else gradient.clone() for gradient in averager.average(2)]
-            for averager in averagers
+            [None if gradient is None else gradient.clone() for gradient in grad_allreduce.average(2)]
+            for grad_allreduce in grad_allreduces
         ]
     return found
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=7))
-def test_gradients_by_way_of_the_host_are_the_same(delays: list[int]) -> None:
-    for plain, staged in zip(average(3, None), average(3, delays), strict=True):
+def test_gradients_averaged_through_the_host_are_the_same(delays: list[int]) -> None:
+    for plain, staged in zip(averages(3, None), averages(3, delays), strict=True):
         for a, b in zip(plain, staged, strict=True):
             assert a is not None
             assert b is not None
             assert torch.equal(a, b)
 
 
-def test_buckets_start_in_the_order_they_were_handed_in() -> None:
+def test_buckets_start_in_the_callers_order() -> None:
     """bucket   0        1      2
-    copied     late     at once  at once      and yet no bucket overtakes another
+    copied     late     at once  at once      and still no bucket overtakes another
     """
     started: list[int] = []
     inner = SimpleNamespace(
         bucket=lambda index: torch.zeros(1), start=started.append, done=lambda index: True, wait=lambda index: None
     )
-    staged = StagedReduction(inner, [(1, torch.float32)] * 3, LateLane([1, 9, 1]))
+    staged = StagedAllReduce(inner, [(1, torch.float32)] * 3, DelayedCopies([1, 9, 1]))
     for index in range(3):
         staged.start(index)
     assert started == []
@@ -198,41 +200,88 @@ def test_buckets_start_in_the_order_they_were_handed_in() -> None:
     assert staged.nbytes == 12
 
 
+def test_the_copy_stream_waits_for_the_compute_stream_and_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """compute   gradient │                        │ waits, reads
+    copies            waits │ to the host │ to the device │
+    """
+    notes: list[str] = []
+
+    class Stream:
+        def __init__(self, name: Any) -> None:
+            self.name = "compute" if name == "compute" else "copies"
+
+        def wait_stream(self, other: Stream) -> None:
+            notes.append(f"{self.name} waits for {other.name}")
+
+    class Recorded:
+        def record(self, stream: Stream) -> None:
+            notes.append(f"event on {stream.name}")
+
+    class Tensor:
+        def copy_(self, source: Any, *, non_blocking: bool) -> None:
+            notes.append(f"copies {source}, without waiting: {non_blocking}")
+
+        def record_stream(self, stream: Stream) -> None:
+            notes.append(f"used on {stream.name}")
+
+    compute = Stream("compute")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Recorded)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch, "zeros", lambda count, dtype, device: Tensor())
+    monkeypatch.setattr(torch, "zeros_like", lambda like, pin_memory: f"pinned {pin_memory}")
+    copies: Any = CopyStream(GPU)
+    target = copies.device_buffer(4, torch.float32)
+    assert copies.pinned_buffer(target) == "pinned True"
+    assert isinstance(copies.to_host("a", target), Recorded)
+    copies.to_device("b", target)
+    assert notes == [
+        "used on copies",
+        *("copies waits for compute", "copies a, without waiting: True", "event on copies"),
+        *("copies waits for compute", "copies b, without waiting: True", "event on copies", "compute waits for copies"),
+    ]
+
+
 # --- data, buffers, numbers --------------------------------------------------------------------------
 
 
-def test_minibatches_go_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minibatches_are_copied_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[tuple[torch.Size, str]] = []
 
-    def onto(value: Any, device: torch.device) -> Any:
+    def to_device(value: Any, device: torch.device) -> Any:
         if isinstance(value, torch.Tensor):
             moved.append((value.shape, str(device)))
         return value
 
-    monkeypatch.setattr("pipedream_hpc.runtime.feed.onto", onto)
+    monkeypatch.setattr("pipedream_hpc.runtime.execution.data.to_device", to_device)
     data = [((torch.zeros(4, 2), torch.ones(4, 3)), {"of": torch.zeros(4)})]
-    feed = Feed(data, epoch=0, seed=0, takers=[Taker(0, 1)], names=["x", "y"], length=1, device=GPU)
+    batches = MicrobatchLoader(
+        data, epoch=0, seed=0, readers=[Reader(0, 1)], input_names=["x", "y"], length=1, device=GPU
+    )
     for _ in range(2):
-        feed.input(0, 1)
-        feed.target(0)
-    assert moved == [((4, 3), "cuda:0"), ((4,), "cuda:0")], "not the input that nobody here takes"
+        batches.input(0, 1)
+        batches.target(0)
+    assert moved == [((4, 3), "cuda:0"), ((4,), "cuda:0")], "not the input that no stage here reads"
     moved.clear()
-    feed = Feed(data, epoch=0, seed=0, takers=[Taker(0, 1)], names=["x", "y"], length=1)
-    assert feed.input(0, 1) is data[0][0][1], "on the CPU the loader's own"
+    batches = MicrobatchLoader(data, epoch=0, seed=0, readers=[Reader(0, 1)], input_names=["x", "y"], length=1)
+    assert batches.input(0, 1) is data[0][0][1], "on the CPU the loader's own tensor"
     assert moved == []
 
 
-def test_buffers_and_constants_are_placed_and_stay_one() -> None:
+def test_buffers_and_constants_move_together_and_shared_ones_stay_shared() -> None:
     module = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
     constant = torch.ones(3)
     module.constant = constant
     module[1].register_buffer("same", constant)
     weights = list(module.parameters())
-    place_buffers(module, torch.device("meta"))
+    move_buffers(module, torch.device("meta"))
     assert all(buffer.is_meta for buffer in module.buffers())
     assert module.constant.is_meta
     assert module.constant is module[1].same
-    assert all(a is b and not b.is_meta for a, b in zip(weights, module.parameters(), strict=True)), "the stash's"
+    assert all(a is b and not b.is_meta for a, b in zip(weights, module.parameters(), strict=True)), (
+        "the stash places weights"
+    )
 
 
 @settings(deadline=None)
@@ -250,12 +299,19 @@ def test_clipping_on_a_device(norm: float) -> None:
             assert torch.equal(a, b)
 
 
-def test_scores_are_read_together() -> None:
-    tally = Tally()
-    assert tally.read() == []
-    for unit, mean in enumerate((0.1, 2.5)):
-        tally.add(unit, torch.tensor(mean), 4)
-    assert tally.read() == [(0, torch.tensor(0.1).item(), 4), (1, 2.5, 4)]
+def test_scores_are_read_all_at_once() -> None:
+    loss_meter = LossMeter()
+    assert loss_meter.read() == []
+    for microbatch, mean in enumerate((0.1, 2.5)):
+        loss_meter.add(microbatch, torch.tensor(mean), 4)
+    assert loss_meter.read() == [(0, [torch.tensor(0.1).item()], 4), (1, [2.5], 4)]
+
+
+def test_several_metrics_are_read_all_at_once() -> None:
+    loss_meter = LossMeter()
+    loss_meter.add(3, torch.tensor([0.5, 2.0]), 8)
+    loss_meter.add(4, torch.tensor([0.25, 1.0]), 4)
+    assert loss_meter.read() == [(3, [0.5, 2.0], 8), (4, [0.25, 1.0], 4)]
 
 
 def test_autocast_is_that_of_the_device() -> None:
@@ -267,7 +323,7 @@ def test_autocast_is_that_of_the_device() -> None:
 
 
 class Event:
-    """torch.cuda.Event on a stream that needs a second and a half for everything that it is told."""
+    """torch.cuda.Event on a stream where everything takes 1.5 s."""
 
     now_ms = 0.0
 

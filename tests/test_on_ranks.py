@@ -1,4 +1,4 @@
-"""Start every file of tests/mpi on the ranks it asks for, each as a child process with a time limit."""
+"""Run every file of tests/mpi on its numbers of ranks, each in a child process with a time limit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import ranks
 FOLDER = Path(__file__).parent / "mpi"
 
 
-def wanted() -> list[tuple[Path, int]]:
-    """(file, ranks) for every number in a file's RANKS."""
+def files_and_ranks() -> list[tuple[Path, int]]:
+    """Return (file, ranks) for every number in a file's RANKS."""
     pairs = []
     for file in sorted(FOLDER.glob("test_*.py")):
         for node in ast.parse(file.read_text()).body:
@@ -23,10 +23,10 @@ def wanted() -> list[tuple[Path, int]]:
 
 
 def test_every_file_says_its_ranks() -> None:
-    assert {file for file, _ in wanted()} == set(FOLDER.glob("test_*.py")) != set()
+    assert {file for file, _ in files_and_ranks()} == set(FOLDER.glob("test_*.py")) != set()
 
 
-@pytest.mark.parametrize(("file", "count"), wanted(), ids=lambda value: getattr(value, "stem", value))
+@pytest.mark.parametrize(("file", "count"), files_and_ranks(), ids=lambda value: getattr(value, "stem", value))
 def test_on_ranks(file: Path, count: int) -> None:
     # -m mpi4py: a rank that fails ends all of them. The thread method is the only time limit that
     # fires inside an MPI call. The ranks assert the size of their world themselves.

@@ -1,4 +1,4 @@
-"""Files of the nouns: strict on the way in, atomic on the way out, one sentence when wrong."""
+"""Profile, topology and plan files: reading is strict, writing is atomic, every error is one sentence."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ LAYERS = (
 PROFILE = Profile("net", "cpu", 4, LAYERS, ((0, 1),))
 TOPOLOGY = Topology((Level("node", 2, 1e-6, 1e9),), "cpu", 1 << 30, ("a", "a"))
 PLAN = solve(PROFILE, TOPOLOGY, Request(straight=True))
-NOUNS: dict[type[Any], Any] = {Profile: PROFILE, Topology: TOPOLOGY, Plan: PLAN}
+DOCUMENTS: dict[type[Any], Any] = {Profile: PROFILE, Topology: TOPOLOGY, Plan: PLAN}
 
 
-@pytest.mark.parametrize("noun", NOUNS.values(), ids=lambda noun: type(noun).__name__)
-def test_round_trip(noun: Document, tmp_path: Path) -> None:
-    save(noun, tmp_path / "noun.json")
-    assert load(type(noun), tmp_path / "noun.json") == noun
+@pytest.mark.parametrize("document", DOCUMENTS.values(), ids=lambda document: type(document).__name__)
+def test_round_trip(document: Document, tmp_path: Path) -> None:
+    save(document, tmp_path / "document.json")
+    assert load(type(document), tmp_path / "document.json") == document
 
 
-def complaint(cls: type[Any], path: Path, change: Any) -> str:
-    """What `load` says of the noun's file after `change` was made to its JSON."""
-    save(NOUNS[cls], path)
+def load_error(cls: type[Any], path: Path, change: Any) -> str:
+    """Return the error of `load` for a file whose JSON was modified by `change`."""
+    save(DOCUMENTS[cls], path)
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(content))
     with pytest.raises(PipedreamError) as caught:
         load(cls, path)
     text = str(caught.value)
-    assert text.startswith(f"{path}: "), "the file is named"
+    assert text.startswith(f"{path}: "), "the message names the file"
     assert "\n" not in text, "one sentence"
     return text.removeprefix(f"{path}: ")
 
@@ -57,23 +57,24 @@ def complaint(cls: type[Any], path: Path, change: Any) -> str:
         (Profile, lambda d: d["layers"][0].update(forward_s=-1.0), "field 'layers[0].forward_s': input should be g"),
         (Profile, lambda d: d["layers"][0].update(forward_s="1"), "field 'layers[0].forward_s': input should be a v"),
         (Profile, lambda d: d["layers"][0].update(output_bytes=1.5), "field 'layers[0].output_bytes'"),
-        (Profile, lambda d: d["layers"][1].update(name="conv"), "layers[1].name: 'conv' is also layer 0"),
+        (Profile, lambda d: d["layers"][1].update(name="conv"), "layers[1].name: 'conv' is also the name of layer 0"),
         (Profile, lambda d: d.update(edges=[[1, 0]]), "edges[0]: (1, 0) does not run forwards"),
         (Profile, lambda d: d.update(layers=[]), "a profile needs at least one layer"),
-        (Profile, lambda d: d.update(version=99), "field 'version' is 99; this pipedream reads version 1"),
+        (Profile, lambda d: d.update(version=99), "field 'version' is 99, but this pipedream reads version 2"),
         (Profile, lambda d: d.update(format="pipedream-plan"), "field 'format' should be 'pipedream-profile'"),
         (Topology, lambda d: d["levels"][0].update(bandwidth=0.0), "field 'levels[0].bandwidth'"),
         (Topology, lambda d: d["levels"][0].update(count=3), "hosts names 2 ranks but the levels multiply to 3"),
+        (Plan, lambda d: d.update(version=1), "field 'version' is 1, but this pipedream reads version 2"),
         (Plan, lambda d: d["stages"][0].update(ranks=[7]), "stages: the ranks should be 0 to 1, each once"),
         (Plan, lambda d: d["stages"][0].update(in_flight=0), "field 'stages[0].in_flight'"),
         (Plan, lambda d: d.update(stages=[]), "a plan needs at least one stage"),
     ],
 )  # fmt: skip
-def test_one_sentence_for_each_fault(cls: type[Any], change: Any, expected: str, tmp_path: Path) -> None:
-    assert complaint(cls, tmp_path / "noun.json", change).startswith(expected)
+def test_each_error_is_one_sentence(cls: type[Any], change: Any, expected: str, tmp_path: Path) -> None:
+    assert load_error(cls, tmp_path / "document.json", change).startswith(expected)
 
 
-def test_no_file_and_no_json(tmp_path: Path) -> None:
+def test_a_missing_file_and_invalid_json_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PipedreamError, match=r"absent\.json: cannot be read: No such file"):
         load(Profile, tmp_path / "absent.json")
     (tmp_path / "cut.json").write_text('{"format": "pipedream-pro')
@@ -89,12 +90,12 @@ json_values = st.recursive(
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), cls=st.sampled_from(list(NOUNS)))
-def test_any_value_anywhere_is_taken_or_refused_in_a_sentence(
+@given(data=st.data(), cls=st.sampled_from(list(DOCUMENTS)))
+def test_any_value_in_any_field_is_accepted_or_refused_in_one_sentence(
     data: st.DataObject, cls: type[Any], tmp_path: Path
 ) -> None:
-    path = tmp_path / "noun.json"
-    save(NOUNS[cls], path)
+    path = tmp_path / "document.json"
+    save(DOCUMENTS[cls], path)
     content = json.loads(path.read_text())
     place: Any = content
     while True:  # walk to a random field and replace it
@@ -110,14 +111,14 @@ def test_any_value_anywhere_is_taken_or_refused_in_a_sentence(
         assert "\n" not in str(error)
 
 
-def use(noun: Profile | Topology | Plan) -> None:
-    """What people do with such a file."""
-    if isinstance(noun, Plan):
-        explain.report(noun)
-        explain.stages_table(noun)
-        explain.sentences(noun)
+def use(document: Profile | Topology | Plan) -> None:
+    """Use the document as the commands do."""
+    if isinstance(document, Plan):
+        explain.report(document)
+        explain.stages_table(document)
+        explain.sentences(document)
     else:
-        profile, topology = (noun, TOPOLOGY) if isinstance(noun, Profile) else (PROFILE, noun)
+        profile, topology = (document, TOPOLOGY) if isinstance(document, Profile) else (PROFILE, document)
         use(solve(profile, topology, Request(fewer=True)))
 
 

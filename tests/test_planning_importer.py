@@ -1,4 +1,4 @@
-"""The published profile format."""
+"""Import of profiles in PipeDream's published text format."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_reads_nodes_and_edges(tmp_path: Path) -> None:
     profile = read(tmp_path, GOOD)
     assert profile.model == "net"
     assert profile.minibatch == 64
-    # The Input node and the value that nobody uses are left out; the rest is in topological order.
+    # The Input node and the unused __getitem__ are omitted; the other layers are in topological order.
     assert [layer.name for layer in profile.layers] == ["node2", "node3", "node5"]
     assert profile.edges == ((0, 1), (1, 2))
     conv, lstm, _ = profile.layers
@@ -56,7 +56,7 @@ def test_reads_nodes_and_edges(tmp_path: Path) -> None:
     [
         ("hello", r"line 1 is neither a node .* nor an edge .*'hello'"),
         (GOOD + "\n\tnode5 -- node9", r"line 10: there is no node 'node9'"),
-        (GOOD + "\n" + node(5, "ReLU"), r"line 10: node 'node5' is defined a second time"),
+        (GOOD + "\n" + node(5, "ReLU"), r"line 10: node 'node5' is defined twice"),
         (GOOD + "\n\tnode5 -- node2", r"the edges form a cycle: node"),
         (node(1, "ReLU", forward="fast"), r"line 1: forward_compute_time should be a number of at least 0, not 'fast'"),
         (node(1, "ReLU", forward="-1"), r"line 1: forward_compute_time should be a number of at least 0, not '-1'"),

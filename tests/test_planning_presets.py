@@ -1,4 +1,4 @@
-"""Presets: named topologies, and what is said of names and counts that do not fit."""
+"""Presets: named topologies, and the errors for unknown names and wrong counts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_clusters_of_the_papers() -> None:
 def test_an_all_reduce_drives_the_card_of_every_gpu(name: str, gpus: int, expected: float) -> None:
     node, network = preset(name, (gpus, 4)).levels
     assert node.reduce_bandwidth is None
-    # One message has one card, all GPUs have as many as they are, up to what NVLink feeds.
+    # One message uses one card; an all-reduce uses one card per GPU, limited by NVLink.
     assert network.bandwidth < network.reduce_bandwidth == expected  # type: ignore[operator]
     assert network.reduce_latency_s == pytest.approx(2 * (4 * gpus - 1) * network.latency_s)
 
@@ -61,24 +61,24 @@ def test_an_all_reduce_drives_the_card_of_every_gpu(name: str, gpus: int, expect
         ("dgx-h100", (8, 0), "field 'counts[1]' of preset 'dgx-h100' should be 1 or more but is 0"),
     ],
 )
-def test_one_sentence_for_each_fault(name: str, counts: tuple[int, ...], expected: str) -> None:
+def test_each_error_is_one_sentence(name: str, counts: tuple[int, ...], expected: str) -> None:
     with pytest.raises(PipedreamError) as caught:
         preset(name, counts)
     assert str(caught.value).startswith(expected)
     assert "\n" not in str(caught.value)
 
 
-def test_half_an_all_reduce_is_refused() -> None:
+def test_a_level_needs_both_reduce_fields_or_neither() -> None:
     with pytest.raises(ValueError, match="reduce_latency_s and reduce_bandwidth go together"):
         Level("node", 2, 0.0, 1e9, reduce_bandwidth=1e9)
 
 
-def test_names_of_devices_are_counted() -> None:
+def test_every_device_needs_a_name() -> None:
     with pytest.raises(ValueError, match="devices_of names 1 ranks but the levels multiply to 2"):
         Topology((Level("node", 2, 0.0, 1e9),), "cpu", devices_of=("a",))
 
 
-def test_a_file_from_before_these_fields_is_read(tmp_path: Path) -> None:
+def test_a_file_without_optional_fields_is_read(tmp_path: Path) -> None:
     (tmp_path / "topology.json").write_text(
         '{"format": "pipedream-topology", "version": 1, "device": "cpu",'
         ' "levels": [{"name": "node", "count": 2, "latency_s": 0.0, "bandwidth": 1e9}]}'

@@ -1,4 +1,4 @@
-"""The solver against exhaustive search: every way to cut, replicate and place, priced by hand."""
+"""The solver against exhaustive search over all cuts, replicas and placements, with independent cost formulas."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from pipedream_hpc.planning.cost import NAMES
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.planning.solver import Request, solve
-from pipedream_hpc.planning.solver.placement import Row, rows_of
+from pipedream_hpc.planning.solver.placement import DeviceRow, device_rows
 from pipedream_hpc.planning.topology import Level, Topology
 
 CLOSE = {"rel": 1e-9, "abs": 1e-15}
 
 
-# ------------------------------------------------------------------ the plain way
+# ------------------------------------------------------------------ the reference
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers, and devices of the first row."""
+    """Layers of a stage, and its devices in the first row."""
 
     layers: frozenset[int]
     devices: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Plainly:
-    """Prices as the table in planning/cost.py and the sketch in planning/memory.py have them, with sets and loops."""
+class ReferenceCost:
+    """The tables in planning/cost.py and planning/memory.py, computed with sets and loops."""
 
     profile: Profile
     topology: Topology
     cost: str
-    copies: int  # rows side by side
+    copies: int  # parallel rows
     limit: int | None = None
 
     def consumers(self, layer: int) -> set[int]:
@@ -52,7 +52,7 @@ class Plainly:
         return direct | {x for each in direct for x in self.ancestors(each)}
 
     def crossing(self, before: frozenset[int]) -> int:
-        """Bytes over the cut behind the layers `before`."""
+        """Return the bytes that cross the cut after the layers `before`."""
         everything = set(range(len(self.profile.layers)))
         if not before or before == everything:
             return 0
@@ -68,7 +68,7 @@ class Plainly:
         return sum(self.profile.layers[x].output_bytes for x in counted)
 
     def sizes(self) -> list[int]:
-        """Devices in a component of each level, that of single devices first."""
+        """Return the number of devices in a component of each level, beginning with a single device."""
         return list(itertools.accumulate([1, *(level.count for level in self.topology.levels)], lambda a, b: a * b))
 
     def spans(self, devices: tuple[int, ...]) -> list[int]:
@@ -88,13 +88,13 @@ class Plainly:
         )
 
     def side_s(self, size: int, devices: tuple[int, ...], nearest: int) -> float:
-        """A boundary as the stage on one side is charged for it."""
+        """Return the time of a boundary over the links of the stage on one side of it."""
         if size == 0:
             return 0.0
         worst = 0.0
         for (inner, outer), level in zip(itertools.pairwise(self.sizes()), self.topology.levels, strict=True):
             if outer > self.topology.devices // self.copies:
-                continue  # rows keep to themselves
+                continue  # rows do not exchange activations
             within = [d for d in devices if d // outer == nearest // outer]
             near = [d for d in within if d // inner == nearest // inner]
             if near:
@@ -107,10 +107,10 @@ class Plainly:
             worst = max(worst, 2 * (level.latency_s + size / level.bandwidth) * share)
         return worst
 
-    def price(self, stages: list[Stage], recompute: bool = False) -> float:
-        """The slowest stage or boundary; infinite if a stage does not fit."""
+    def bottleneck_s(self, stages: list[Stage], recompute: bool = False) -> float:
+        """Return the time of the slowest stage or boundary; infinite if a stage does not fit into memory."""
         worst, before = 0.0, frozenset[int]()
-        behind = sum(len(stage.devices) for stage in stages)
+        later_devices = sum(len(stage.devices) for stage in stages)
         for index, stage in enumerate(stages):
             layers = [self.profile.layers[x] for x in stage.layers]
             replicas = len(stage.devices) * self.copies
@@ -122,22 +122,22 @@ class Plainly:
             worst = max(worst, self.side_s(entering, stage.devices, stage.devices[0] - 1))
             if index > 0 or self.cost != "reference_code":
                 worst = max(worst, self.side_s(leaving, stage.devices, stage.devices[-1] + 1))
-            behind -= len(stage.devices)
-            if self.limit is not None and self.memory(stage, behind, entering, leaving, recompute) > self.limit:
+            later_devices -= len(stage.devices)
+            if self.limit is not None and self.memory(stage, later_devices, entering, leaving, recompute) > self.limit:
                 return np.inf
         return worst
 
-    def memory(self, stage: Stage, behind: int, entering: int, leaving: int, recompute: bool = False) -> float:
-        """Momentum SGD with weight stashing."""
+    def memory(self, stage: Stage, later_devices: int, entering: int, leaving: int, recompute: bool = False) -> float:
+        """Return the bytes of one replica, with momentum SGD and weight stashing."""
         weights = sum(self.profile.layers[x].parameter_bytes for x in stage.layers)
         stash = sum(self.profile.layers[x].stash_bytes for x in stage.layers)
-        in_flight = -(-behind // len(stage.devices)) + 1
+        in_flight = -(-later_devices // len(stage.devices)) + 1
         kept = stash if recompute else in_flight * stash
         return in_flight * weights + weights + weights + kept + (in_flight + 1) * entering + 2 * leaving
 
 
 def prefixes(profile: Profile) -> list[frozenset[int]]:
-    """All sets of layers that contain, with a layer, all that feeds it."""
+    """Return all sets of layers that contain, with every layer, all layers that feed it."""
     count = len(profile.layers)
     found = [
         frozenset(chosen)
@@ -149,7 +149,7 @@ def prefixes(profile: Profile) -> list[frozenset[int]]:
 
 
 def pipelines(sets: list[frozenset[int]], begin: frozenset[int], first: int, devices: int) -> Iterator[list[Stage]]:
-    """Every way to run what follows `begin` on devices first to devices - 1."""
+    """Yield every pipeline for the layers after `begin` on devices first to devices - 1."""
     everything = sets[-1]
     for last in range(first + 1, devices + 1):
         taken = tuple(range(first, last))
@@ -163,22 +163,22 @@ def pipelines(sets: list[frozenset[int]], begin: frozenset[int], first: int, dev
 
 
 def exhaustive(profile: Profile, topology: Topology, cost: str, limit: int | None = None, *, fewer: bool) -> float:
-    """The best price of all plans."""
+    """Return the time of the fastest of all plans."""
     sets, best = prefixes(profile), np.inf
     counts = [level.count for level in topology.levels]
     rows = {topology.devices, *(d for d in itertools.accumulate(counts, lambda a, b: a * b) if d > 1)}
     for row in rows:
-        plainly = Plainly(profile, topology, cost, topology.devices // row, limit)
+        reference = ReferenceCost(profile, topology, cost, topology.devices // row, limit)
         for unused in range(row) if fewer else (0,):
             for stages in pipelines(sets, frozenset(), unused, row):
-                best = min(best, plainly.price(stages))
+                best = min(best, reference.bottleneck_s(stages))
     return best
 
 
 def stages_of(plan: Plan, profile: Profile, topology: Topology) -> tuple[list[Stage], int]:
-    """The plan's stages, and in how many rows they stand, as its ranks tell."""
+    """Return the plan's stages and the number of its rows, derived from its ranks."""
     index = {layer.name: position for position, layer in enumerate(profile.layers)}
-    for row in rows_of(topology):
+    for row in device_rows(topology):
         if any(stage.replicas % row.copies for stage in plan.stages):
             continue
         widths = [stage.replicas // row.copies for stage in plan.stages]
@@ -189,12 +189,13 @@ def stages_of(plan: Plan, profile: Profile, topology: Topology) -> tuple[list[St
             for stage, first, width in zip(plan.stages, firsts, widths, strict=False)
         ]
         used = row.devices - unused
-        in_order = [[c * used + d - unused for d in stage.devices for c in range(row.copies)] for stage in stages]
-        from_the_end = [[row.devices - 1 - d for d in stage.devices] for stage in stages]
-        counted_back = unused > 0 and row.copies == 1 and len(topology.levels) > 1
-        if [list(stage.ranks) for stage in plan.stages] == (from_the_end if counted_back else in_order):
+        # Ranks count the used devices row by row; with unused devices in one row of several nodes, from its end.
+        forwards = [[c * used + d - unused for d in stage.devices for c in range(row.copies)] for stage in stages]
+        backwards = [[row.devices - 1 - d for d in stage.devices] for stage in stages]
+        expected = backwards if unused > 0 and row.copies == 1 and len(topology.levels) > 1 else forwards
+        if [list(stage.ranks) for stage in plan.stages] == expected:
             return stages, row.copies
-    raise AssertionError("the ranks of the plan are no placement")
+    raise AssertionError("the plan's ranks do not correspond to any placement")
 
 
 # ------------------------------------------------------------------ equality
@@ -207,9 +208,11 @@ def test_chains_equal_exhaustive_search(profile: Profile, topology: Topology, co
     assert plan.bottleneck_s == pytest.approx(exhaustive(profile, topology, cost, fewer=fewer), **CLOSE)
     assert plan.bound_s == pytest.approx(plan.bottleneck_s, **CLOSE)
     assert fewer or plan.ranks == topology.devices
-    # The plan returned is one that costs this, by the test's own arithmetic.
+    # The returned plan really takes this time by the reference formulas.
     stages, copies = stages_of(plan, profile, topology)
-    assert Plainly(profile, topology, cost, copies).price(stages) == pytest.approx(plan.bottleneck_s, **CLOSE)
+    assert ReferenceCost(profile, topology, cost, copies).bottleneck_s(stages) == pytest.approx(
+        plan.bottleneck_s, **CLOSE
+    )
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -219,7 +222,9 @@ def test_branches_equal_exhaustive_search(profile: Profile, topology: Topology, 
     assert plan.bottleneck_s == pytest.approx(exhaustive(profile, topology, cost, fewer=False), **CLOSE)
     assert sorted(name for stage in plan.stages for name in stage.layers) == sorted(x.name for x in profile.layers)
     stages, copies = stages_of(plan, profile, topology)
-    assert Plainly(profile, topology, cost, copies).price(stages) == pytest.approx(plan.bottleneck_s, **CLOSE)
+    assert ReferenceCost(profile, topology, cost, copies).bottleneck_s(stages) == pytest.approx(
+        plan.bottleneck_s, **CLOSE
+    )
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -233,7 +238,7 @@ def test_memory_limits_equal_exhaustive_search(profile: Profile, topology: Topol
     best = exhaustive(profile, topology, cost, limit, fewer=False)
     request = Request(cost=cost, memory_bytes=limit)
     if np.isinf(best):
-        with pytest.raises(PipedreamError, match="the smallest that would do have") as refused:
+        with pytest.raises(PipedreamError, match="it needs at least") as refused:
             solve(profile, topology, request)
         smallest = int(str(refused.value).split("(--memory ")[1].split(")")[0])
         solve(profile, topology, Request(cost=cost, memory_bytes=smallest))
@@ -250,26 +255,28 @@ def test_memory_limits_equal_exhaustive_search(profile: Profile, topology: Topol
 @given(profile=chains, devices=st.integers(1, 6), bandwidth=st.floats(10, 1e4))
 def test_straight_equals_exhaustive_search(profile: Profile, devices: int, bandwidth: float) -> None:
     if devices > len(profile.layers):
-        with pytest.raises(PipedreamError, match=f"{devices} stages were asked for"):
+        with pytest.raises(PipedreamError, match=f"cannot be cut into {devices} stages"):
             solve(profile, flat(devices, bandwidth), Request(straight=True))
         return
     plan = solve(profile, flat(devices, bandwidth), Request(straight=True))
     assert plan.config == "-".join("1" * devices)
-    plainly = Plainly(profile, flat(devices, bandwidth), "ring", 1)
+    reference = ReferenceCost(profile, flat(devices, bandwidth), "ring", 1)
     straight = (
         stages
         for stages in pipelines(prefixes(profile), frozenset(), 0, devices)
         if all(len(stage.devices) == 1 for stage in stages)
     )
-    assert plan.bottleneck_s == pytest.approx(min(plainly.price(stages) for stages in straight), **CLOSE)
+    assert plan.bottleneck_s == pytest.approx(min(reference.bottleneck_s(stages) for stages in straight), **CLOSE)
 
 
-# ------------------------------------------------------------------ more can only help
+# ------------------------------------------------------------------ more resources never make a plan slower
 
 
 @settings(max_examples=60, deadline=None)
 @given(profile=st.one_of(chains, dags()), cost=st.sampled_from(NAMES), bandwidth=st.floats(10, 1e4))
-def test_monotone(profile: Profile, cost: str, bandwidth: float) -> None:
+def test_more_devices_bandwidth_or_memory_never_make_a_plan_slower(
+    profile: Profile, cost: str, bandwidth: float
+) -> None:
     def seconds(devices: int, speed: float, limit: int | None = None) -> float:
         request = Request(cost=cost, fewer=True, memory_bytes=limit)
         try:
@@ -289,7 +296,7 @@ def test_monotone(profile: Profile, cost: str, bandwidth: float) -> None:
 
 
 def test_in_flight_and_limits_of_a_known_plan() -> None:
-    #          fast front, costs nothing to synchronise    | heavy weights behind
+    #          layers without weights to synchronise       | last layer with heavy weights
     profile = chain([(1.0, 2.0, 10, 0, 5), (1.0, 2.0, 10, 0, 5), (0.5, 1.0, 1, 10_000_000, 5)])
     plan = solve(profile, flat(4, 1e6), Request(cost="paper2018"))
     assert plan.config == "3-1"
@@ -310,7 +317,7 @@ def test_in_flight_and_limits_of_a_known_plan() -> None:
 
 
 def test_15_1_on_four_nodes_of_four() -> None:
-    # The last layer's weights are too heavy to synchronise, the rest is divided evenly among 15.
+    # The last layer's weights are too heavy to synchronise; the other layers are divided evenly among 15 devices.
     profile = chain([(1.0, 2.0, 10, 10, 0)] * 15 + [(1.0, 2.0, 10, 10**11, 0)])
     nodes = Topology((Level("node", 4, 0.0, 1e9), Level("network", 4, 0.0, 1e7)), device="test")
     plan = solve(profile, nodes)
@@ -319,8 +326,8 @@ def test_15_1_on_four_nodes_of_four() -> None:
 
 
 def test_boundaries_stay_inside_nodes() -> None:
-    # Too large for one device, activations too heavy for the network: a pipeline in every node, its
-    # two stages replicated over the nodes.
+    # The model is too large for one device and its activations are too heavy for the network: one pipeline per
+    # node, with its two stages replicated over the nodes.
     #   node 0: stage 0 on rank 0, stage 1 on rank 1;  node 1: ranks 2 and 3; ...
     profile = chain([(1.0, 2.0, 10**6, 100, 10)] * 2)
     nodes = Topology((Level("node", 2, 0.0, 1e9), Level("network", 3, 0.0, 1e5)), device="test")
@@ -328,7 +335,7 @@ def test_boundaries_stay_inside_nodes() -> None:
     assert plan.config == "6"
     limited = solve(profile, nodes, Request(memory_bytes=5_000_000))
     assert limited.config == "6"
-    split = solve(profile, nodes, Request(cut_behind=["l0"]))
+    split = solve(profile, nodes, Request(cut_after=["l0"]))
     assert split.layout == ((0, 2, 4), (1, 3, 5))
     assert split.stages[0].boundary_s == pytest.approx(2 * 10**6 / 1e9 / 3)
 
@@ -339,12 +346,12 @@ def test_equal_plans_prefer_fewer_stages() -> None:
 
 def test_stages_that_must_end_or_stay_together() -> None:
     profile = chain([(1.0, 2.0, 1, 1, 0)] * 4)
-    plan = solve(profile, flat(2, 1e9), Request(cut_behind=["l0"]))
+    plan = solve(profile, flat(2, 1e9), Request(cut_after=["l0"]))
     assert [stage.layers for stage in plan.stages] == [("l0",), ("l1", "l2", "l3")]
-    plan = solve(profile, flat(4, 1e9), Request(cut_behind=["l2"], together=[["l0", "l2"]]))
+    plan = solve(profile, flat(4, 1e9), Request(cut_after=["l2"], together=[["l0", "l2"]]))
     assert [stage.layers for stage in plan.stages] == [("l0", "l1", "l2"), ("l3",)]
-    with pytest.raises(PipedreamError, match="--cut-behind and --together"):
-        solve(profile, flat(4, 1e9), Request(cut_behind=["l1"], together=[["l0", "l2"]]))
+    with pytest.raises(PipedreamError, match="--cut-after and --together"):
+        solve(profile, flat(4, 1e9), Request(cut_after=["l1"], together=[["l0", "l2"]]))
     with pytest.raises(PipedreamError, match="--together: the profile has no layer 'l9'"):
         solve(profile, flat(4, 1e9), Request(together=[["l0", "l9"]]))
 
@@ -354,7 +361,7 @@ def test_recompute_makes_room() -> None:
     with pytest.raises(PipedreamError, match="or allow --recompute auto"):
         solve(profile, flat(4, 1e9), Request(straight=True, memory_bytes=2_000))
     plan = solve(profile, flat(4, 1e9), Request(straight=True, memory_bytes=2_000, recompute="auto"))
-    #  four in flight at the front, one at the end, which therefore need not recompute
+    #  four in flight on the first stage, one on the last, which therefore does not need to recompute
     assert [stage.recompute for stage in plan.stages] == [True, True, True, False]
     assert plan.bottleneck_s == pytest.approx(4.0)
     assert [stage.memory.activations for stage in plan.stages if stage.memory] == [1000] * 4
@@ -373,7 +380,7 @@ def test_fewer_devices_where_more_do_not_help() -> None:
     # One heavy layer that cannot be split and must not be synchronised.
     profile = chain([(1.0, 2.0, 10, 10**9, 0), (0.1, 0.2, 10, 10**9, 0)])
     assert solve(profile, flat(4, 10.0), Request(fewer=True)).ranks == 2
-    # Nodes of two, one and a half of them used: ranks are counted so that the full node comes first.
+    # Three devices used on nodes of two: ranks are numbered so that the full node comes first.
     profile = chain([(1.0, 2.0, 10, 10**9, 0)] * 3)
     nodes = Topology((Level("node", 2, 0.0, 10.0), Level("network", 3, 0.0, 10.0)), device="test")
     plan = solve(profile, nodes, Request(fewer=True))
@@ -388,20 +395,22 @@ def test_unknown_names() -> None:
         solve(profile, flat(1, 1.0), Request(optimizer="lion"))
     with pytest.raises(PipedreamError, match="no schedule 'zb' to plan for: choose one of 1f1b"):
         solve(profile, flat(1, 1.0), Request(schedule="zb"))
-    with pytest.raises(PipedreamError, match="schedule 'gpipe' takes microbatches: say 2 or more with --microbatches"):
+    with pytest.raises(PipedreamError, match="schedule '1f1b' does not cut minibatches: leave out --n-microbatches"):
+        solve(profile, flat(1, 1.0), Request(n_microbatches=2))
+    with pytest.raises(PipedreamError, match="schedule 'gpipe' needs at least 2 microbatches: set --n-microbatches"):
         solve(profile, flat(1, 1.0), Request(schedule="gpipe"))
 
 
 def test_rows() -> None:
     nodes = Topology((Level("node", 4, 0.0, 1.0), Level("network", 2, 0.0, 1.0)), device="test")
-    whole, node = rows_of(nodes)
-    assert (whole, node) == (Row(nodes, 8, 1), Row(nodes, 4, 2))
+    whole, node = device_rows(nodes)
+    assert (whole, node) == (DeviceRow(nodes, 8, 1), DeviceRow(nodes, 4, 2))
     #              0 1 2 3 │ 4 5 6 7        spans: most in one node, nodes
     assert [int(n) for n in whole.spans(2, 6)] == [2, 2]
     assert [int(n) for n in whole.spans(1, 8)] == [4, 2]
     assert [int(n) for n in node.spans(0, 3)] == [3, 2]
-    #              the stage on 2 3 │ 4 5 next to device 6: each device 1/4, half of it from outside the node
+    #              the stage on 2 3 │ 4 5 next to device 6: 1/4 per device, half of the traffic from the other node
     assert [float(s) for s in whole.shares(2, 6, output=True)] == [1 / 4, 1 / 2]
-    #              the stage on 0 1 2 3 next to device 4: everything goes over the network
+    #              the stage on 0 1 2 3 next to device 4: all traffic crosses the network
     assert [float(s) for s in whole.shares(0, 4, output=True)] == [0, 1]
     assert node.ranks(1, 3) == (1, 5, 2, 6)

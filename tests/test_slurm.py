@@ -1,8 +1,8 @@
-"""What slurm/ holds does what it says, on machines without Slurm too.
+"""The batch scripts and modulefiles in slurm/, tested without Slurm.
 
-The batch scripts run on real ranks. What Slurm does around them is done here: `sbatch` below copies the
-script elsewhere and sets the job's environment, tests/shims/srun starts the steps with mpirun, and
-tests/shims/scontrol knows the job.
+The batch scripts run on real ranks. Slurm is replaced: `sbatch` below copies the script elsewhere and sets
+the job's environment, tests/shims/srun starts the steps with mpirun, and tests/shims/scontrol reports on
+the job.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipedream_hpc import job
 from pipedream_hpc.cli import app
 from pipedream_hpc.files import load, save
 from pipedream_hpc.model.capture import capture
-from pipedream_hpc.model.profiler import count
+from pipedream_hpc.model.counting import count
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.topology import Level, Topology
@@ -32,14 +32,14 @@ SLURM = ROOT / "slurm"
 SHIMS = Path(__file__).parent / "shims"
 SCRIPTS = sorted(SLURM.glob("*.sbatch"))
 SMALL, MORTAL = ranks.PROGRAMS / "small_job.py", ranks.PROGRAMS / "mortal_job.py"
-MODULEFILES = {"lua": "0.1.0.lua", "tcl": "0.1.0"}  # ending in slurm/, name when installed
+MODULEFILES = {"lua": "0.1.0.lua", "tcl": "0.1.0"}  # suffix in slurm/, file name when installed
 PREFIX = "/opt/deep nets/pipedream"
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 
 
 def directives(script: Path) -> dict[str, str]:
-    """The #SBATCH lines, as name and value."""
+    """Return names and values of the #SBATCH lines."""
     lines = re.findall(r"^#SBATCH (.*)", script.read_text(), re.MULTILINE)
     return dict((*word.removeprefix("--").split("=", 1), "")[:2] for line in lines for word in shlex.split(line))
 
@@ -48,17 +48,17 @@ def sbatch(
     script: Path, folder: Path, *args: object, tasks_per_node: int = 2, cores: int = 1, **more: str
 ) -> ranks.Finished:
     """Run a batch script as `sbatch --ntasks-per-node=2 --cpus-per-task=1 script args` would, submitted in `folder`."""
-    given = {**directives(script), "ntasks-per-node": str(tasks_per_node), "cpus-per-task": str(cores)}
-    tasks = int(given["nodes"]) * tasks_per_node
+    options = {**directives(script), "ntasks-per-node": str(tasks_per_node), "cpus-per-task": str(cores)}
+    tasks = int(options["nodes"]) * tasks_per_node
     environment = {
         "PATH": f"{SHIMS}:{ranks.ENVIRONMENT['PATH']}",
         "SLURM_JOB_ID": "17",
-        "SLURM_JOB_NAME": given["job-name"],
-        "SLURM_JOB_NUM_NODES": given["nodes"],
+        "SLURM_JOB_NAME": options["job-name"],
+        "SLURM_JOB_NUM_NODES": options["nodes"],
         "SLURM_SUBMIT_DIR": str(folder),
         "SLURM_NTASKS": str(tasks),
-        "SLURM_NTASKS_PER_NODE": given["ntasks-per-node"],
-        "SLURM_CPUS_PER_TASK": given["cpus-per-task"],
+        "SLURM_NTASKS_PER_NODE": options["ntasks-per-node"],
+        "SLURM_CPUS_PER_TASK": options["cpus-per-task"],
         "SLURM_PROCID": "0",
         "SLURM_LOCALID": "0",
         **more,
@@ -68,16 +68,16 @@ def sbatch(
     shutil.copy(script, spooled)
     unset = [word for name in os.environ if name.startswith(("SLURM_", "RUN")) for word in ("-u", name)]
     assigned = [f"{name}={value}" for name, value in environment.items()]
-    return ranks.alone("env", "-C", folder, *unset, *assigned, "bash", spooled, *args, timeout=240)
+    return ranks.without_launcher("env", "-C", folder, *unset, *assigned, "bash", spooled, *args, timeout=240)
 
 
 def steps(output: str) -> list[str]:
-    """What was started with srun, and how."""
+    """Return the steps that srun started, with their options."""
     return re.findall(r"^step: (.*)", output, re.MULTILINE)
 
 
 def epochs(output: str) -> list[str]:
-    """The lines about epochs, without their times."""
+    """Return the lines about epochs, without their times."""
     return re.findall(r"^epoch \d+  loss \S+  test accuracy \S+", output, re.MULTILINE)
 
 
@@ -85,13 +85,13 @@ def epochs(output: str) -> list[str]:
 
 
 @each_script
-def test_a_script_parses(script: Path) -> None:
+def test_a_script_has_no_syntax_error(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", script], check=True)
 
 
-def test_the_scripts_differ_in_what_is_asked_of_slurm_alone() -> None:
+def test_the_scripts_differ_only_in_their_slurm_options() -> None:
     one, several = (script.read_text().split("set -Eeuo pipefail") for script in SCRIPTS)
     assert [script.stem for script in SCRIPTS] == ["one-node", "several-nodes"]
     assert one[1].replace("All files of this run.", "") == several[1].replace(
@@ -100,7 +100,7 @@ def test_the_scripts_differ_in_what_is_asked_of_slurm_alone() -> None:
 
 
 @pytest.mark.parametrize("text", [*SCRIPTS, SLURM / "README.md"], ids=lambda path: path.name)
-def test_only_options_that_exist_are_named(text: Path) -> None:
+def test_scripts_and_readme_use_only_existing_options(text: Path) -> None:
     group = typer.main.get_command(app)
     shown = re.findall(r"(?:^ *|on_ranks |`)pipedream ([a-z]+)([^`\n]*)", text.read_text(), re.MULTILINE)
     assert shown
@@ -111,7 +111,7 @@ def test_only_options_that_exist_are_named(text: Path) -> None:
 
 
 def test_a_job_from_profile_to_trained(tmp_path: Path) -> None:
-    """The other script's commands are the same, to the letter."""
+    """The other script's commands are identical."""
     script = SLURM / "several-nodes.sbatch"
     tasks_per_node = 2 // int(directives(script)["nodes"])
     finished = sbatch(script, tmp_path, SMALL, "--", "--width", "12", tasks_per_node=tasks_per_node)
@@ -130,11 +130,11 @@ def test_a_job_from_profile_to_trained(tmp_path: Path) -> None:
     ]
 
 
-def test_a_requeued_job_goes_on(tmp_path: Path) -> None:
-    """Rank 0 is killed in epoch 1: the job fails. Started again, it makes the numbers of a run that never stopped."""
+def test_a_requeued_job_continues(tmp_path: Path) -> None:
+    """Rank 0 is killed in epoch 1 and the job fails. Started again, it has the results of an uninterrupted run."""
     script, run, small = SLURM / "one-node.sbatch", tmp_path / "kept", job.load(str(SMALL))
     two = Topology((Level("node", 2, 0.0, 1e9),), device="cpu")
-    save(solve(count(capture(small.model, small.example)), two, Request(straight=True)), run / "plan.json")
+    save(solve(count(capture(small.model, small.example_inputs)), two, Request(straight=True)), run / "plan.json")
     first = sbatch(script, tmp_path, MORTAL, RUN=str(run), MORTAL="0")
     assert first.status != 0, first.output
     assert "requeued" not in first.output
@@ -144,25 +144,27 @@ def test_a_requeued_job_goes_on(tmp_path: Path) -> None:
     second = sbatch(script, tmp_path, MORTAL, RUN=str(run), SLURM_RESTART_COUNT="1")
     assert second.status == 0, second.output
     assert steps(second.output) == ["mpi=pmix kill=1 cores=1 tasks=2: pipedream train"]
-    assert "1 of 2 epochs are in the checkpoint: goes on with epoch 1" in second.output
+    assert "the checkpoint has 1 of 2 epochs: continuing with epoch 1" in second.output
 
-    straight_on = ranks.alone("pipedream", "train", MORTAL, "--plan", run / "plan.json", "--out", tmp_path / "alone")
+    straight_on = ranks.without_launcher(
+        "pipedream", "train", MORTAL, "--plan", run / "plan.json", "--out", tmp_path / "alone"
+    )
     assert epochs(first.output) + epochs(second.output) == epochs(straight_on.output)
 
     third = sbatch(script, tmp_path, MORTAL, RUN=str(run))
     assert third.status == 0, third.output
-    assert "2 of 2 epochs are in the checkpoint: nothing is left to do" in third.output
+    assert "the checkpoint has 2 of 2 epochs: nothing left to train" in third.output
 
 
-def test_a_preempted_job_asks_to_be_requeued(tmp_path: Path) -> None:
-    """Its ranks have got SIGTERM, the script ends before Slurm would have requeued it."""
+def test_a_preempted_job_requeues_itself(tmp_path: Path) -> None:
+    """SIGTERM has ended its ranks, so the script ends before Slurm would requeue it."""
     finished = sbatch(SLURM / "several-nodes.sbatch", tmp_path, "no such job.py", PREEMPT_TIME="2030-01-01T00:01:00")
     assert finished.status != 0
     assert "no such file" in finished.output
     assert "requeued: 17" in finished.output
 
 
-def test_an_srun_that_does_not_know_the_mpi(tmp_path: Path) -> None:
+def test_an_srun_that_does_not_support_the_mpi(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.sbatch"
     wrong.write_text((SLURM / "one-node.sbatch").read_text().replace("--mpi=pmix", "--mpi=none"))
     finished = sbatch(wrong, tmp_path, SMALL, cores=3)
@@ -171,14 +173,14 @@ def test_an_srun_that_does_not_know_the_mpi(tmp_path: Path) -> None:
     assert finished.output.count("pipedream: ") == 1, finished.output
     assert re.search(r"pipedream: srun started 2 tasks, but MPI \(.+\) sees only this one", finished.output)
     assert "use `srun --mpi=pmix`" in finished.output
-    assert "`srun --mpi=list` shows what this Slurm has" in finished.output
+    assert "`srun --mpi=list` shows what this Slurm supports" in finished.output
 
 
 # --- modules -----------------------------------------------------------------------------------------
 
 
 def install(ending: str, modules: Path) -> Path:
-    """Fill in a modulefile with the sed of slurm/README.md."""
+    """Install a modulefile with the sed command of slurm/README.md."""
     (command,) = re.findall(r"^ +(sed -e .*?) modulefile\.lua", (SLURM / "README.md").read_text(), re.MULTILINE)
     installed = modules / "pipedream-hpc" / MODULEFILES[ending]
     installed.parent.mkdir()
@@ -189,7 +191,7 @@ def install(ending: str, modules: Path) -> Path:
 
 
 @pytest.mark.parametrize("ending", MODULEFILES)
-def test_a_modulefile_reads_as_it_should(ending: str, tmp_path: Path) -> None:
+def test_a_modulefile_sets_the_environment(ending: str, tmp_path: Path) -> None:
     text = install(ending, tmp_path).read_text()
     assert "@" not in text
     shapes = {
@@ -208,10 +210,10 @@ def test_lmod_loads_a_modulefile(ending: str, tmp_path: Path) -> None:
     install(ending, tmp_path)
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "MODULEPATH": str(tmp_path)}
     command = [lmod, "bash", "load", "pipedream-hpc"]
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    asked = f'{told.stdout}\necho "$PATH"; echo "$PIPEDREAM_HPC_ROOT"'
-    shell = subprocess.run(["bash", "-c", asked], env=environment, capture_output=True, text=True, check=True)
-    assert shell.stdout.splitlines()[-2:] == [f"{PREFIX}/bin:/usr/bin:/bin", PREFIX], told.stderr
+    loaded = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    script = f'{loaded.stdout}\necho "$PATH"; echo "$PIPEDREAM_HPC_ROOT"'
+    shell = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert shell.stdout.splitlines()[-2:] == [f"{PREFIX}/bin:/usr/bin:/bin", PREFIX], loaded.stderr
 
 
 def test_tcl_reads_its_modulefile(tmp_path: Path) -> None:
@@ -220,8 +222,8 @@ def test_tcl_reads_its_modulefile(tmp_path: Path) -> None:
     commands = ("module-whatis", "conflict", "setenv", "prepend-path")
     stubs = "".join(f"proc {name} args {{ puts [join [list {name} {{*}}$args] |] }}\n" for name in commands)
     program = f"{stubs}source {install('tcl', tmp_path)}\nModulesHelp\n"
-    told = subprocess.run(["tclsh"], input=program, capture_output=True, text=True, check=True)
-    lines = told.stdout.splitlines()
+    finished = subprocess.run(["tclsh"], input=program, capture_output=True, text=True, check=True)
+    lines = finished.stdout.splitlines()
     assert f"setenv|PIPEDREAM_HPC_ROOT|{PREFIX}" in lines
     assert f"prepend-path|PATH|{PREFIX}/bin" in lines
-    assert "Start with: pipedream --help" in told.stderr
+    assert "Start with: pipedream --help" in finished.stderr

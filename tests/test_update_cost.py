@@ -1,4 +1,4 @@
-"""What an update costs, shared out to layers by tensors and bytes."""
+"""The time of an update is divided among the layers by tensors and bytes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from pipedream_hpc.model.capture import capture
-from pipedream_hpc.model.profiler import count
-from pipedream_hpc.runtime import update_cost
+from pipedream_hpc.model.counting import count
+from pipedream_hpc.profiling import update_cost
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 class Shared(nn.Module):
-    """A weight of 64 numbers at both ends, a ReLU and a weight of 256 in between."""
+    """A shared weight of 64 elements in the first and last layer; a weight of 256 and a ReLU in between."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,37 +29,37 @@ class Shared(nn.Module):
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Instead of the clock: a second per tensor and one per number; the sizes that were asked for."""
-    asked: list[int] = []
+    """Replace the measurement: a second per tensor and one per element; return the list of measured sizes."""
+    measured: list[int] = []
 
     def update_s(weights: list[torch.Tensor], *_: object) -> float:
-        asked.append(sum(each.numel() for each in weights))
-        return len(weights) + float(asked[-1])
+        measured.append(sum(each.numel() for each in weights))
+        return len(weights) + float(measured[-1])
 
     monkeypatch.setattr(update_cost, "update_s", update_s)
-    return asked
+    return measured
 
 
-def test_by_tensors_and_bytes_and_once_for_a_weight_of_two_layers(sizes: list[int]) -> None:
+def test_times_go_by_tensors_and_bytes_and_a_shared_weight_counts_once(sizes: list[int]) -> None:
     graph = capture(Shared(), torch.zeros(2, 8))
-    profile = update_cost.with_updates(count(graph), graph, SGD)
+    profile = update_cost.add_update_times(count(graph), graph, SGD)
     assert sizes == [2, 64 + 256]
-    # A number per tensor takes 2 + 2 seconds, the rest 318 seconds for 320 numbers.
+    # One element per tensor takes 2 + 2 seconds; the 320 elements take 318 seconds more.
     expected = {"first": 2 + 64 * 318 / 320, "inner": 2 + 256 * 318 / 320}
     for layer in profile.layers:
         assert layer.update_s == pytest.approx(expected.get(layer.name, 0.0)), layer.name
 
 
-def test_a_model_without_trained_weights_has_no_updates() -> None:
+def test_a_model_without_trained_weights_has_no_update_times() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU()).requires_grad_(False)
     graph = capture(model, torch.zeros(2, 8))
-    assert update_cost.with_updates(count(graph), graph, SGD) == count(graph)
+    assert update_cost.add_update_times(count(graph), graph, SGD) == count(graph)
 
 
-def test_what_is_measured_is_an_update_and_the_model_is_left_alone() -> None:
+def test_a_real_update_is_measured_and_the_model_is_unchanged() -> None:
     graph = capture(Shared(), torch.zeros(2, 8))
-    before, done = {name: value.clone() for name, value in graph.module.state_dict().items()}, []
-    profile = update_cost.with_updates(count(graph), graph, SGD, updates=3, between=lambda: done.append(1))
-    assert len(done) == 2 * (3 + 2)
+    before, calls = {name: value.clone() for name, value in graph.module.state_dict().items()}, []
+    profile = update_cost.add_update_times(count(graph), graph, SGD, updates=3, between=lambda: calls.append(1))
+    assert len(calls) == 2 * (3 + 2)
     assert sum(layer.update_s for layer in profile.layers) > 0
     assert all(torch.equal(value, before[name]) for name, value in graph.module.state_dict().items())

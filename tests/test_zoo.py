@@ -1,4 +1,4 @@
-"""Models of every kind: on ranks = in one process bit for bit, and = the whole model on mixed versions."""
+"""Models of every kind: MPI ranks give the bits of one process, which match the whole model on mixed versions."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ import torch
 from zoo import ZOO, seed_masks
 
 from pipedream_hpc.verification import reference
-from pipedream_hpc.verification.reference import Way
+from pipedream_hpc.verification.reference import ReferenceConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "programs"))
 import train_zoo
 
-SHORT = {"epochs": [5, 4], "last": 3, "optimizer": "sgd"}
+SETTINGS = {"epochs": [5, 4], "last": 3, "optimizer": "sgd"}
 
 
-def cases() -> list[dict[str, Any]]:
+def trainings() -> list[dict[str, Any]]:
+    """Return the settings of all trainings."""
     found = []
     for name in ZOO:
-        found += [{"name": name, "plan": plan, **SHORT} for plan in ("1-1-1", "2-1")]
+        found += [{"name": name, "plan": plan, **SETTINGS} for plan in ("1-1-1", "2-1")]
         found.append(
-            {"name": name, "plan": "1-1-1-1", **SHORT, "options": {"schedule": "1f1b-flush", "microbatches": 2}}
+            {"name": name, "plan": "1-1-1-1", **SETTINGS, "schedule": {"name": "1f1b-flush", "n_microbatches": 2}}
         )
-        found.append({"name": name, "plan": "1-2-1", **SHORT, "optimizer": "adam"})
+        found.append({"name": name, "plan": "1-2-1", **SETTINGS, "optimizer": "adam"})
     return found
 
 
-def named(wanted: dict[str, Any]) -> str:
-    return f"{wanted['name']} {wanted['plan']} {wanted.get('options', {}).get('schedule', '1f1b')}"
+def title(training: dict[str, Any]) -> str:
+    return f"{training['name']} {training['plan']} {training.get('schedule', {}).get('name', '1f1b')}"
 
 
-CASES = {named(wanted): wanted for wanted in cases()}
+CASES = {title(training): training for training in trainings()}
 
 
 @pytest.fixture(autouse=True)
@@ -45,42 +46,45 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def plainly(wanted: dict[str, Any], stage_of: dict[str, int]) -> dict[str, torch.Tensor]:
-    specimen, options = ZOO[wanted["name"]], wanted.get("options", {})
+def reference_weights(training: dict[str, Any], stage_of: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Return the weights that the reference implementation computes."""
+    case, schedule = ZOO[training["name"]], training.get("schedule", {})
     return reference.train(
-        specimen.model(),
+        case.model(),
         stage_of,
-        [specimen.minibatches(count, wanted["last"]) for count in wanted["epochs"]],
-        specimen.loss,
-        chains.OPTIMIZERS[wanted["optimizer"]],
-        Way(
-            options.get("schedule", "1f1b"),
-            [int(count) for count in wanted["plan"].split("-")],
-            options.get("microbatches", 1),
+        [case.minibatches(count, training["last"]) for count in training["epochs"]],
+        case.loss,
+        chains.OPTIMIZERS[training["optimizer"]],
+        ReferenceConfig(
+            schedule.get("name", "1f1b"),
+            [int(count) for count in training["plan"].split("-")],
+            schedule.get("n_microbatches", 1),
         ),
-        seeded=seed_masks,
+        before_forward=seed_masks,
     )
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_in_one_process_as_the_reference(name: str) -> None:
-    """Up to the order in which gradients of values with several users are added up."""
+def test_one_process_matches_the_reference(name: str) -> None:
+    """They match up to the order in which the gradients of a value with several users are added."""
     report = train_zoo.train(CASES[name])
-    for key, expected in plainly(CASES[name], report["stage_of"]).items():
+    for key, expected in reference_weights(CASES[name], report["stage_of"]).items():
         torch.testing.assert_close(
             report["weights"][key], expected, rtol=2e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}"
         )
 
 
 @pytest.mark.parametrize("on_ranks", [3, 4])
-def test_on_ranks_as_in_one_process(on_ranks: int, tmp_path: Path) -> None:
-    chosen = [wanted for wanted in CASES.values() if sum(map(int, wanted["plan"].split("-"))) == on_ranks]
-    orders = [{**wanted, "out": str(tmp_path / f"{index}.pt")} for index, wanted in enumerate(chosen)]
-    finished = ranks.python(on_ranks, "train_zoo.py", json.dumps(orders), timeout=240)
+def test_ranks_give_the_bits_of_one_process(on_ranks: int, tmp_path: Path) -> None:
+    chosen = [training for training in CASES.values() if sum(map(int, training["plan"].split("-"))) == on_ranks]
+    trainings = [{**training, "out": str(tmp_path / f"{index}.pt")} for index, training in enumerate(chosen)]
+    finished = ranks.python(on_ranks, "train_zoo.py", json.dumps(trainings), timeout=240)
     assert finished.status == 0, finished.output
-    for index, wanted in enumerate(chosen):
-        report, alone = torch.load(tmp_path / f"{index}.pt"), train_zoo.train(wanted)
-        assert report["ranks"] == on_ranks, "the ranks really ran"
-        different = [key for key, value in alone["weights"].items() if not torch.equal(report["weights"][key], value)]
-        assert different == [], named(wanted)
-        assert (report["losses"], report["scores"]) == (alone["losses"], alone["scores"]), named(wanted)
+    for index, training in enumerate(chosen):
+        report, expected = torch.load(tmp_path / f"{index}.pt"), train_zoo.train(training)
+        assert report["ranks"] == on_ranks, "the job ran on that many ranks"
+        different = [
+            key for key, value in expected["weights"].items() if not torch.equal(report["weights"][key], value)
+        ]
+        assert different == [], title(training)
+        assert (report["losses"], report["scores"]) == (expected["losses"], expected["scores"]), title(training)

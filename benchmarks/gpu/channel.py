@@ -50,9 +50,9 @@ def run(options: argparse.Namespace) -> None:
     import torch
     from mpi4py import MPI
 
-    from pipedream_hpc.core import load_core
-    from pipedream_hpc.runtime.ping_pong import play
-    from pipedream_hpc.runtime.route import attempt, command
+    from pipedream_hpc.core import load_comm
+    from pipedream_hpc.runtime.comm.gpu_route import child_command, run_child
+    from pipedream_hpc.runtime.comm.ping_pong import run_ping_pong
 
     comm, cuda = MPI.COMM_WORLD, options.device == "cuda"
     assert comm.size == 2
@@ -62,14 +62,14 @@ def run(options: argparse.Namespace) -> None:
     if cuda:
         torch.cuda.set_device(index)
     # As Pipeline does: first a child process, then these ranks.
-    wrong = comm.bcast(attempt(command(memory, index)) if comm.rank == 0 else None)
+    wrong = comm.bcast(run_child(child_command(memory, index)) if comm.rank == 0 else None)
     wrong = wrong or next(
-        (each for each in comm.allgather(None if wrong else play(comm, memory, device=index)) if each), None
+        (each for each in comm.allgather(None if wrong else run_ping_pong(comm, memory, device=index)) if each), None
     )
     routes = {"direct": False, "staged": True} if wrong is None else {"staged": True}
     if not cuda:
         routes = {"direct": False}
-    progress = load_core().Progress(comm, device=index)
+    progress = load_comm().Progress(comm, device=index)
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(index) if cuda else "CPU",
         "mpi": MPI.Get_library_version().split(",")[0],
@@ -121,11 +121,11 @@ class Link:
     def __init__(self, progress: Any, rank: int, tag: int, nbytes: int, memory: str, staged: bool, device: Any) -> None:
         import torch
 
-        from pipedream_hpc.core import load_core
-        from pipedream_hpc.runtime.route import Route
+        from pipedream_hpc.core import load_comm
+        from pipedream_hpc.runtime.comm.gpu_route import Route
 
-        core, part = load_core(), [("bytes", "uint8", 1, (nbytes,))]
-        self._receiver = core.ReceiveChannel(progress, 1 - rank, tag, part, 2, memory, staged)
+        core, part = load_comm(), [("bytes", "uint8", 1, (nbytes,))]
+        self._receiver = core.RecvChannel(progress, 1 - rank, tag, part, 2, memory, staged)
         self._sender = core.SendChannel(progress, 1 - rank, tag, part, memory, staged)
         self._stream = Route(device).stream
         self._rank, self._next, self._device = rank, 0, device
@@ -166,7 +166,7 @@ class Link:
 
     def right(self) -> bool:
         """Whether the last bytes are the other rank's."""
-        from pipedream_hpc.runtime.view import tensor_over
+        from pipedream_hpc.runtime.comm.tensor_view import tensor_over
 
         view = self._receiver.slot(self._slot)
         there = tensor_over(view, self._tensor.shape, self._tensor.dtype, device=self._device)

@@ -11,9 +11,9 @@ import sys
 import torch
 from mpi4py import MPI
 
-from pipedream_hpc.core import load_core
-from pipedream_hpc.runtime.route import attempt, command
-from pipedream_hpc.runtime.view import tensor_over
+from pipedream_hpc.core import load_comm
+from pipedream_hpc.runtime.comm.gpu_route import child_command, run_child
+from pipedream_hpc.runtime.comm.tensor_view import tensor_over
 
 PARTS = [
     ("a", torch.float32, (64, 1000)),
@@ -32,41 +32,41 @@ def main() -> None:
     torch.cuda.set_device(index)
     device = torch.device("cuda", index)
     if not staged:
-        wrong = comm.bcast(attempt(command("device", index)) if comm.rank == 0 else None)
+        wrong = comm.bcast(run_child(child_command("device", index)) if comm.rank == 0 else None)
         if wrong:
             print(f"cannot take device memory: {wrong}", flush=True)
             return
-    core = load_core()
-    progress = core.Progress(comm, crowded=True, device=index)
+    core = load_comm()
+    progress = core.Progress(comm, oversubscribed=True, device=index)
     planned = [(name, str(dtype).split(".")[1], dtype.itemsize, shape) for name, dtype, shape in PARTS]
     following, preceding = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-    receiver = core.ReceiveChannel(progress, preceding, 0, planned, 2, "device", staged, 1 << 20)
+    receiver = core.RecvChannel(progress, preceding, 0, planned, 2, "device", staged, 1 << 20)
     sender = core.SendChannel(progress, following, 0, planned, "device", staged, 1 << 20)
     compute, idle = torch.cuda.current_stream(), torch.cuda.Stream()
     late = 0
-    for unit in range(8):
-        draw = torch.Generator().manual_seed(unit)
+    for microbatch in range(8):
+        draw = torch.Generator().manual_seed(microbatch)
         shapes = [
             (*(int(torch.randint(1, size + 1, (), generator=draw)) for size in shape[:1]), *shape[1:])
             for _, _, shape in PARTS
         ]
         # Every other one begins where sixteen bytes do not.
         tensors = [
-            torch.full((unit % 2 + math.prod(each),), 99, dtype=dtype, device=device)[unit % 2 :].view(each)
+            torch.full((microbatch % 2 + math.prod(each),), 99, dtype=dtype, device=device)[microbatch % 2 :].view(each)
             for each, dtype in zip(shapes, DTYPES, strict=True)
         ]
         torch.cuda.synchronize()
         torch.cuda._sleep(SLEEP_CYCLES)
         for tensor in tensors:
-            tensor.fill_(unit + 10 * comm.rank)
+            tensor.fill_(microbatch + 10 * comm.rank)
         stream = compute if waits else idle
-        sender.send(unit, [(each.data_ptr(), tuple(each.shape)) for each in tensors], 60.0, stream.cuda_stream)
-        slot, found = receiver.receive(unit, 60.0)
+        sender.send(microbatch, [(each.data_ptr(), tuple(each.shape)) for each in tensors], 60.0, stream.cuda_stream)
+        slot, found = receiver.receive(microbatch, 60.0)
         assert found is not None or shapes == [shape for _, _, shape in PARTS]
-        offsets = found or list(zip(core.places(planned), shapes, strict=True))
+        offsets = found or list(zip(core.tensor_offsets(planned), shapes, strict=True))
         for (offset, shape), dtype in zip(offsets, DTYPES, strict=True):
             got = tensor_over(receiver.slot(slot), torch.Size(shape), dtype, offset=offset, device=device)
-            late += int((got != unit + 10 * preceding).any())
+            late += int((got != microbatch + 10 * preceding).any())
         receiver.release(slot, compute.cuda_stream)
         sender.drain(60.0)
         torch.cuda.synchronize()

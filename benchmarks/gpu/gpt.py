@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from pipedream_hpc import Job
-from pipedream_hpc.models import gpt
+from pipedream_hpc.zoo import gpt
 
 BIN = Path(sys.executable).parent
 
@@ -58,8 +58,8 @@ def job(args: list[str]) -> Job:
         network,
         next_token,
         partial(torch.optim.AdamW, lr=1e-4),
-        train=[(tokens, tokens)] * wanted.minibatches,
-        example=tokens,
+        train_loader=[(tokens, tokens)] * wanted.minibatches,
+        example_inputs=tokens,
     )
 
 

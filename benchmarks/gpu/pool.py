@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import nn
 
 from pipedream_hpc.model.clock import clock_of
-from pipedream_hpc.runtime.stash import WeightStash
+from pipedream_hpc.runtime.weights.stash import WeightStash
 
 TENSORS = 16
 PAUSE_CYCLES = 3_000_000  # some 2 ms
@@ -48,7 +48,7 @@ def weights(nbytes: int, dtype: torch.dtype) -> nn.Module:
 def contest(kind: str, nbytes: int, device: torch.device, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Seconds (of the stream, of the host) of every way to step `nbytes` of float32, or half of that in bfloat16."""
     single = WeightStash(weights(nbytes, torch.float32), 2, OPTIMIZERS[kind], device=device)
-    halves = WeightStash(weights(nbytes, torch.bfloat16), 2, OPTIMIZERS[kind], masters=True, device=device)
+    halves = WeightStash(weights(nbytes, torch.bfloat16), 2, OPTIMIZERS[kind], master_weights=True, device=device)
     place = [nn.Parameter(torch.zeros_like(each)) for each in single.trained]
     for each in place:
         each.grad = torch.full_like(each, 1e-3)
@@ -81,11 +81,11 @@ def switch_s(nbytes: int, device: torch.device) -> float:
     stash = WeightStash(weights(nbytes, torch.float32), 2, OPTIMIZERS["SGD"], device=device)
     stash.update([None] * TENSORS)
     taken = []
-    for unit in range(200):
+    for microbatch in range(200):
         began = time.perf_counter()
-        stash.acquire(unit, unit % 2)
+        stash.acquire(microbatch, microbatch % 2)
         taken.append(time.perf_counter() - began)
-        stash.release(unit)
+        stash.release(microbatch)
     return statistics.median(taken[10:])
 
 

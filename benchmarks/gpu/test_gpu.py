@@ -17,15 +17,16 @@ import ranks
 import torch
 import training
 from torch import nn
+from training import Training
 
-from pipedream_hpc import Pipeline
-from pipedream_hpc.core import load_memory
-from pipedream_hpc.runtime.stash import WeightStash
+from pipedream_hpc import Pipeline, RunConfig, ScheduleConfig, TrainConfig
+from pipedream_hpc.core import load_weights
+from pipedream_hpc.runtime.weights.stash import WeightStash
 
 HERE = Path(__file__).resolve().parent
 GPU = torch.device("cuda", 0)
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or not load_memory().cuda_compiled(), reason="needs a GPU, and a core built with nvcc"
+    not torch.cuda.is_available() or not load_weights().cuda_compiled(), reason="needs a GPU and a core built with nvcc"
 )
 
 
@@ -64,7 +65,7 @@ def test_pool_keeps_masters() -> None:
     module = nn.Linear(65, 33).bfloat16()
     master = nn.Parameter(module.weight.detach().float().to(GPU))
     make = partial(torch.optim.SGD, lr=1e-3, momentum=0.9)
-    stash, plain = WeightStash(module, 2, make, masters=True, device=GPU), make([master])
+    stash, plain = WeightStash(module, 2, make, master_weights=True, device=GPU), make([master])
     for _ in range(10):
         gradients: list[torch.Tensor | None] = [torch.randn_like(each) for each in stash.trained]
         assert gradients[0] is not None
@@ -79,18 +80,18 @@ def test_pool_allocates_nothing_after_warm_up() -> None:
     gradients: list[torch.Tensor | None] = [torch.ones_like(each) for each in stash.trained]
     stash.update(gradients)
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(), load_memory().allocations()
-    for unit in range(20):
-        stash.acquire(unit)
+    before = torch.cuda.memory_allocated(), load_weights().allocations()
+    for microbatch in range(20):
+        stash.acquire(microbatch)
         stash.update(gradients)
-        stash.release(unit)
-    assert (torch.cuda.memory_allocated(), load_memory().allocations()) == before
+        stash.release(microbatch)
+    assert (torch.cuda.memory_allocated(), load_weights().allocations()) == before
 
 
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_pool_steps_tensors_that_begin_anywhere(offset: int) -> None:
     """Four numbers at a time where all tensors begin at multiples of 16 bytes, one by one where they do not."""
-    core, count = load_memory(), 10_007
+    core, count = load_weights(), 10_007
     whole = [torch.randn(count + 4, device=GPU) for _ in range(2)]
     weights, gradient = (each[offset : offset + count] for each in whole)
     target = torch.full((count + 8,), 99.0, device=GPU)
@@ -126,30 +127,25 @@ def test_channel_without_the_wait_sends_what_was_there_before(route: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("plan", "more"),
+    ("plan", "schedule", "precision"),
     [
-        ("1-1", {}),
-        ("2-1", {}),
-        ("1-1-1", {"schedule": "gpipe", "microbatches": 2}),
-        ("1-1-1", {"schedule": "1f1b-flush", "microbatches": 2, "split_backward": True}),
-        ("1-1", {"schedule": "1f1b-flush", "microbatches": 4, "zero_bubble": True}),
-        ("1-1", {"schedule": "gpipe", "microbatches": 2, "split_backward": True}),
-        ("1-1", {"precision": "bf16"}),
+        ((1, 1), ScheduleConfig("1f1b"), None),
+        ((2, 1), ScheduleConfig("1f1b"), None),
+        ((1, 1, 1), ScheduleConfig("gpipe", n_microbatches=2), None),
+        ((1, 1, 1), ScheduleConfig("zb-h1", n_microbatches=2), None),
+        ((1, 1), ScheduleConfig("zb-h2", n_microbatches=4), None),
+        ((1, 1), ScheduleConfig("gpipe-split", n_microbatches=2), None),
+        ((1, 1), ScheduleConfig("1f1b"), "bf16"),
     ],
 )
-def test_training_on_ranks_as_in_one_process(plan: str, more: dict[str, Any], tmp_path: Path) -> None:
-    order = {
-        "plan": plan,
-        "model": "rich",
-        "optimizer": "adam",
-        "epochs": [9, 7],
-        "options": {"device": "cuda", **more},
-    }
-    count = sum(map(int, plan.split("-")))
-    (report,) = training.on_ranks(count, [order], tmp_path)
-    alone = training.alone(order)
-    for name, value in alone["weights"].items():
-        torch.testing.assert_close(report["weights"][name], value, rtol=1e-4, atol=1e-5)
+def test_training_on_ranks_as_in_one_process(
+    plan: tuple[int, ...], schedule: ScheduleConfig, precision: str | None, tmp_path: Path
+) -> None:
+    config = TrainConfig(precision=precision)
+    wanted = Training(plan, schedule, config, model="rich", optimizer="adam", epochs=(9, 7))
+    (report,) = training.on_ranks(sum(plan), [wanted], tmp_path)
+    for name, value in training.in_one_process(wanted).weights.items():
+        torch.testing.assert_close(report.weights[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_no_minibatch_waits_for_the_gpu() -> None:
@@ -159,11 +155,11 @@ def test_no_minibatch_waits_for_the_gpu() -> None:
         data = [(torch.randn(8, 16), torch.randint(0, 4, (8,))) for _ in range(minibatches)]
         pipeline = Pipeline(
             nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 4)),
-            loss=nn.CrossEntropyLoss(),
+            loss_fn=nn.CrossEntropyLoss(),
             optimizer=partial(torch.optim.Adam, lr=0.01),
-            example=data[0][0],
+            example_inputs=data[0][0],
             plan="1-1",
-            device="cuda",
+            run_config=RunConfig(device="cuda"),
         )
         pipeline.fit(data)  # allocates, and makes the optimizer's state
         with warnings.catch_warnings(record=True) as told:
@@ -181,16 +177,10 @@ def test_no_minibatch_waits_for_the_gpu() -> None:
 
 
 def test_masters_on_ranks(tmp_path: Path) -> None:
-    order = {
-        "plan": "1-1",
-        "model": "half",
-        "optimizer": "sgd",
-        "epochs": [9],
-        "options": {"device": "cuda", "master_weights": True},
-    }
-    (report,) = training.on_ranks(2, [order], tmp_path)
-    for name, value in training.alone(order)["weights"].items():
-        torch.testing.assert_close(report["weights"][name], value, rtol=2e-2, atol=1e-3)
+    wanted = Training((1, 1), train_config=TrainConfig(master_weights=True), model="half", epochs=(9,))
+    (report,) = training.on_ranks(2, [wanted], tmp_path)
+    for name, value in training.in_one_process(wanted).weights.items():
+        torch.testing.assert_close(report.weights[name], value, rtol=2e-2, atol=1e-3)
 
 
 def test_two_ranks_on_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
-// A channel beside plain C MPI on the same pair of ranks; benchmarks/channel.py builds, starts and reads it.
+// Compares a channel with plain C MPI on the same two ranks. benchmarks/channel.py builds it, runs it and reads the
+// result.
 //
 //   bench_channel latency TURNS SIZE ...        ping-pong:  {"size": …, "way": "core", "seconds": […]}
-//   bench_channel overlap TURNS SIZE SECONDS    a transfer each way behind compute
+//   bench_channel overlap TURNS SIZE SECONDS    a transfer in each direction, overlapped with compute
 //
-// The ways take turns. The core's progress thread lives only during its own turns, so that it lends plain
-// MPI no hand and takes nothing from it.
-#include "channel.hpp"
+// The two ways take turns. The core's progress thread exists only during its own turns, so that it neither helps nor
+// slows plain MPI.
+#include "comm/channel.hpp"
 
 #include <mpi.h>
 
@@ -20,18 +21,18 @@
 #include <string>
 #include <vector>
 
-#include "progress.hpp"
+#include "comm/progress.hpp"
 
 using namespace pipedream;
 
 namespace {
 
 int rank = 0;
-bool crowded = false;  // no: the benchmark is for ranks = cores
+bool oversubscribed = false;  // the benchmark needs a core per rank
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-Waiting soon() {
+WaitOptions soon() {
   return {60.0, [] {}};
 }
 
@@ -49,8 +50,8 @@ void print(const char* measured, const char* way, std::size_t size, const std::v
   std::fflush(stdout);
 }
 
-// On a cache line, as torch has its tensors, and touched: what a stage sends was just written. (On the
-// 16 bytes of malloc, copies between processes take 1.3 times as long as between aligned memory.)
+// Aligned to a cache line, as torch's tensors are, and touched, since a stage sends what it has just written. (With
+// malloc's alignment of 16 bytes, copies between processes take 1.3 times as long.)
 struct Free {
   void operator()(char* data) const { std::free(data); }
 };
@@ -61,19 +62,21 @@ Memory memory(std::size_t size) {
   return made;
 }
 
-// Both ends of both directions, as a pipeline has them between two stages.
+// A channel in each direction, as between two stages of a pipeline.
 struct Pair {
-  std::shared_ptr<Progress> progress = std::make_shared<Progress>(MPI_COMM_WORLD, crowded);
-  Part part;
+  std::shared_ptr<Progress> progress = std::make_shared<Progress>(MPI_COMM_WORLD, oversubscribed);
+  TensorSpec tensor;
   std::unique_ptr<SendChannel> out;
-  std::unique_ptr<ReceiveChannel> in;
+  std::unique_ptr<RecvChannel> in;
 
   explicit Pair(std::size_t size)
-      : part{"the payload", "uint8", 1, {static_cast<std::int64_t>(size)}},
-        out(SendChannel::make(progress, {1 - rank, rank, {part}})),
-        in(ReceiveChannel::make(progress, {1 - rank, 1 - rank, {part}}, 2)) {}
-  void send(std::int64_t minibatch, const Memory& data) { out->send(minibatch, {{data.get(), part.shape}}, soon()); }
-  std::size_t receive(std::int64_t minibatch) { return in->receive(minibatch, soon()).slot; }
+      : tensor{"the payload", "uint8", 1, {static_cast<std::int64_t>(size)}},
+        out(SendChannel::make(progress, {1 - rank, rank, {tensor}})),
+        in(RecvChannel::make(progress, {1 - rank, 1 - rank, {tensor}}, 2)) {}
+  void send(std::int64_t microbatch, const Memory& data) {
+    out->send(microbatch, {{data.get(), tensor.shape}}, soon());
+  }
+  std::size_t receive(std::int64_t microbatch) { return in->receive(microbatch, soon()).slot; }
   ~Pair() {
     out->drain(soon());
     MPI_Barrier(MPI_COMM_WORLD);
@@ -83,7 +86,7 @@ struct Pair {
 
 using Samples = std::vector<double>;
 
-// One way: half of there and back.
+// Samples the time of one way: half of a round trip.
 void ping_pong(const std::function<void()>& send, const std::function<void()>& receive, int repeats, Samples& samples) {
   for (int i = -repeats / 10 - 2; i < repeats; ++i) {
     const double began = now();
@@ -95,7 +98,7 @@ void ping_pong(const std::function<void()>& send, const std::function<void()>& r
 }
 
 void latency(std::size_t size, int turns) {
-  // Plain MPI receives into two buffers in turns, like a channel with two slots: what fits the caches is the same.
+  // Plain MPI alternates between two receive buffers, like a channel with two slots, so that both use the caches alike.
   const Memory data = memory(size), landings[2] = {memory(size), memory(size)};
   const int repeats = static_cast<int>(std::clamp<std::size_t>((std::size_t{48} << 20) / size, 4, 1000));
   Samples core, plain;
@@ -104,7 +107,7 @@ void latency(std::size_t size, int turns) {
       Pair pair(size);
       std::int64_t sent = 0, received = 0;
       std::optional<std::size_t> held;
-      // A slot is given back when the answer is on its way, as a stage does it after the backward.
+      // Release a slot after the answer is sent, as a stage does after the backward.
       const auto send = [&] {
         pair.send(sent++, data);
         if (held) pair.in->release(*held);
@@ -129,7 +132,7 @@ void latency(std::size_t size, int turns) {
   print("latency", "plain", size, plain);
 }
 
-// Multiplies a matrix that stays in the cache; the number of rounds keeps the compiler honest.
+// Multiplies matrices that fit the cache; a_ depends on the result, so that the compiler keeps all rounds.
 class Compute {
  public:
   void for_seconds(double seconds) {
@@ -174,12 +177,12 @@ void overlap(std::size_t size, int turns, double seconds) {
     MPI_Waitall(2, requests, MPI_STATUSES_IGNORE);
     return largest(now() - began);
   };
-  const auto by_core = [&](Pair& pair, std::int64_t minibatch, const Work& meanwhile) {
+  const auto by_core = [&](Pair& pair, std::int64_t microbatch, const Work& meanwhile) {
     MPI_Barrier(MPI_COMM_WORLD);
     const double began = now();
-    pair.send(minibatch, data);
+    pair.send(microbatch, data);
     meanwhile();
-    const std::size_t slot = pair.receive(minibatch);
+    const std::size_t slot = pair.receive(microbatch);
     pair.out->drain(soon());
     const double took = now() - began;
     pair.in->release(slot);

@@ -1,20 +1,20 @@
-// The bytes of an optimizer step, and next to no arithmetic: what memory alone would take for it. A library that
-// benchmarks/optimizer.py builds and calls.
+// Moves the bytes of an optimizer step with almost no arithmetic, to measure the time of the memory alone. A library
+// that benchmarks/optimizer.py builds and calls.
 //
 //   in place         weights, gradient, state ──► weights, state
-//   copy-on-write    weights, gradient, state ──► target, state      the target streamed around the caches
+//   copy-on-write    weights, gradient, state ──► target, state      the target by streaming stores
 #include <immintrin.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
 
-#include "threads.hpp"
+#include "weights/threads.hpp"
 
 namespace {
 
 #if defined(__AVX512F__)
-using Numbers = __m512;  // a line of the caches
+using Numbers = __m512;  // a cache line
 void stream(float* to, Numbers numbers) { _mm512_stream_ps(to, numbers); }
 #else
 using Numbers = __m128;
@@ -22,11 +22,11 @@ void stream(float* to, Numbers numbers) { _mm_stream_ps(to, numbers); }
 #endif
 
 constexpr std::size_t width = sizeof(Numbers) / sizeof(float);
-constexpr std::size_t chunk = 524288;  // numbers that a thread takes at a time, as fused.cpp does
+constexpr std::size_t chunk = 524288;  // numbers that a thread takes at a time, as in fused.cpp
 
 Numbers& at(float* address) { return *reinterpret_cast<Numbers*>(address); }
 
-// Means, so that numbers stay what they are like, however often this runs.
+// Computes means, so that the numbers keep their magnitude in repeated runs.
 template <bool second, bool streams>
 void move(float* weights, float* target, float* gradient, float* first_state, float* second_state, std::size_t count) {
   for (std::size_t i = 0; i < count; i += width) {
@@ -44,8 +44,8 @@ void move(float* weights, float* target, float* gradient, float* first_state, fl
 
 }  // namespace
 
-// `tensors` of `count` numbers each, whole lines that begin on a line; streamed unless the target is the weights.
-// `second` is null where there is one state only.
+// Moves `tensors` tensors of `count` numbers each; all are aligned to cache lines and consist of whole lines. Streams
+// unless the target is the weights. `second` is null if there is only one state.
 extern "C" __attribute__((visibility("default"))) void move_bytes(float* const* weights, float* const* target,
                                                                   float* const* gradient, float* const* first,
                                                                   float* const* second, std::size_t tensors,

@@ -11,8 +11,8 @@
 #include <thread>
 #include <utility>
 
-#include "copy_part.hpp"
-#include "memory.hpp"
+#include "memory/copy_part.hpp"
+#include "memory/memory.hpp"
 
 namespace pipedream {
 
@@ -53,11 +53,11 @@ class FakeStream {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<std::function<void()>> queue_;
-  bool ended_ = false;  // of the stream's own thread
+  bool ended_ = false;  // accessed by the stream's thread only
   std::thread thread_;
 };
 
-// How often it was recorded, and how often that has happened. Streams keep it alive.
+// Number of records, and the number of the last completed one. Streams keep it alive.
 struct FakeEvent {
   std::mutex mutex;
   std::condition_variable changed;
@@ -82,7 +82,7 @@ namespace cuda {
 bool compiled() { return true; }
 int device_count() { return 1; }
 
-std::byte* allocate(std::size_t bytes, Where) {
+std::byte* allocate(std::size_t bytes, MemoryKind) {
   const std::size_t rounded = (bytes + 4095) / 4096 * 4096 + 4096;
   void* const data = std::aligned_alloc(4096, rounded);
   std::memset(data, 0, rounded);
@@ -112,7 +112,7 @@ void Event::record(Handle stream) {
   });
 }
 
-void Event::before(Handle stream) const {
+void Event::block(Handle stream) const {
   const SharedEvent event = *static_cast<SharedEvent*>(handle_);
   std::size_t number = 0;
   {
@@ -126,7 +126,7 @@ void Event::before(Handle stream) const {
   });
 }
 
-bool Event::happened() const {
+bool Event::query() const {
   const SharedEvent event = *static_cast<SharedEvent*>(handle_);
   const std::lock_guard held(event->mutex);
   return event->happened == event->recorded;

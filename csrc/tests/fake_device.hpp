@@ -1,22 +1,22 @@
-// A device that is none: host memory, and streams that are threads. What is put on a stream is done later,
-// one after the other, each after a moment, so that whoever forgets to wait reads what was there before.
+// A fake device: its memory is host memory, and its streams are threads. A stream performs its work in order, each
+// item after a short delay, so that code that forgets to wait reads old data.
 //
-// Linked instead of memory_cuda.cu, so that the channels for device memory run where there is no GPU.
+// Linked instead of memory_cuda.cu, so that channels for device memory are tested without a GPU.
 #pragma once
 
 #include <functional>
 
-#include "streams.hpp"
+#include "memory/streams.hpp"
 
 namespace pipedream::fake {
 
-// Puts work on a stream, such as a kernel.
+// Queues work on a stream, such as a kernel.
 void launch(cuda::Handle stream, std::function<void()> work);
 
-// Streams no longer wait for events: what a channel without its waits would do.
+// Makes streams ignore waits for events, to show what a channel without them would do.
 void ignore_waits(bool ignored);
 
-// Kernels so far that have made several copies at once.
+// Number of calls of copy_all_on() so far.
 std::size_t kernels();
 
 }  // namespace pipedream::fake

@@ -1,5 +1,5 @@
-// All ranks run the same tests in the same order. The first that fails on any rank ends all of them:
-// the others would wait for it for ever.
+// All ranks run the same tests in the same order. The first failure on any rank aborts the job:
+// otherwise the other ranks would wait for ever.
 #define DOCTEST_CONFIG_IMPLEMENT
 #include <doctest/doctest.h>
 #include <mpi.h>
@@ -31,7 +31,7 @@ struct EndAllRanks final : doctest::IReporter {
   void test_case_skipped(const doctest::TestCaseData&) override {}
 };
 
-// After the reporter that prints what failed: listeners come in order of priority, reporters after them.
+// Runs after the reporter that prints the failure: doctest calls reporters in order of priority.
 REGISTER_REPORTER("end-all-ranks", 1, EndAllRanks);
 
 [[noreturn]] void refuse(const std::string& why) {
@@ -42,13 +42,13 @@ REGISTER_REPORTER("end-all-ranks", 1, EndAllRanks);
 
 }  // namespace
 
-// test_ranks --ranks=N [options of doctest]: N is what the launcher was asked for.
+// test_ranks --ranks=N [options of doctest], where N is the number of ranks given to the launcher.
 int main(int argc, char** argv) {
   int provided = 0, size = 0;
   MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided);
   MPI_Comm_size(MPI_COMM_WORLD, &size);
   const std::string wanted = argc > 1 ? argv[1] : "";
-  if (provided < MPI_THREAD_MULTIPLE) refuse("this MPI gives no MPI_THREAD_MULTIPLE");
+  if (provided < MPI_THREAD_MULTIPLE) refuse("this MPI does not support MPI_THREAD_MULTIPLE");
   if (wanted != "--ranks=" + std::to_string(size)) refuse(std::to_string(size) + " ranks run, but not " + wanted);
 
   doctest::Context context(argc, argv);

@@ -1,6 +1,6 @@
-// What the tests on ranks share. They run on any number of ranks, on a ring:
+// Helpers of the tests on ranks. The tests run on any number of ranks, in a ring:
 //
-//   rank 0 ──► rank 1 ──► rank 2 ──► rank 0        one rank alone sends to itself
+//   rank 0 ──► rank 1 ──► rank 2 ──► rank 0        a single rank sends to itself
 #pragma once
 
 #include <mpi.h>
@@ -14,9 +14,9 @@
 #include <string>
 #include <vector>
 
-#include "channel.hpp"
-#include "mpi_error.hpp"
-#include "progress.hpp"
+#include "comm/channel.hpp"
+#include "comm/mpi_error.hpp"
+#include "comm/progress.hpp"
 
 namespace pipedream {
 
@@ -38,40 +38,40 @@ inline std::string name_of_next() { return "rank " + std::to_string(next()); }
 inline std::string name_of_previous() { return "rank " + std::to_string(previous()); }
 inline std::string name_of_this() { return "rank " + std::to_string(rank()); }
 
-// Ranks and threads together are more than the cores.
+// Oversubscribed: there are more threads than cores.
 inline std::shared_ptr<Progress> make_progress() { return std::make_shared<Progress>(MPI_COMM_WORLD, true); }
 
-inline Waiting up_to(double seconds) {
+inline WaitOptions up_to(double seconds) {
   return {seconds, [] {}};
 }
-inline Waiting soon() { return up_to(60); }
+inline WaitOptions soon() { return up_to(60); }
 
-// All ranks have come here; channels go on meanwhile. Like all calls of MPI it goes through Progress: what
-// MPI itself synchronises, ThreadSanitizer does not see.
-inline void meet(Progress& progress) {
-  struct Meeting final : Endpoint {
+// A barrier during which channels make progress. It goes through Progress, because ThreadSanitizer does not see
+// synchronisation inside MPI.
+inline void barrier(Progress& progress) {
+  struct Barrier final : Endpoint {
     std::shared_ptr<void> memory(std::size_t) const override { return nullptr; }
     void completed(std::size_t) override { done = true; }
-    std::string describe(std::size_t) const override { return "all ranks of a test"; }
+    std::string describe(std::size_t) const override { return "a barrier of the test"; }
     bool done = false;
-  } meeting;
+  } barrier_endpoint;
   {
     const Progress::Lock held = progress.lock();
     MPI_Request request;
     MPI_Ibarrier(MPI_COMM_WORLD, &request);
-    progress.collective(&meeting, 0, request);
+    progress.collective(&barrier_endpoint, 0, request);
   }
-  const auto stalled = [](double) { return std::make_exception_ptr(StallError("not all ranks came")); };
-  progress.wait([&] { return meeting.done; }, soon(), stalled);
+  const auto stalled = [](double) { return std::make_exception_ptr(StallError("not all ranks entered the barrier")); };
+  progress.wait([&] { return barrier_endpoint.done; }, soon(), stalled);
 }
 
-// Likewise when there is no Progress, or none that works.
-inline void meet() { MPI_Barrier(MPI_COMM_WORLD); }
+// A barrier without Progress, or after a failure of it.
+inline void barrier() { MPI_Barrier(MPI_COMM_WORLD); }
 
-// Bytes that tell one minibatch from another, the same on all ranks.
-inline std::vector<std::byte> pattern(std::int64_t minibatch, std::size_t size) {
+// Bytes that differ between microbatches and are the same on all ranks.
+inline std::vector<std::byte> pattern(std::int64_t microbatch, std::size_t size) {
   std::vector<std::byte> bytes(size);
-  std::uint32_t state = static_cast<std::uint32_t>(minibatch) * 2654435761u + 1;
+  std::uint32_t state = static_cast<std::uint32_t>(microbatch) * 2654435761u + 1;
   for (std::size_t i = 0; i < size; i += sizeof state) {
     state = state * 1664525u + 1013904223u;
     const std::uint32_t mixed = state ^ (state >> 15);
@@ -87,7 +87,7 @@ inline bool all(const std::byte* begin, const std::byte* end, std::byte value) {
 constexpr std::byte guard{0xa5};
 constexpr std::size_t guards = 64;
 
-// A payload between guard bytes, as the sender holds it.
+// The sender's copy of a payload, between guard bytes.
 class Guarded {
  public:
   explicit Guarded(const std::vector<std::byte>& payload) : bytes_(payload.size() + 2 * guards, guard) {
@@ -105,51 +105,53 @@ class Guarded {
   std::vector<std::byte> bytes_;
 };
 
-// Buffers are made of whole pages, and zeros: nobody writes between their end and the page's.
+// Buffers occupy whole pages of zeros: checks that the bytes between a buffer's end and its page's are still zero.
 inline bool page_untouched(const View& view) {
   const std::uintptr_t end = reinterpret_cast<std::uintptr_t>(view.data) + view.bytes;
   const std::size_t rest = (4096 - end % 4096) % 4096;
   return all(view.data + view.bytes, view.data + view.bytes + rest, std::byte{0});
 }
 
-inline Part part(std::size_t capacity) {
+inline TensorSpec tensor_spec(std::size_t capacity) {
   return {"the test's bytes", "uint8", 1, {static_cast<std::int64_t>(capacity)}};
 }
-inline Line line(int peer, int tag, std::size_t capacity) { return {peer, tag, {part(capacity)}}; }
+inline ChannelSpec spec(int peer_rank, int tag, std::size_t capacity) {
+  return {peer_rank, tag, {tensor_spec(capacity)}};
+}
 
-// The two ends a rank has on a ring: to the next rank, and from the one before.
+// The two channel ends of a rank in the ring: to the next rank and from the previous one.
 class Ring {
  private:
   std::unique_ptr<SendChannel> out_;
-  std::unique_ptr<ReceiveChannel> in_;
+  std::unique_ptr<RecvChannel> in_;
 
  public:
   SendChannel& out;
-  ReceiveChannel& in;
+  RecvChannel& in;
 
   Ring(const std::shared_ptr<Progress>& progress, std::size_t capacity, std::size_t slots = 2)
-      : Ring(progress, Line{0, 0, {part(capacity)}}, slots) {}
-  Ring(const std::shared_ptr<Progress>& progress, const Line& both, std::size_t slots)
+      : Ring(progress, ChannelSpec{0, 0, {tensor_spec(capacity)}}, slots) {}
+  Ring(const std::shared_ptr<Progress>& progress, const ChannelSpec& both, std::size_t slots)
       : Ring(progress, both, both, slots) {}
-  // The ends do not agree.
-  Ring(const std::shared_ptr<Progress>& progress, Line sends, Line receives, std::size_t slots)
+  // Ends with different specs.
+  Ring(const std::shared_ptr<Progress>& progress, ChannelSpec sends, ChannelSpec receives, std::size_t slots)
       : out_(SendChannel::make(progress, to(sends, next(), next_tag()))),
-        in_(ReceiveChannel::make(progress, to(receives, previous(), tag()), slots)),
+        in_(RecvChannel::make(progress, to(receives, previous(), tag()), slots)),
         out(*out_),
         in(*in_) {}
 
-  void send(std::int64_t minibatch, const std::byte* data, std::size_t size, const Waiting& waiting) {
-    out.send(minibatch, {{data, {static_cast<std::int64_t>(size)}}}, waiting);
+  void send(std::int64_t microbatch, const std::byte* data, std::size_t size, const WaitOptions& options) {
+    out.send(microbatch, {{data, {static_cast<std::int64_t>(size)}}}, options);
   }
-  void send(std::int64_t minibatch, const std::vector<std::byte>& payload) {
-    send(minibatch, payload.data(), payload.size(), soon());
+  void send(std::int64_t microbatch, const std::vector<std::byte>& payload) {
+    send(microbatch, payload.data(), payload.size(), soon());
   }
 
  private:
-  static Line to(Line line, int peer, int tag) {
-    line.peer = peer;
-    line.tag = tag;
-    return line;
+  static ChannelSpec to(ChannelSpec spec, int peer_rank, int tag) {
+    spec.peer_rank = peer_rank;
+    spec.tag = tag;
+    return spec;
   }
   static int& tag() {
     static int tag = 100;
@@ -158,9 +160,9 @@ class Ring {
   static int next_tag() { return ++tag(); }
 };
 
-// The shape of the only tensor that arrived on a channel with `planned`.
-inline Shape shape_of(const Arrived& arrived, const Shape& planned) {
-  return arrived.whole ? planned : arrived.shapes.at(0);
+// The shape of the only tensor of a message, on a channel whose planned shape is `planned`.
+inline Shape shape_of(const Received& received, const Shape& planned) {
+  return received.as_planned ? planned : received.shapes.at(0);
 }
 
 }  // namespace pipedream

@@ -1,11 +1,11 @@
-// Channels for device memory, on a device that is none (fake_device.hpp): both ways, any chunk, any order.
+// Channels for device memory, on a fake device (fake_device.hpp): both routes, any chunk size, any order.
 #include <doctest/doctest.h>
 
 #include <chrono>
 #include <future>
 #include <thread>
 
-#include "channel.hpp"
+#include "comm/channel.hpp"
 #include "fake_device.hpp"
 #include "ranks.hpp"
 
@@ -14,15 +14,15 @@ namespace {
 
 std::shared_ptr<Progress> with_device() { return std::make_shared<Progress>(MPI_COMM_WORLD, true, 0); }
 
-Line on_device(std::vector<Part> parts, Route route, std::size_t chunk = 1000) {
-  return {0, 0, std::move(parts), Where::device, route, chunk};
+ChannelSpec on_device(std::vector<TensorSpec> tensors, Route route, std::size_t chunk = 1000) {
+  return {0, 0, std::move(tensors), MemoryKind::device, route, chunk};
 }
 
-// Everything put on a stream so far is done.
+// Waits for the work queued on a stream so far.
 void wait_for(const cuda::Stream& stream) {
   cuda::Event event;
   event.record(stream.handle());
-  while (!event.happened()) std::this_thread::sleep_for(std::chrono::microseconds(50));
+  while (!event.query()) std::this_thread::sleep_for(std::chrono::microseconds(50));
 }
 
 #ifdef __SANITIZE_THREAD__
@@ -33,26 +33,26 @@ constexpr bool under_thread_sanitizer = false;
 
 constexpr Route routes[] = {Route::direct, Route::staged};
 
-TEST_CASE("Device: random sizes, in chunks or whole, slots given back in any order") {
+TEST_CASE("Device: random sizes, in chunks or whole, slots released in any order") {
   const auto progress = with_device();
   const cuda::Stream compute;
   for (const Route route : routes) {
     for (const std::size_t capacity : {1u, 999u, 1000u, 1001u, 20000u}) {
       CAPTURE(static_cast<int>(route));
       CAPTURE(capacity);
-      Ring ring(progress, on_device({part(capacity)}, route), 3);
+      Ring ring(progress, on_device({tensor_spec(capacity)}, route), 3);
       std::mt19937 draw(static_cast<unsigned>(capacity));
       std::vector<std::vector<std::byte>> sent;
       std::deque<std::size_t> held;
-      for (std::int64_t minibatch = 0; minibatch < 12; ++minibatch) {
+      for (std::int64_t microbatch = 0; microbatch < 12; ++microbatch) {
         const std::size_t size =
-            minibatch < 2 ? capacity * static_cast<std::size_t>(minibatch) : draw() % (capacity + 1);
-        sent.push_back(pattern(minibatch, size));
-        ring.out.send(minibatch, {{sent.back().data(), {std::int64_t(size)}}}, soon(), compute.handle());
-        const Arrived arrived = ring.in.receive(minibatch, soon());
-        CHECK(shape_of(arrived, {std::int64_t(capacity)}) == Shape{std::int64_t(size)});
-        CHECK(std::equal(sent.back().begin(), sent.back().end(), ring.in.slot(arrived.slot).data));
-        held.push_back(arrived.slot);
+            microbatch < 2 ? capacity * static_cast<std::size_t>(microbatch) : draw() % (capacity + 1);
+        sent.push_back(pattern(microbatch, size));
+        ring.out.send(microbatch, {{sent.back().data(), {std::int64_t(size)}}}, soon(), compute.handle());
+        const Received received = ring.in.receive(microbatch, soon());
+        CHECK(shape_of(received, {std::int64_t(capacity)}) == Shape{std::int64_t(size)});
+        CHECK(std::equal(sent.back().begin(), sent.back().end(), ring.in.slot(received.slot).data));
+        held.push_back(received.slot);
         if (held.size() == 3) {
           if (draw() % 2) std::swap(held[0], held[1]);
           ring.in.release(held.front(), compute.handle());
@@ -63,68 +63,67 @@ TEST_CASE("Device: random sizes, in chunks or whole, slots given back in any ord
       CHECK(ring.out.in_flight() == 0);
     }
   }
-  meet(*progress);
+  barrier(*progress);
 }
 
 TEST_CASE("Device: several tensors are one message, and nothing is allocated") {
   const auto progress = with_device();
   const cuda::Stream compute;
   for (const Route route : routes) {
-    const Line line =
+    const ChannelSpec spec =
         on_device({{"a", "int8", 1, {70}}, {"b", "float32", 4, {5, 300}}, {"c", "bool", 1, {1000}}}, route);
-    Ring ring(progress, line, 2);
+    Ring ring(progress, spec, 2);
     const std::size_t before = allocations();
-    for (std::int64_t minibatch = 0; minibatch < 6; ++minibatch) {
-      const std::int64_t rows = 5 - minibatch;
+    for (std::int64_t microbatch = 0; microbatch < 6; ++microbatch) {
+      const std::int64_t rows = 5 - microbatch;
       const std::vector<std::byte> a = pattern(1, 70), b = pattern(2, std::size_t(rows) * 1200), c = pattern(3, 1000);
-      ring.out.send(minibatch, {{a.data(), {70}}, {b.data(), {rows, 300}}, {c.data(), {1000}}}, soon(),
+      ring.out.send(microbatch, {{a.data(), {70}}, {b.data(), {rows, 300}}, {c.data(), {1000}}}, soon(),
                     compute.handle());
-      const Arrived arrived = ring.in.receive(minibatch, soon());
-      const std::vector<Place> places = arrived.whole ? line.places() : arrived.places;
-      const std::byte* const slot = ring.in.slot(arrived.slot).data;
-      CHECK(std::equal(a.begin(), a.end(), slot + places[0].offset));
-      CHECK(std::equal(b.begin(), b.end(), slot + places[1].offset));
-      CHECK(std::equal(c.begin(), c.end(), slot + places[2].offset));
-      ring.in.release(arrived.slot, compute.handle());
-      ring.out.drain(soon());  // before the tensors go
+      const Received received = ring.in.receive(microbatch, soon());
+      const std::vector<ByteRange> ranges = received.as_planned ? spec.layout() : received.ranges;
+      const std::byte* const slot = ring.in.slot(received.slot).data;
+      CHECK(std::equal(a.begin(), a.end(), slot + ranges[0].offset));
+      CHECK(std::equal(b.begin(), b.end(), slot + ranges[1].offset));
+      CHECK(std::equal(c.begin(), c.end(), slot + ranges[2].offset));
+      ring.in.release(received.slot, compute.handle());
+      ring.out.drain(soon());  // before the tensors are destroyed
     }
     CHECK(allocations() == before);
   }
-  meet(*progress);
+  barrier(*progress);
 }
 
-TEST_CASE("Device: many tensors are packed by one kernel, whatever their sizes") {
+TEST_CASE("Device: many tensors of any size are packed by one kernel") {
   const auto progress = with_device();
   const cuda::Stream compute;
   for (const Route route : routes) {
     CAPTURE(static_cast<int>(route));
-    std::vector<Part> parts;
-    for (int number = 0; number < 70; ++number) parts.push_back(part(500));
-    const Line line = on_device(parts, route);
-    Ring ring(progress, line, 2);
+    const std::vector<TensorSpec> specs(70, tensor_spec(500));
+    const ChannelSpec spec = on_device(specs, route);
+    Ring ring(progress, spec, 2);
     std::mt19937 draw(7);
     const std::size_t before = fake::kernels();
-    for (std::int64_t minibatch = 0; minibatch < 3; ++minibatch) {
+    for (std::int64_t microbatch = 0; microbatch < 3; ++microbatch) {
       std::vector<std::vector<std::byte>> sent;
-      std::vector<Piece> tensors;
-      for (std::size_t number = 0; number < parts.size(); ++number) {
+      std::vector<TensorRef> tensors;
+      for (std::size_t number = 0; number < specs.size(); ++number) {
         sent.push_back(pattern(std::int64_t(number), draw() % 501));
         tensors.push_back({sent.back().data(), {std::int64_t(sent.back().size())}});
       }
-      ring.out.send(minibatch, tensors, soon(), compute.handle());
-      const Arrived arrived = ring.in.receive(minibatch, soon());
-      const std::byte* const slot = ring.in.slot(arrived.slot).data;
-      const std::vector<Place> places = arrived.whole ? line.places() : arrived.places;
-      for (std::size_t number = 0; number < parts.size(); ++number) {
+      ring.out.send(microbatch, tensors, soon(), compute.handle());
+      const Received received = ring.in.receive(microbatch, soon());
+      const std::byte* const slot = ring.in.slot(received.slot).data;
+      const std::vector<ByteRange> ranges = received.as_planned ? spec.layout() : received.ranges;
+      for (std::size_t number = 0; number < specs.size(); ++number) {
         CAPTURE(number);
-        CHECK(std::equal(sent[number].begin(), sent[number].end(), slot + places[number].offset));
+        CHECK(std::equal(sent[number].begin(), sent[number].end(), slot + ranges[number].offset));
       }
-      ring.in.release(arrived.slot, compute.handle());
-      ring.out.drain(soon());  // before the tensors go
+      ring.in.release(received.slot, compute.handle());
+      ring.out.drain(soon());  // before the tensors are destroyed
     }
     CHECK(fake::kernels() - before == (route == Route::direct ? 3 : 0));
   }
-  meet(*progress);
+  barrier(*progress);
 }
 
 //   compute stream   kernel writes 7s ............ ●
@@ -134,26 +133,26 @@ TEST_CASE("Device: a send waits for the kernel that writes the tensor, and would
   const cuda::Stream compute;
   for (const Route route : routes) {
     for (const bool waits : {true, false}) {
-      if (!waits && under_thread_sanitizer) continue;  // to read too early is a race, and that is the point
+      if (!waits && under_thread_sanitizer) continue;  // the early read is a data race on purpose
       CAPTURE(static_cast<int>(route));
       CAPTURE(waits);
       fake::ignore_waits(!waits);
-      Ring ring(progress, on_device({part(5000)}, route), 1);
+      Ring ring(progress, on_device({tensor_spec(5000)}, route), 1);
       std::vector<std::byte> data(5000, std::byte{1});
-      std::promise<void> too_late;  // nothing waits: the message has arrived before the kernel ends
+      std::promise<void> too_late;  // without waits the message arrives before the kernel ends
       fake::launch(compute.handle(), [&] {
         waits ? std::this_thread::sleep_for(std::chrono::milliseconds(50)) : too_late.get_future().wait();
         std::fill(data.begin(), data.end(), std::byte{7});
       });
       ring.out.send(0, {{data.data(), {5000}}}, soon(), compute.handle());
       const std::size_t slot = ring.in.receive(0, soon()).slot;
-      meet(*progress);  // what this rank has sent has arrived too
+      barrier(*progress);  // this rank's message has arrived too
       too_late.set_value();
       const std::byte* const got = ring.in.slot(slot).data;
       CHECK(all(got, got + 5000, waits ? std::byte{7} : std::byte{1}));
       wait_for(compute);
       ring.out.drain(soon());
-      meet(*progress);
+      barrier(*progress);
     }
   }
   fake::ignore_waits(false);
@@ -166,7 +165,7 @@ TEST_CASE("Device: a slot is not written while a kernel still reads it") {
   const cuda::Stream compute;
   for (const Route route : routes) {
     CAPTURE(static_cast<int>(route));
-    Ring ring(progress, on_device({part(5000)}, route), 1);
+    Ring ring(progress, on_device({tensor_spec(5000)}, route), 1);
     const std::vector<std::byte> first(5000, std::byte{1}), second(5000, std::byte{2});
     ring.out.send(0, {{first.data(), {5000}}}, soon(), compute.handle());
     ring.out.send(1, {{second.data(), {5000}}}, soon(), compute.handle());
@@ -183,23 +182,23 @@ TEST_CASE("Device: a slot is not written while a kernel still reads it") {
     wait_for(compute);
     CHECK(undisturbed);
     ring.out.drain(soon());
-    meet(*progress);
+    barrier(*progress);
   }
 }
 
-TEST_CASE("Device: channels go away in the middle of a message") {
+TEST_CASE("Device: channels are destroyed during a message") {
   const auto progress = with_device();
   const cuda::Stream compute;
   const std::vector<std::byte> data = pattern(0, 100000);
   for (const Route route : routes) {
     {
-      Ring ring(progress, on_device({part(data.size())}, route), 2);
+      Ring ring(progress, on_device({tensor_spec(data.size())}, route), 2);
       ring.out.send(0, {{data.data(), {std::int64_t(data.size())}}}, soon(), compute.handle());
     }
-    meet(*progress);
+    barrier(*progress);
   }
   progress->close();
-  meet();
+  barrier();
 }
 
 }  // namespace

@@ -1,11 +1,12 @@
-// Optimizer steps on several threads: which thread takes which chunk, and nothing beside the tensors is touched.
+// Optimizer steps on several threads: the result does not depend on who takes which chunk, and only tensors are
+// written.
 #include <doctest/doctest.h>
 
 #include <cmath>
 #include <cstring>
 #include <vector>
 
-#include "fused.hpp"
+#include "weights/fused.hpp"
 
 using namespace pipedream;
 
@@ -14,7 +15,7 @@ namespace {
 constexpr Sgd rule{-0.5f, 0.0f, 0.9f, 1.0f, 1.0f, Momentum::kept, false, false};
 constexpr float guard = 99.0f;
 
-// Sizes that end within a vector, within a chunk and beyond many.
+// Sizes within a vector, within a chunk and of many chunks.
 const std::vector<std::size_t> sizes{1, 7, 4096, 100'003, 1'000'001};
 
 struct Tensor {
@@ -31,19 +32,19 @@ struct Tensor {
   std::vector<float> weights, target, gradient, buffer;
 };
 
-constexpr std::size_t line = 64;  // bytes
+constexpr std::size_t line = 64;  // bytes of a cache line
 
 std::uint16_t* on_a_line(std::uint16_t* from) {
   return from + (line - reinterpret_cast<std::uintptr_t>(from) % line) % line / sizeof *from;
 }
 
-float multiplied_added(const Run& run, float a, float b, float c) {
-  return run.contracted ? std::fma(a, b, c) : a * b + c;
+float multiplied_added(const StepOptions& options, float a, float b, float c) {
+  return options.fma ? std::fma(a, b, c) : a * b + c;
 }
 
-// Every way to run that this CPU has.
-std::vector<Run> runs() {
-  std::vector<Run> every;
+// All options that this CPU supports.
+std::vector<StepOptions> all_options() {
+  std::vector<StepOptions> every;
   for (const int threads : {1, 2, 3, 5}) {
     for (const Stores stores : {Stores::cached, Stores::streaming}) {
       every.push_back({threads, false, stores});
@@ -57,26 +58,26 @@ std::vector<Run> runs() {
 
 }  // namespace
 
-TEST_CASE("any number of threads, any vectors and either kind of store make the same numbers") {
-  for (const Run& run : runs()) {
-    CAPTURE(run.threads);
-    CAPTURE(run.contracted);
-    CAPTURE(static_cast<int>(run.at_most));
-    CAPTURE(static_cast<int>(run.stores));
+TEST_CASE("the result does not depend on threads, vectors and kind of store") {
+  for (const StepOptions& options : all_options()) {
+    CAPTURE(options.threads);
+    CAPTURE(options.fma);
+    CAPTURE(static_cast<int>(options.at_most));
+    CAPTURE(static_cast<int>(options.stores));
     std::vector<Tensor> tensors;
     for (const std::size_t size : sizes) tensors.emplace_back(size);
     std::vector<Operand> operands;
     for (Tensor& tensor : tensors) operands.push_back(tensor.operand());
-    fused_step(rule, operands, {false, false}, run);
+    fused_step(rule, operands, {false, false}, options);
     for (const Tensor& tensor : tensors) {
       CHECK(tensor.target.front() == guard);
       CHECK(tensor.target.back() == guard);
       const Tensor before(tensor.weights.size());
       std::size_t wrong = 0;
       for (std::size_t i = 0; i < tensor.weights.size(); ++i) {
-        const float kept = multiplied_added(run, before.gradient[i], 1.0f, before.buffer[i] * 0.9f);
-        wrong +=
-            tensor.buffer[i] != kept || tensor.target[i + 1] != multiplied_added(run, kept, -0.5f, before.weights[i]);
+        const float kept = multiplied_added(options, before.gradient[i], 1.0f, before.buffer[i] * 0.9f);
+        wrong += tensor.buffer[i] != kept ||
+                 tensor.target[i + 1] != multiplied_added(options, kept, -0.5f, before.weights[i]);
       }
       CHECK(wrong == 0);
       CHECK(tensor.weights == before.weights);
@@ -84,16 +85,16 @@ TEST_CASE("any number of threads, any vectors and either kind of store make the 
   }
 }
 
-TEST_CASE("masters are stepped in place, and the weights are their roundings") {
-  for (const Run& run : runs()) {
+TEST_CASE("master weights are updated in place, and the weights are rounded from them") {
+  for (const StepOptions& options : all_options()) {
     for (const std::size_t count : sizes) {
-      for (const std::size_t off : {0, 1}) {  // on a line of the caches, and beside it
+      for (const std::size_t off : {0, 1}) {  // aligned to a cache line, and not
         Tensor tensor(count);
         std::vector<std::uint16_t> room(count + 2 * line, 7);
         std::uint16_t* const halves = on_a_line(room.data() + 1) + off;
         Operand operand = tensor.operand();
         operand.target = halves;
-        fused_step(rule, {operand}, {true, false}, run);
+        fused_step(rule, {operand}, {true, false}, options);
         std::size_t wrong = 0;
         for (std::size_t i = 0; i < count; ++i) {
           std::uint32_t bits;
@@ -108,7 +109,7 @@ TEST_CASE("masters are stepped in place, and the weights are their roundings") {
   }
 }
 
-TEST_CASE("Adam makes the same masters, weights and averages whichever way it runs") {
+TEST_CASE("Adam computes the same master weights, weights and averages with all options") {
   constexpr Adam adam{-0.01f, 0.99f, 0.1f, 0.99f, 0.01f, 0.5f, 1e-8f, 1.0f, Decay::decoupled};
   struct Made {
     std::vector<float> weights, first, second;
@@ -118,8 +119,8 @@ TEST_CASE("Adam makes the same masters, weights and averages whichever way it ru
     }
   };
   for (const std::size_t count : sizes) {
-    std::vector<Made> by_rounding[2];  // multiply and add rounded twice, and once
-    for (const Run& run : runs()) {
+    std::vector<Made> by_rounding[2];  // by StepOptions::fma
+    for (const StepOptions& options : all_options()) {
       Tensor tensor(count);
       std::vector<float> second(count, 0.25f);
       Made made;
@@ -127,13 +128,13 @@ TEST_CASE("Adam makes the same masters, weights and averages whichever way it ru
       Operand operand = tensor.operand();
       operand.target = made.halves.data() + 1;
       operand.second = second.data();
-      fused_step(adam, {operand}, {true, false}, run);
+      fused_step(adam, {operand}, {true, false}, options);
       CHECK(made.halves.front() == 7);
       CHECK(made.halves.back() == 7);
       made.weights = tensor.weights;
       made.first = tensor.buffer;
       made.second = second;
-      by_rounding[run.contracted].push_back(made);
+      by_rounding[options.fma].push_back(made);
     }
     for (const std::vector<Made>& alike : by_rounding) {
       for (const Made& made : alike) CHECK(made == alike.front());

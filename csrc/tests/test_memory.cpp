@@ -9,23 +9,23 @@
 #include <utility>
 #include <vector>
 
-#include "copy_part.hpp"
-#include "memory.hpp"
+#include "memory/copy_part.hpp"
+#include "memory/memory.hpp"
 
 namespace pipedream {
 namespace {
 
-TEST_CASE("Buffer: begins on a page and with zeros") {
+TEST_CASE("Buffer: is page-aligned and zeroed") {
   for (const std::size_t bytes : {0u, 1u, 4095u, 4096u, 4097u, 100000u}) {
-    const Buffer buffer(bytes, Where::host);
+    const Buffer buffer(bytes, MemoryKind::host);
     CHECK(reinterpret_cast<std::uintptr_t>(buffer.data()) % 4096 == 0u);
     CHECK(buffer.bytes() == bytes);
     CHECK(std::all_of(buffer.data(), buffer.data() + bytes, [](std::byte each) { return each == std::byte{0}; }));
   }
 }
 
-TEST_CASE("Buffer: moves without moving its bytes") {
-  Buffer first(100, Where::host);
+TEST_CASE("Buffer: a move keeps the address") {
+  Buffer first(100, MemoryKind::host);
   std::byte* const data = first.data();
   const std::size_t before = allocations();
   const Buffer second = std::move(first);
@@ -36,11 +36,11 @@ TEST_CASE("Buffer: moves without moving its bytes") {
 
 TEST_CASE("Buffer: counts allocations") {
   const std::size_t before = allocations();
-  const Buffer one(1, Where::host), two(1, Where::host);
+  const Buffer one(1, MemoryKind::host), two(1, MemoryKind::host);
   CHECK(allocations() == before + 2);
 }
 
-TEST_CASE("Copy by many threads: every byte, wherever both ends begin, and none beside them") {
+TEST_CASE("copy_part: copies every byte, at any alignment, and no others") {
   std::mt19937 draw(3);
   for (int round = 0; round < 300; ++round) {
     const std::size_t threads = 1 + draw() % 40, bytes = draw() % 700, to = draw() % 32, from = draw() % 32;
@@ -55,24 +55,25 @@ TEST_CASE("Copy by many threads: every byte, wherever both ends begin, and none 
   }
 }
 
-// The size rounded up to a page was 0: a buffer of all memory there is, with one page behind it.
-TEST_CASE("Buffer: more than all memory is refused") {
-  CHECK_THROWS_AS(Buffer(std::numeric_limits<std::size_t>::max(), Where::host), std::bad_alloc);
+// Regression: this size, rounded up to a page, overflowed to 0, and a buffer of one page was returned.
+TEST_CASE("Buffer: a size beyond all memory is refused") {
+  CHECK_THROWS_AS(Buffer(std::numeric_limits<std::size_t>::max(), MemoryKind::host), std::bad_alloc);
 }
 
-TEST_CASE("Buffer: other memory needs CUDA") {
+TEST_CASE("Buffer: pinned and device memory need CUDA") {
   if (cuda::compiled()) return;
-  CHECK_THROWS_AS(Buffer(1, Where::pinned), std::runtime_error);
-  CHECK_THROWS_AS(Buffer(1, Where::device), std::runtime_error);
+  CHECK_THROWS_AS(Buffer(1, MemoryKind::pinned), std::runtime_error);
+  CHECK_THROWS_AS(Buffer(1, MemoryKind::device), std::runtime_error);
 }
 
-TEST_CASE("Where: names go forth and back") {
-  for (const Where where : {Where::host, Where::pinned, Where::device}) CHECK(where_from(name_of(where)) == where);
-  CHECK_THROWS_AS(where_from("disk"), std::invalid_argument);
+TEST_CASE("MemoryKind: names round-trip") {
+  for (const MemoryKind kind : {MemoryKind::host, MemoryKind::pinned, MemoryKind::device})
+    CHECK(memory_kind_from(name_of(kind)) == kind);
+  CHECK_THROWS_AS(memory_kind_from("disk"), std::invalid_argument);
 }
 
-TEST_CASE("Copy: stays within both ends") {
-  Buffer from(10, Where::host), to(8, Where::host);
+TEST_CASE("copy: stays within both views") {
+  Buffer from(10, MemoryKind::host), to(8, MemoryKind::host);
   from.data()[7] = std::byte{7};
   copy(to.view(), from.view(), 8);
   CHECK(to.data()[7] == std::byte{7});
@@ -80,8 +81,8 @@ TEST_CASE("Copy: stays within both ends") {
   CHECK_THROWS_AS(copy(from.view(), to.view(), 9), std::out_of_range);
 }
 
-TEST_CASE("View: of the rest of a buffer") {
-  const Buffer buffer(10, Where::host);
+TEST_CASE("View: of a buffer from an offset") {
+  const Buffer buffer(10, MemoryKind::host);
   CHECK(buffer.view(4).data == buffer.data() + 4);
   CHECK(buffer.view(4).bytes == 6u);
 }

@@ -7,14 +7,14 @@
 #include <set>
 #include <stdexcept>
 
-#include "weight_pool.hpp"
+#include "weights/weight_pool.hpp"
 
 namespace pipedream {
 namespace {
 
 constexpr std::size_t bytes = 1000;
 
-// Every byte of a slab says its version.
+// Fills a slab with its version.
 void fill(const View& slab, std::int64_t version) {
   std::memset(slab.data, static_cast<int>(version % 251), slab.bytes);
 }
@@ -27,36 +27,36 @@ bool holds(const View& slab, std::int64_t version) {
 }
 
 std::int64_t update(WeightPool& pool) {
-  const WeightPool::Step step = pool.begin_update(false);
+  const WeightPool::Update step = pool.begin_update(false);
   fill(pool.slab(step.target), pool.newest() + 1);
   return pool.commit();
 }
 
-// The picture in weight_pool.hpp: 2 warm-up minibatches, 3 slabs.
+// The drawing in weight_pool.hpp: 2 warm-up microbatches, 3 slabs.
 //
 //   F0 F1 F2 B0 U1 F3 B1 U2 F4 B2 U3 F5 B3 U4
 TEST_CASE("WeightPool: one forward, one backward") {
-  WeightPool pool(bytes, 3, Where::host);
+  WeightPool pool(bytes, 3, MemoryKind::host);
   const std::size_t before = allocations();
-  for (int minibatch = 0; minibatch < 3; ++minibatch) CHECK(pool.acquire(minibatch) == 0u);
+  for (int microbatch = 0; microbatch < 3; ++microbatch) CHECK(pool.acquire(microbatch) == 0u);
   const std::size_t slab_of_update[] = {1, 2, 0, 1, 2, 0};
-  for (int minibatch = 0; minibatch < 6; ++minibatch) {
-    CHECK(pool.version_of(minibatch) == std::max(0, minibatch - 2));
-    CHECK(holds(pool.slab(pool.slab_of(minibatch)), pool.version_of(minibatch)));
-    pool.release(minibatch);
-    CHECK(update(pool) == minibatch + 1);
-    CHECK(pool.newest_slab() == slab_of_update[minibatch]);
-    pool.acquire(minibatch + 3);
+  for (int microbatch = 0; microbatch < 6; ++microbatch) {
+    CHECK(pool.version_of(microbatch) == std::max(0, microbatch - 2));
+    CHECK(holds(pool.slab(pool.slab_of(microbatch)), pool.version_of(microbatch)));
+    pool.release(microbatch);
+    CHECK(update(pool) == microbatch + 1);
+    CHECK(pool.newest_slab() == slab_of_update[microbatch]);
+    pool.acquire(microbatch + 3);
   }
   CHECK(allocations() == before);
 }
 
-TEST_CASE("WeightPool: without warm-up it is updated in place") {
-  WeightPool pool(bytes, 1, Where::host);
-  for (int minibatch = 0; minibatch < 5; ++minibatch) {
-    pool.acquire(minibatch);
-    pool.release(minibatch);
-    const WeightPool::Step step = pool.begin_update(true);
+TEST_CASE("WeightPool: without warm-up the weights are updated in place") {
+  WeightPool pool(bytes, 1, MemoryKind::host);
+  for (int microbatch = 0; microbatch < 5; ++microbatch) {
+    pool.acquire(microbatch);
+    pool.release(microbatch);
+    const WeightPool::Update step = pool.begin_update(true);
     CHECK(step.source == step.target);
     pool.commit();
   }
@@ -64,16 +64,16 @@ TEST_CASE("WeightPool: without warm-up it is updated in place") {
 }
 
 TEST_CASE("WeightPool: copies the newest version on demand") {
-  WeightPool pool(bytes, 2, Where::host);
+  WeightPool pool(bytes, 2, MemoryKind::host);
   fill(pool.slab(0), 7);
   pool.acquire(0);
-  const WeightPool::Step step = pool.begin_update(true);
+  const WeightPool::Update step = pool.begin_update(true);
   CHECK(step.target == 1u);
   CHECK(holds(pool.slab(1), 7));
 }
 
-TEST_CASE("WeightPool: keeps old versions for those who ask by number") {
-  WeightPool pool(bytes, 3, Where::host);
+TEST_CASE("WeightPool: keeps old versions, which are acquired by number") {
+  WeightPool pool(bytes, 3, MemoryKind::host);
   update(pool);
   update(pool);
   for (const std::int64_t version : {0, 1, 2}) {
@@ -86,11 +86,11 @@ TEST_CASE("WeightPool: keeps old versions for those who ask by number") {
   CHECK_THROWS_WITH(pool.acquire(1, 0), "weight version 0 is not kept: the newest is 3, of 3 slabs");
 }
 
-// It could be acquired until commit, half written.
-TEST_CASE("WeightPool: nobody gets a version that is being written over") {
-  WeightPool pool(bytes, 2, Where::host);
+// Regression: it could be acquired before commit(), while it was being overwritten.
+TEST_CASE("WeightPool: a version that is being overwritten cannot be acquired") {
+  WeightPool pool(bytes, 2, MemoryKind::host);
   update(pool);
-  pool.begin_update(false);  // over version 0
+  pool.begin_update(false);  // overwrites version 0
   CHECK_THROWS_AS(pool.acquire(5, 0), std::logic_error);
   CHECK(pool.holders() == 0u);
   pool.acquire(5);
@@ -98,55 +98,58 @@ TEST_CASE("WeightPool: nobody gets a version that is being written over") {
   CHECK(pool.commit() == 2);
 }
 
-TEST_CASE("WeightPool: overwrite takes the newest whoever holds it") {
-  WeightPool pool(bytes, 3, Where::host);
+TEST_CASE("WeightPool: overwrite updates the newest version even if it is held") {
+  WeightPool pool(bytes, 3, MemoryKind::host);
   pool.acquire(0);
-  const WeightPool::Step step = pool.begin_update(false, true);
+  const WeightPool::Update step = pool.begin_update(false, true);
   CHECK(step.source == step.target);
   pool.commit();
   CHECK(pool.version_of(0) == 1);
 }
 
-TEST_CASE("WeightPool: says who holds what") {
-  WeightPool pool(bytes, 2, Where::host);
+TEST_CASE("WeightPool: errors name the holders") {
+  WeightPool pool(bytes, 2, MemoryKind::host);
   pool.acquire(4);
   pool.acquire(3);
   update(pool);
   pool.acquire(5);
-  CHECK_THROWS_WITH(pool.begin_update(false),
-                    "all 2 weight slabs are held: version 0 by minibatch 3, 4; version 1 by minibatch 5.");
-  CHECK_THROWS_WITH(pool.acquire(5), "minibatch 5 holds a weight version already");
-  CHECK_THROWS_WITH(pool.release(9), "minibatch 9 holds no weight version");
-  CHECK_THROWS_WITH(pool.commit(), "there is no update to commit: begin_update first");
+  CHECK_THROWS_WITH(
+      pool.begin_update(false),
+      "all 2 weight slabs are held: version 0 by microbatch 3, 4 of the run; version 1 by microbatch 5 of the run.");
+  CHECK_THROWS_WITH(pool.acquire(5), "microbatch 5 of the run already holds a weight version");
+  CHECK_THROWS_WITH(pool.release(9), "microbatch 9 of the run holds no weight version");
+  CHECK_THROWS_WITH(pool.commit(), "there is no update to commit: call begin_update first");
 }
 
-TEST_CASE("WeightPool: needs a slab") { CHECK_THROWS_AS(WeightPool(bytes, 0, Where::host), std::invalid_argument); }
+TEST_CASE("WeightPool: needs a slab") {
+  CHECK_THROWS_AS(WeightPool(bytes, 0, MemoryKind::host), std::invalid_argument);
+}
 
-// What is held keeps its number and its bytes, whatever else happens.
+// A held version keeps its number and its bytes.
 TEST_CASE("WeightPool: random moves, against a model") {
   for (unsigned seed = 0; seed < 200; ++seed) {
     std::mt19937 draw(seed);
     const std::size_t slabs = 1 + draw() % 4;
-    WeightPool pool(bytes, slabs, Where::host);
-    std::map<std::int64_t, std::int64_t> held;  // minibatch -> version
+    WeightPool pool(bytes, slabs, MemoryKind::host);
+    std::map<std::int64_t, std::int64_t> held;  // microbatch -> version
     std::int64_t newest = 0;
     for (int move = 0; move < 60; ++move) {
-      const std::int64_t minibatch = draw() % 6;
+      const std::int64_t microbatch = draw() % 6;
       switch (draw() % 3) {
         case 0:
-          if (held.count(minibatch)) {
-            CHECK_THROWS_AS(pool.acquire(minibatch), std::logic_error);
+          if (held.count(microbatch)) {
+            CHECK_THROWS_AS(pool.acquire(microbatch), std::logic_error);
           } else {
-            pool.acquire(minibatch);
-            held[minibatch] = newest;
+            pool.acquire(microbatch);
+            held[microbatch] = newest;
           }
           break;
         case 1:
-          if (held.count(minibatch)) {
-            pool.release(minibatch);
-            held.erase(minibatch);
+          if (held.count(microbatch)) {
+            pool.release(microbatch);
+            held.erase(microbatch);
           } else {
-            CHECK_THROWS_AS(pool.release(minibatch), std::out_of_range);
+            CHECK_THROWS_AS(pool.release(microbatch), std::out_of_range);
           }
           break;
         default: {

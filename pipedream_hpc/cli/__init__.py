@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from pipedream_hpc import __version__
 from pipedream_hpc.cli import partition, probe, profile, simulate, trace, train, verify
 from pipedream_hpc.cluster import abort
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.version import VERSION
 
 app = typer.Typer(
     help="""Train one deep network over many devices by pipelining minibatches through stages.
@@ -36,7 +36,7 @@ for command in (profile, probe, partition, simulate, train, trace, verify):
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"pipedream {__version__}")
+        typer.echo(f"pipedream {VERSION}")
         raise typer.Exit
 
 
@@ -55,7 +55,7 @@ def main() -> None:
         app()
     except SystemExit as leaving:
         if leaving.code:
-            abort.take_others_along(leaving)
+            abort.abort_others(leaving)
         raise
     except PipedreamError as error:
         if abort.installed():

@@ -9,99 +9,115 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 if TYPE_CHECKING:
-    from pipedream_hpc.planning.profile import Profile
     from pipedream_hpc.planning.topology import Topology
 
-_WHERE, _HOW, _OUT = "What to plan for", "How to plan", "What comes out"
+_DEVICES, _PLANNING, _OUTPUT = "Devices", "Planning", "Output"
 
 
 def run(
-    profile: Annotated[Path, typer.Argument(help="A profile that `pipedream profile` wrote.")],
+    profile: Annotated[Path, typer.Argument(help="A profile written by `pipedream profile`.")],
     topology: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--topology", "-t", help="A topology that `pipedream probe` wrote.", rich_help_panel=_WHERE),
+        typer.Option("--topology", "-t", help="A topology written by `pipedream probe`.", rich_help_panel=_DEVICES),
     ] = None,
     devices: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(
-            help="Instead of --topology: number of devices, or of each level from the inside out: 8x2 are two "
-            "nodes of eight.",
-            rich_help_panel=_WHERE,
+            help="Instead of --topology: the number of devices, or the count of every level, innermost first: 8x2 is "
+            "two nodes of eight devices.",
+            rich_help_panel=_DEVICES,
         ),
     ] = None,
     bandwidth: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="With --devices: bytes per second, one per level: 30e9,3.125e9.", rich_help_panel=_WHERE),
+        typer.Option(
+            help="With --devices: bytes per second of every level, such as 30e9,3.125e9.", rich_help_panel=_DEVICES
+        ),
     ] = None,
     latency: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="With --devices: seconds per message, one per level; 0 if left out.", rich_help_panel=_WHERE),
+        typer.Option(help="With --bandwidth: seconds per message of every level; default 0.", rich_help_panel=_DEVICES),
     ] = None,
     preset: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="With --devices, instead of --bandwidth: links and memory by name.", rich_help_panel=_WHERE),
+        typer.Option(
+            help="With --devices, instead of --bandwidth: name of a preset that defines links and memory.",
+            rich_help_panel=_DEVICES,
+        ),
     ] = None,
     memory: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="Bytes of memory of one device; otherwise the topology's.", rich_help_panel=_WHERE),
+        typer.Option(help="Memory of one device in bytes; default: the topology's.", rich_help_panel=_DEVICES),
     ] = None,
     batch: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Samples per minibatch, if not the profile's: scales it.", rich_help_panel=_WHERE),
+        typer.Option(help="Samples per minibatch; scales the profile.", rich_help_panel=_DEVICES),
     ] = None,
     compute_scale: Annotated[
-        float, typer.Option(help="Factor on all times: 1.6 for a device that much slower.", rich_help_panel=_WHERE)
+        float,
+        typer.Option(help="Factor on all times, such as 1.6 for a slower device.", rich_help_panel=_DEVICES),
     ] = 1.0,
     straight: Annotated[
-        bool, typer.Option("--straight", help="One replica per stage, one stage per device.", rich_help_panel=_HOW)
+        bool, typer.Option("--straight", help="One replica per stage, one stage per device.", rich_help_panel=_PLANNING)
     ] = False,
-    fewer: Annotated[bool, typer.Option("--fewer", help="Devices may be left unused.", rich_help_panel=_HOW)] = False,
+    fewer: Annotated[
+        bool, typer.Option("--fewer", help="Allow plans that leave devices unused.", rich_help_panel=_PLANNING)
+    ] = False,
     cost: Annotated[
         str,
-        typer.Option(help="Cost formula: ring, ring-no-overlap, paper2018, reference_code.", rich_help_panel=_HOW),
+        typer.Option(help="Cost formula: ring, ring-no-overlap, paper2018, reference_code.", rich_help_panel=_PLANNING),
     ] = "ring",
     schedule: Annotated[
-        str, typer.Option(help="What the memory is planned for: 1f1b, 2bw, 1f1b-flush, gpipe.", rich_help_panel=_HOW)
+        str,
+        typer.Option(help="Schedule to plan memory for: 1f1b, 2bw, 1f1b-flush, gpipe.", rich_help_panel=_PLANNING),
     ] = "1f1b",
-    microbatches: Annotated[
-        int, typer.Option(help="Pieces per minibatch, for all schedules but 1f1b.", min=1, rich_help_panel=_HOW)
+    n_microbatches: Annotated[
+        int,
+        typer.Option(
+            help="Microbatches per minibatch, for all schedules except 1f1b.", min=1, rich_help_panel=_PLANNING
+        ),
     ] = 1,
     optimizer: Annotated[
         str,
         typer.Option(
-            help="For its memory: sgd, momentum, adam; with -bf16 for bfloat16 weights.", rich_help_panel=_HOW
+            help="Optimizer to plan memory for: sgd, momentum, adam; append -bf16 for bfloat16 weights.",
+            rich_help_panel=_PLANNING,
         ),
     ] = "momentum",
     recompute: Annotated[
-        str, typer.Option(help="Run forwards again to save memory: never, auto, always.", rich_help_panel=_HOW)
+        str,
+        typer.Option(
+            help="Whether stages run their forward again to save memory: never, auto, always.",
+            rich_help_panel=_PLANNING,
+        ),
     ] = "never",
-    cut_behind: Annotated[
+    cut_after: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="A stage ends behind this layer; repeatable.", rich_help_panel=_HOW),
+        typer.Option(help="End a stage after this layer; repeatable.", rich_help_panel=_PLANNING),
     ] = None,
     together: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Layers a,b,... that must share a stage; repeatable.", rich_help_panel=_HOW),
+        typer.Option(help="Layers A,B,... that must share a stage; repeatable.", rich_help_panel=_PLANNING),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where to write the plan.", rich_help_panel=_OUT)
+        Path, typer.Option("--output", "-o", help="Where to write the plan.", rich_help_panel=_OUTPUT)
     ] = Path("plan.json"),
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print every figure as JSON instead of the table.", rich_help_panel=_OUT)
+        bool, typer.Option("--json", help="Print all figures as JSON instead of the table.", rich_help_panel=_OUTPUT)
     ] = False,
     what_if: Annotated[
         bool,
-        typer.Option("--what-if", help="Plans for fewer devices and other networks as well.", rich_help_panel=_OUT),
+        typer.Option("--what-if", help="Also plan for fewer devices and for other networks.", rich_help_panel=_OUTPUT),
     ] = False,
     plot: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Draw --what-if as PNG.", rich_help_panel=_OUT),
+        typer.Option(help="Plot the results of --what-if to this PNG file.", rich_help_panel=_OUTPUT),
     ] = None,
 ) -> None:
-    """Cut a model into stages, so that the slowest stage is as fast as can be.
+    """Cut a model into stages so that the slowest stage is as fast as possible.
 
-    From the measured layers and links it decides which layers make a stage, how many replicas each
-    stage gets, and on which ranks. Neither the model nor the ranks are needed.
+    From the measured layers and links it decides which layers form a stage, how many replicas each
+    stage gets, and on which ranks. It needs neither the model nor the devices.
 
         pipedream partition profile.json --topology topology.json
 
@@ -117,17 +133,17 @@ def run(
     from pipedream_hpc.files import load, save
     from pipedream_hpc.observe import explain, terminal
     from pipedream_hpc.planning.profile import Profile
-    from pipedream_hpc.planning.scale import describe, scaled
+    from pipedream_hpc.planning.scale import describe_scaling, scale_profile
     from pipedream_hpc.planning.solver import Request, solve
-    from pipedream_hpc.planning.what_if import what_if as cases_of
+    from pipedream_hpc.planning.what_if import what_if as plan_cases
 
     if recompute not in ("never", "auto", "always"):
         raise PipedreamError(f"--recompute should be never, auto or always, not '{recompute}'")
     if memory is not None and not 0 < memory < float("inf"):
         raise PipedreamError(f"--memory should be a positive number of bytes, not {memory:g}")
     measured = load(Profile, profile)
-    layers = scaled(measured, minibatch=batch, compute=compute_scale)
-    links = _topology(layers, topology, devices, bandwidth, latency, preset)
+    scaled = scale_profile(measured, minibatch=batch, compute=compute_scale)
+    target = _topology(measured.device, topology, devices, bandwidth, latency, preset)
     request = Request(
         cost=cost,
         straight=straight,
@@ -136,14 +152,14 @@ def run(
         optimizer=optimizer,
         recompute=recompute,  # type: ignore[arg-type]
         schedule=schedule,
-        microbatches=microbatches,
-        cut_behind=cut_behind or [],
+        n_microbatches=n_microbatches,
+        cut_after=cut_after or [],
         together=[names.split(",") for names in together or []],
     )
-    plan = solve(layers, links, request)
-    plan = dataclasses.replace(plan, scaled=describe(measured, minibatch=batch, compute=compute_scale))
+    plan = solve(scaled, target, request)
+    plan = dataclasses.replace(plan, scaled=describe_scaling(measured, minibatch=batch, compute=compute_scale))
     save(plan, output)
-    cases = cases_of(layers, links, request) if what_if or plot else []
+    cases = plan_cases(scaled, target, request) if what_if or plot else []
     if plot is not None:
         explain.draw_what_if(cases, plot)
     if as_json:
@@ -164,62 +180,30 @@ def run(
 
 
 def _topology(
-    profile: Profile,
+    device: str,
     topology: Path | None,
     devices: str | None,
     bandwidth: str | None,
     latency: str | None,
     preset: str | None,
 ) -> Topology:
-    """What was asked to plan for."""
+    """Return the topology to plan for: a file, a preset, or one given on the command line."""
     from pipedream_hpc.errors import PipedreamError
     from pipedream_hpc.files import load
     from pipedream_hpc.planning import presets
-    from pipedream_hpc.planning.profile import LONGEST_S
-    from pipedream_hpc.planning.topology import SLOWEST, Level, Topology
+    from pipedream_hpc.planning.topology import Topology, parse_counts, parse_topology
 
     if topology is not None and not (devices or bandwidth or latency or preset):
         return load(Topology, topology)
     if topology is not None or devices is None or (bandwidth is None) == (preset is None):
         raise PipedreamError(
-            "say what to plan for: either --topology FILE, or --devices with either --bandwidth or --preset"
+            "partition needs to know the devices: give either --topology FILE, or --devices with either --bandwidth "
+            "or --preset"
         )
-    counts = [_count(word, devices) for word in devices.lower().split("x")]
-    if preset is not None:
-        if latency is not None:
-            raise PipedreamError("--latency goes with --bandwidth: a preset has its own")
-        return presets.preset(preset, counts)
-    assert bandwidth is not None
-    bandwidths = _numbers("--bandwidth", bandwidth, len(counts))
-    latencies = [0.0] * len(counts) if latency is None else _numbers("--latency", latency, len(counts))
-    if min(bandwidths) < SLOWEST:
-        raise PipedreamError(f"--bandwidth should be bytes per second, {SLOWEST:g} at least, not {min(bandwidths):g}")
-    if not all(0 <= latency_s <= LONGEST_S for latency_s in latencies):
-        raise PipedreamError(f"--latency should be seconds from 0 to {LONGEST_S:g}, not '{latency}'")
-    names = ["network"] if len(counts) == 1 else ["node", "network", *(f"level{i}" for i in range(2, len(counts)))]
-    levels = (Level(*each) for each in zip(names, counts, latencies, bandwidths, strict=False))
-    return Topology(tuple(levels), device=profile.device)
-
-
-def _count(word: str, text: str) -> int:
-    from pipedream_hpc.errors import PipedreamError
-
-    if not word.isascii() or not word.isdigit() or not 0 < int(word) <= 1 << 20:
-        raise PipedreamError(
-            f"--devices should be a number such as 16, or one per level such as 8x2, of 1 to {1 << 20} each, "
-            f"not '{text}'"
-        )
-    return int(word)
-
-
-def _numbers(option: str, text: str, count: int) -> list[float]:
-    from pipedream_hpc.errors import PipedreamError
-
-    words = text.split(",")
-    try:
-        values = [float(word) for word in words]
-    except ValueError:
-        raise PipedreamError(f"{option} should be numbers with commas between, not '{text}'") from None
-    if len(values) != count or not all(value < float("inf") for value in values):
-        raise PipedreamError(f"{option} should be {count} number{'s' * (count > 1)}, one per level, not '{text}'")
-    return values
+    counts = parse_counts(devices)
+    if bandwidth is not None:
+        return parse_topology(counts, bandwidth, latency, device=device)
+    if latency is not None:
+        raise PipedreamError("--latency goes with --bandwidth: leave it out, since a preset has its own latencies")
+    assert preset is not None
+    return presets.preset(preset, counts)

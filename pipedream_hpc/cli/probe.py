@@ -12,14 +12,16 @@ def run(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the topology.")] = Path(
         "topology.json"
     ),
-    repeats: Annotated[int, typer.Option(help="Rounds per message size at most; long ones get fewer.", min=1)] = 20,
+    repeats: Annotated[
+        int, typer.Option(help="Maximum rounds per message size; long rounds are repeated less often.", min=1)
+    ] = 20,
 ) -> None:
-    """Measure the links between ranks: latency and bandwidth, within nodes and between them.
+    """Measure latency and bandwidth of the links between ranks, within nodes and between nodes.
 
-    Pairs of ranks exchange 1 KiB to 64 MiB of host memory, then the ranks of a node, and all ranks,
-    sum arrays in a ring. It takes seconds; over slow links up to half a minute for each level.
+    Pairs of ranks exchange messages of 1 KiB to 64 MiB in host memory. Then the ranks of a node, and
+    all ranks, run ring all-reduces. This takes seconds; over slow links up to half a minute per level.
 
-    Start it as the training will be started, with as many ranks on the same nodes:
+    Start it like the training, with the same number of ranks on the same nodes:
 
         mpirun -n 4 pipedream probe -o topology.json
 

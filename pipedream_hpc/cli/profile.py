@@ -7,35 +7,37 @@ from typing import Annotated, Optional
 
 import typer
 
+from pipedream_hpc.cli.options import Given, with_options
+from pipedream_hpc.config import RunConfig, TrainConfig
 
+
+@with_options(train_config=(TrainConfig, ("precision",)), run_config=(RunConfig, ("device", "stall_limit_s")))
 def run(
-    context: typer.Context,
+    train_config: Given,
+    run_config: Given,
     target: Annotated[
         Optional[str],  # noqa: UP045 - typer reads it at run time
         typer.Argument(help="Python file or module with a function job(args) that returns a pipedream_hpc.Job."),
     ] = None,
     args: Annotated[Optional[list[str]], typer.Argument(help="Passed on to job(args), after --.")] = None,  # noqa: UP045
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the profile.")] = Path("profile.json"),
-    minibatches: Annotated[int, typer.Option(help="Minibatches to measure; medians are kept.")] = 20,
+    minibatches: Annotated[int, typer.Option(help="Number of minibatches to measure; medians are kept.")] = 20,
     imported: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--import", help="Instead of measuring, read a profile in PipeDream's published text format."),
+        typer.Option("--import", help="Read a profile in PipeDream's published text format instead of measuring."),
     ] = None,
-    precision: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="bf16 or fp16: forwards under autocast, as in training."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU where there is one.")] = "auto",
-    minibatch: Annotated[int, typer.Option(help="With --import: samples per minibatch it was made with.", min=1)] = 1,
+    minibatch: Annotated[
+        int, typer.Option(help="With --import: samples per minibatch of the imported profile.", min=1)
+    ] = 1,
 ) -> None:
     """Measure every layer of a model on this device.
 
-    Runs some minibatches through each layer and keeps the median forward and backward time, the
-    bytes of its output, of its parameters, and of what autograd stashes. The loss is counted with the
-    last layer; what it takes to read the data is noted beside. Then some minibatches are trained, so that
-    the sums are those of training. Needs no MPI; set OMP_NUM_THREADS to what
-    one rank will have. Under mpirun or srun all ranks of a node measure at the same time, sharing caches
-    and memory as they will in training, and the mean is kept.
+    Runs some minibatches and keeps, for every layer, the median forward and backward time and the bytes of its
+    output, its parameters and its stash. The loss is counted with the last layer; the time to read the data is
+    measured too. Then some minibatches are trained, and the times are scaled to those of training.
+
+    Needs no MPI; set OMP_NUM_THREADS to the threads that one rank will have. Under mpirun or srun all ranks of a node
+    measure at the same time, sharing caches and memory as in training, and the mean is kept.
 
         pipedream profile examples/classifier.py -o profile.json
 
@@ -45,6 +47,8 @@ def run(
 
     Next: pipedream probe (measure the links), pipedream partition (make a plan).
     """
+    import dataclasses
+
     from pipedream_hpc.errors import PipedreamError
     from pipedream_hpc.files import save
     from pipedream_hpc.observe import terminal
@@ -52,29 +56,31 @@ def run(
 
     if (target is None) == (imported is None):
         raise PipedreamError("give either a TARGET to measure or --import FILE, not both or neither")
-    if imported is not None and precision is not None:
-        raise PipedreamError("--precision is of a measurement: leave it away with --import")
+    if imported is not None and (train_config.values or run_config.values):
+        raise PipedreamError(
+            "--precision, --device and --stall-limit-s apply to a measurement: omit them with --import"
+        )
     if imported is not None:
         from pipedream_hpc.planning.importer import import_profile
 
         measured = import_profile(imported, minibatch=minibatch)
     else:
         from pipedream_hpc.cluster.device import choose
-        from pipedream_hpc.cluster.threads import take_cores
+        from pipedream_hpc.cluster.threads import bind_rank
         from pipedream_hpc.cluster.world import join
         from pipedream_hpc.job import load
-        from pipedream_hpc.runtime.agreement import agree_on_devices
-        from pipedream_hpc.runtime.measuring import profile_of
+        from pipedream_hpc.profiling.measure_job import measure_job
+        from pipedream_hpc.runtime.launch.preflight import check_devices
 
         assert target is not None
         world = join()
-        own = choose(device, world)
-        agree_on_devices(world, own, limit_s=300.0)
-        take_cores(world, world.local_size)
         job = load(target, args or [])
-        measured = profile_of(
-            job, world, minibatches=minibatches, model=Path(target).stem, precision=precision, device=own
-        )
+        config = run_config.applied_to(job.run_config)
+        own = choose(config.device, world)
+        check_devices(world, own, limit_s=config.stall_limit_s)
+        bind_rank(world, world.local_size)
+        job = dataclasses.replace(job, train_config=train_config.applied_to(job.train_config))
+        measured = measure_job(job, world, minibatches=minibatches, model=Path(target).stem, device=own)
         if not world.is_root:
             return
     save(measured, output)

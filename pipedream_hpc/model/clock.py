@@ -1,8 +1,8 @@
-"""Clock: when work was done, on the device that does it.
+"""Clock: time stamps of work on the device that does it.
 
-A CPU has done what a call asked for when the call returns. A GPU has only been told: the moment that counts
-is when its stream comes by, and an event put on the stream notes it down. Nobody waits for that; the times
-are read when all is over::
+On a CPU, the work of a call is done when the call returns. On a GPU it is only enqueued: the time that counts is when
+the stream reaches it, and an event recorded on the stream measures that. The host does not wait for the event; times
+are read once, after the work::
 
     host     forward ─ mark ─ backward ─ mark                              read
     stream            ├── forward ──┤ ● ├──── backward ────┤ ●              seconds from ● to ●
@@ -17,24 +17,28 @@ from typing import Any, Protocol
 
 import torch
 
-#: A moment, as the clock that made it keeps it.
+#: A time stamp; its type is private to the clock that made it.
 Mark = Any
 
 
 class Clock(Protocol):
-    """Notes down moments, and reads them later."""
+    """Records time stamps, and reads them later."""
 
     def mark(self) -> Mark:
-        """This moment, in the order of the work: what was asked for so far is done."""
+        """Return a time stamp that follows all work enqueued so far."""
         ...
 
     def read(self, marks: Sequence[Mark]) -> list[float]:
-        """Seconds of every one of `marks`, which are in the order they were made, since whenever."""
+        """Return the times of `marks` in seconds from an arbitrary origin; `marks` are in the order of recording."""
         ...
 
 
 class HostClock:
-    """The clock of a CPU: time.perf_counter, or another."""
+    """Clock of a CPU.
+
+    Args:
+        now: returns seconds.
+    """
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.mark = now
@@ -44,13 +48,13 @@ class HostClock:
 
 
 class StreamClock:
-    """The clock of a GPU, by events on the current stream; its time is that of time.perf_counter.
+    """Clock of a GPU, which records events on the current stream; its times are comparable to time.perf_counter.
+
+    CUDA reports the time between two events as milliseconds in single precision, so long times are summed up from
+    the short ones between neighbours.
 
     Args:
         device: the GPU.
-
-    Events tell what is between two of them in milliseconds of single precision, so long times are added up
-    from short ones.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,10 +74,10 @@ class StreamClock:
         if not marks:
             return []
         marks[-1].synchronize()
-        apart = (before.elapsed_time(after) * 1e-3 for before, after in itertools.pairwise([self._zero, *marks]))
-        return [self._zero_s + since for since in itertools.accumulate(apart)]
+        gaps = (before.elapsed_time(after) * 1e-3 for before, after in itertools.pairwise([self._zero, *marks]))
+        return [self._zero_s + since for since in itertools.accumulate(gaps)]
 
 
 def clock_of(device: torch.device) -> Clock:
-    """The clock of a device."""
+    """Return the clock of a device."""
     return StreamClock(device) if device.type == "cuda" else HostClock()

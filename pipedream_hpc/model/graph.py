@@ -1,4 +1,4 @@
-"""LayerGraph: a captured model, the noun that all of this room is about."""
+"""LayerGraph: a captured model."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
-from pipedream_hpc.model.materialize import Recipe
+from pipedream_hpc.model.recipe import ModelRecipe
 
 Kind = Literal["tensor", "int", "float", "bool", "size"]
 
 
 @dataclass(frozen=True)
 class Value:
-    """What one operation puts out and others may need.
+    """One output of an operation that other operations may use.
 
     Attributes:
-        name: the operation's, and of an operation that puts out several the number of this one.
-        kind: a tensor, or a python number or size, which crosses a cut as a tensor all the same.
-        shape: for the captured example.
-        dtype: as it travels; int64 or float64 for numbers.
-        needs_gradient: whether it depends on a trained weight, so that a gradient comes back.
-        layer: name of the layer it comes from.
+        name: name of the operation; the outputs of an operation with several are numbered, as in `chunk#1`.
+        kind: a tensor, or a Python number or size, which crosses a cut as a tensor too.
+        shape: shape for the example inputs.
+        dtype: dtype in which it is sent; int64 or float64 for numbers.
+        needs_gradient: whether it depends on a trained weight, so that a gradient comes back for it.
+        layer: name of the layer that produces it.
     """
 
     name: str
@@ -37,24 +37,24 @@ class Value:
 
     @property
     def nbytes(self) -> int:
-        """Bytes for the captured example."""
+        """Bytes for the example inputs."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Operations that always stay together.
+    """Operations that always stay in one stage.
 
     Attributes:
         name: qualified name of its module, or of the operation when it is a function.
         kind: class of the module, or name of the function.
         nodes: the operations, in execution order.
         parameters: qualified names of the parameters it uses.
-        parameter_bytes: bytes of those that are trained.
-        output_bytes: bytes of what later layers use of it, for the captured example.
-        output_shape: of a single tensor that is put out; None where there are several.
-        output_dtype: such as torch.float32; None likewise.
-        operations: floating-point operations of one forward, counted, not measured.
+        parameter_bytes: bytes of the trained ones.
+        output_bytes: bytes of the outputs that later layers use, for the example inputs.
+        output_shape: shape of the output; None if it has several.
+        output_dtype: dtype of the output, such as torch.float32; None if it has several.
+        flops: floating-point operations of one forward, counted and not measured.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Layer:
     output_bytes: int
     output_shape: tuple[int, ...] | None
     output_dtype: torch.dtype | None
-    operations: int
+    flops: int
 
 
 @dataclass(frozen=True)
@@ -74,25 +74,25 @@ class LayerGraph:
 
     Attributes:
         module: the model, which owns the weights.
-        layers: in an order in which they can run.
+        layers: the layers in a topological order.
         edges: (producer, consumer) pairs of layer numbers.
         inputs: the model's arguments, as placeholders of the graph.
-        returned: what the model returns, in terms of operations.
-        example: shapes and dtypes of the arguments, as tensors on the meta device.
-        recipe: how to make the weights of a model that was given as a function; see materialize.
+        output: the model's return value, in terms of graph nodes.
+        example_inputs: shapes and dtypes of the arguments, as tensors on the meta device.
+        recipe: creates the weights of a model that was given as a function; None for a built model.
     """
 
     module: nn.Module
     layers: tuple[Layer, ...]
     edges: tuple[tuple[int, int], ...]
     inputs: tuple[fx.Node, ...]
-    returned: Any
-    example: tuple[Any, ...]
-    recipe: Recipe | None = None
+    output: Any
+    example_inputs: tuple[Any, ...]
+    recipe: ModelRecipe | None = None
 
 
-def leaves_of(node: fx.Node) -> list[Value | None]:
-    """What a node puts out, leaf by leaf; None for what cannot travel and is the same every time."""
+def values_of(node: fx.Node) -> list[Value | None]:
+    """Return the outputs of a node, leaf by leaf; None for a constant that cannot be sent."""
     leaves, _ = flatten(node.meta["value"])
     flags = node.meta["needs_gradient"]
     layer = node.meta.get("layer", "")
@@ -115,33 +115,33 @@ def leaves_of(node: fx.Node) -> list[Value | None]:
 
 
 def flatten(value: Any) -> tuple[list[Any], Any]:
-    """Leaves and structure; a torch.Size is one leaf."""
+    """Return the leaves and the structure of a nested value; a torch.Size is one leaf."""
     return tree_flatten(value, is_leaf=lambda each: isinstance(each, torch.Size))
 
 
 def is_input(node: fx.Node) -> bool:
-    """Whether a node needs no operation before it: an argument of the model, or something it owns."""
+    """Return whether a node is an argument of the model or an attribute, and so follows no operation."""
     return node.op in ("placeholder", "get_attr")
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors of a nest of tuples, lists and dicts."""
+    """Return the tensors in nested tuples, lists and dicts."""
     return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
 
 
 def parameters_of(model: nn.Module, node: fx.Node) -> Iterator[tuple[str, nn.Parameter]]:
-    """Qualified names and parameters that an operation uses."""
+    """Yield the parameters that an operation uses, with their qualified names."""
     if node.op == "call_module":
         for inner, parameter in model.get_submodule(str(node.target)).named_parameters():
             yield f"{node.target}.{inner}", parameter
     for source in (node, *node.all_input_nodes):
         if source.op == "get_attr":
-            value = attribute(model, str(source.target))
+            value = get_attribute(model, str(source.target))
             if isinstance(value, nn.Parameter):
                 yield str(source.target), value
 
 
-def attribute(model: nn.Module, target: str) -> Any:
-    """What stands under a qualified name."""
+def get_attribute(model: nn.Module, target: str) -> Any:
+    """Return the attribute of a model with a qualified name."""
     owner, _, name = target.rpartition(".")
     return getattr(model.get_submodule(owner), name)

@@ -1,14 +1,13 @@
-"""Layers: the operations of a traced model, sorted into what always stays together.
+"""Group the operations of a traced model into layers, which always stay in one stage.
 
-Every operation that is a module, has weights or joins several tensors is a layer; what follows one and is
-cheap stands in its layer, and so does everything that only asks for sizes::
+Every operation that is a module, has weights or combines several tensors starts a layer. Cheap operations join the
+layer they follow, and so do operations that only read sizes::
 
     conv ── relu ──┬── conv+relu ── conv ──┬── add+relu ── pool
                    └───────────────────────┘
     layers   0  1         2           3           4          5        edges 0-1 1-2 2-3 3-4 1-4 4-5
 
-Where a single tensor is alive between two operations, a layer always ends, so a plain chain has one
-layer per module.
+A layer always ends where a single tensor is live between two operations, so a plain chain has one layer per module.
 """
 
 from __future__ import annotations
@@ -19,35 +18,35 @@ from itertools import takewhile
 import torch
 from torch import fx, nn
 
-from pipedream_hpc.model.graph import Layer, is_input, leaves_of, parameters_of, tensors_in
+from pipedream_hpc.model.graph import Layer, is_input, parameters_of, tensors_in, values_of
 
 
-def layers_of(
-    model: nn.Module, graph: fx.Graph, operations: Mapping[fx.Node, int]
+def group_into_layers(
+    model: nn.Module, graph: fx.Graph, flops: Mapping[fx.Node, int]
 ) -> tuple[tuple[Layer, ...], tuple[tuple[int, int], ...]]:
-    """Layers, in an order in which they can run, and the edges between them.
+    """Return the layers in a topological order, and the edges between them.
 
     Args:
-        model: whose graph it is.
-        graph: traced, with shapes propagated; see shapes.
-        operations: floating-point operations of every node.
+        model: the traced model.
+        graph: its graph, with shapes propagated (see shapes).
+        flops: floating-point operations of every node.
     """
-    groups = _Groups(graph).found()
-    layers = [_layer(model, nodes, sum(operations[n] for n in nodes), _leaving(nodes)) for nodes in groups]
-    return _named(layers), _edges(groups)
+    groups = _Grouping(graph).run()
+    layers = [_layer(model, nodes, sum(flops[n] for n in nodes), _output_nodes(nodes)) for nodes in groups]
+    return _with_unique_names(layers), _edges(groups)
 
 
-class _Groups:
-    """Sort operations into layers."""
+class _Grouping:
+    """Groups operations into layers, by union-find."""
 
     def __init__(self, graph: fx.Graph) -> None:
         self._nodes = [node for node in graph.nodes if not is_input(node) and node.op != "output"]
         self._place = {node: index for index, node in enumerate(self._nodes)}
-        self._leader = list(range(len(self._nodes)))  # union-find
+        self._leader = list(range(len(self._nodes)))  # of each node's group
 
-    def found(self) -> list[tuple[fx.Node, ...]]:
-        """The layers' operations, layers in an order in which they can run."""
-        self._join_rewritten()
+    def run(self) -> list[tuple[fx.Node, ...]]:
+        """Return the operations of every layer, in a topological order of the layers."""
+        self._join_written()
         blocks = self._blocks()
         for block in blocks:
             self._join_cheap(block)
@@ -57,9 +56,9 @@ class _Groups:
         return self._ordered([tuple(nodes) for nodes in groups.values()])
 
     def _blocks(self) -> list[list[fx.Node]]:
-        """Runs of operations between points where a single float tensor is alive."""
+        """Return the runs of operations between points where a single float tensor is live."""
         blocks, current = [], []
-        pending: dict[fx.Node, int] = {}  # value alive -> uses still to come
+        pending: dict[fx.Node, int] = {}  # live value -> uses still to come
         for node in self._nodes:
             for source in node.all_input_nodes:
                 if source in pending:
@@ -82,7 +81,7 @@ class _Groups:
         for node in block:
             sources = [source for source in node.all_input_nodes if not is_input(source)]
             if not sources:
-                # Made of arguments and constants alone: belongs to who uses it first.
+                # Made of arguments and constants only: it joins its first user.
                 user = min((self._place[user] for user in node.users if user in self._place), default=None)
                 if not _moves_data(node) or not any(s.op == "placeholder" for s in node.all_input_nodes):
                     self._join([node, self._nodes[user]] if user is not None else [node])
@@ -94,13 +93,13 @@ class _Groups:
                 self._join([node, tensors[0]])
 
     def _only_follower(self, node: fx.Node, source: fx.Node) -> bool:
-        """Whether nothing but `node`, and questions for sizes, uses `source`, which stands in the same block."""
+        """Return whether `node` is the only user of `source`, besides operations that only read sizes."""
         return all(user is node or not _moves_data(user) for user in source.users if user.op != "output")
 
-    def _join_rewritten(self) -> None:
-        """Keep together what sees a tensor before and after it is written into in place.
+    def _join_written(self) -> None:
+        """Join the operations that read a tensor before and after it is written in place.
 
-        No need where each has a single user: then nobody can see the difference.
+        This is not needed where every operation has a single user: then no one can observe the difference.
         """
         writers = [node for node in self._nodes if node.meta["writes"]]
         for writer in writers:
@@ -111,7 +110,7 @@ class _Groups:
                     self._join(self._nodes[first : self._place[writer] + 1])
 
     def _ordered(self, groups: list[tuple[fx.Node, ...]]) -> list[tuple[fx.Node, ...]]:
-        """By their last operation that others wait for; joined until no two groups need each other."""
+        """Return the groups in a topological order; groups that need each other are merged until there is one."""
         while True:
             of = {node: index for index, nodes in enumerate(groups) for node in nodes}
             needs: list[set[int]] = [set() for _ in groups]
@@ -142,7 +141,7 @@ class _Groups:
             self._leader[self._find(other)] = first = self._find(first)
 
 
-#: Functions and methods that take next to no time, or follow their input at once wherever it is.
+#: Functions and methods that take almost no time.
 _CHEAP = frozenset(
     (
         *("relu", "relu_", "leaky_relu", "gelu", "silu", "elu", "selu", "sigmoid", "tanh", "softplus", "hardtanh"),
@@ -165,7 +164,7 @@ def _function_name(node: fx.Node) -> str:
 
 
 def _moves_data(node: fx.Node) -> bool:
-    """Whether an operation makes tensors; the rest picks one out of several, or asks for sizes."""
+    """Return whether an operation produces tensors; the others select one of several, or read sizes."""
     if not tensors_in(node.meta["value"]):
         return False
     picks = node.op == "call_function" and _function_name(node) == "getitem"
@@ -183,25 +182,25 @@ def _edges(groups: Sequence[tuple[fx.Node, ...]]) -> tuple[tuple[int, int], ...]
     return tuple(sorted(pairs))
 
 
-def _leaving(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Operations of a layer that others use, the model's own output among them."""
+def _output_nodes(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Return the operations of a layer that other layers or the model's output use."""
     own = set(nodes)
     return [node for node in nodes if any(user not in own for user in node.users)]
 
 
-def _layer(model: nn.Module, nodes: tuple[fx.Node, ...], operations: int, leaving: list[fx.Node]) -> Layer:
+def _layer(model: nn.Module, nodes: tuple[fx.Node, ...], flops: int, outputs: list[fx.Node]) -> Layer:
     modules = [str(node.target) for node in nodes if node.op == "call_module"]
     anchor = next((node for node in nodes if _moves_data(node)), nodes[-1])
     if len(modules) == 1:
         name, kind = modules[0], type(model.get_submodule(modules[0])).__name__
     else:
-        # A block is known by the deepest module that holds all of it, a function by its own name.
+        # A block is named after the deepest module that contains all of it, a function after itself.
         columns = zip(*(target.split(".") for target in modules), strict=False)
         prefix = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, columns)]
         name = ".".join(prefix) or anchor.name
         kind = type(model.get_submodule(name)).__name__ if prefix else anchor.name.rstrip("_0123456789")
     parameters = {name: parameter for node in nodes for name, parameter in parameters_of(model, node)}
-    values = [value for node in leaving for value in leaves_of(node) if value is not None]
+    values = [value for node in outputs for value in values_of(node) if value is not None]
     tensors = [value for value in values if value.kind == "tensor"]
     single = tensors[0] if len(tensors) == 1 else None
     return Layer(
@@ -213,12 +212,12 @@ def _layer(model: nn.Module, nodes: tuple[fx.Node, ...], operations: int, leavin
         output_bytes=sum(value.nbytes for value in tensors),
         output_shape=None if single is None else single.shape,
         output_dtype=None if single is None else single.dtype,
-        operations=operations,
+        flops=flops,
     )
 
 
-def _named(layers: list[Layer]) -> tuple[Layer, ...]:
-    """A module called twice makes two layers: the later ones are told apart by a number."""
+def _with_unique_names(layers: list[Layer]) -> tuple[Layer, ...]:
+    """Number the layers of a module that is called more than once, as in `fc@2`."""
     seen: dict[str, int] = {}
     for layer in layers:
         name = layer.name

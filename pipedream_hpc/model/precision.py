@@ -1,4 +1,4 @@
-"""Precision: what forwards are run in."""
+"""Precision: the numeric precision of the forward passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from pipedream_hpc.errors import PipedreamError
 
-#: Makes a context that forwards run in.
+#: Creates the context that forwards run in.
 Precision = Callable[[], AbstractContextManager[Any]]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,31 +19,31 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Autocast:
-    """torch's autocast, whose lists of operations differ from one kind of device to another.
+    """torch.autocast, whose lists of operations depend on the device type.
 
     Attributes:
-        dtype: what it casts to.
-        kind: of device, `cpu` or `cuda`.
+        dtype: the dtype it casts to.
+        kind: device type, `cpu` or `cuda`.
     """
 
     dtype: torch.dtype
     kind: str
 
     def __call__(self) -> AbstractContextManager[Any]:
-        # Casts of weights are not kept: a weight of the next minibatch is another version.
+        # Casts of weights are not cached: the next minibatch may use another weight version.
         return torch.autocast(self.kind, dtype=self.dtype, cache_enabled=False)
 
 
 def autocast(precision: str | None, kind: str = "cpu") -> Autocast | None:
-    """torch's autocast to `bf16` or `fp16` on a kind of device; None for the model's own precision.
+    """Return torch's autocast to `bf16` or `fp16` on a device type; None for the model's own precision.
 
     Raises:
-        PipedreamError: there is no such precision.
+        PipedreamError: the precision is unknown.
     """
     if precision is None:
         return None
     if precision not in _DTYPES:
         raise PipedreamError(
-            f"precision should be 'bf16' or 'fp16', or left away for that of the model, not '{precision}'"
+            f"unknown precision '{precision}': choose 'bf16' or 'fp16', or None for the dtypes of the model"
         )
     return Autocast(_DTYPES[precision], kind)

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what is asked for, not on what this process did before."""
+"""Random numbers that depend on explicit seeds, and not on what this process has drawn before."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from torch import fx, nn
 
 
 def seed_for(*what: object) -> int:
-    """A 63-bit seed that depends on `what` alone: the same on every rank and under every plan."""
+    """Return a 63-bit seed that depends only on `what`: the same on every rank and under every plan."""
     digest = hashlib.blake2b(repr(what).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def set_seed(seed: int) -> None:
-    """Set torch's generators, of the CPU and of the current CUDA device once that is in use.
+    """Seed torch's generators of the CPU and, once CUDA is in use, of the current CUDA device.
 
-    torch.manual_seed does as well, but takes 200 µs for it, with a stack trace for every kind of device
-    that is not there.
+    torch.manual_seed does the same, but takes 200 µs: it collects a stack trace for every device type that is absent.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -30,8 +29,8 @@ def set_seed(seed: int) -> None:
 
 
 @contextmanager
-def generators_kept(device: torch.device) -> Iterator[None]:
-    """Whatever the block draws, torch's generators are afterwards as they were: those that `set_seed` sets."""
+def preserve_rng_state(device: torch.device) -> Iterator[None]:
+    """Restore the generators that `set_seed` seeds when the block ends."""
     devices = set()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         devices.add(torch.cuda.current_device())
@@ -41,7 +40,7 @@ def generators_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-#: Functions that draw random numbers.
+#: Names of functions that draw random numbers.
 RANDOM = frozenset(
     {
         "dropout",
@@ -60,14 +59,14 @@ RANDOM = frozenset(
 
 
 def seed_layers(module: fx.GraphModule, reseed: Callable[[str], None]) -> None:
-    """Let everything in a stage that draws random numbers draw them from a seed of its own.
+    """Make every layer and function of a stage that draws random numbers reseed the generators first.
 
-    A mask of dropout also depends on how its input lies in memory, which is another in front of a cut:
-    here it always lies in one piece.
+    A dropout mask also depends on the memory layout of its input, which differs before and after a cut; so the input
+    is made contiguous.
 
     Args:
-        module: a stage's, as model.cut makes it.
-        reseed: is called before every draw with the name of the layer or function in the whole model.
+        module: the module of a stage, as Partition.stage_module creates it.
+        reseed: called before every draw with the name of the layer or function in the whole model.
     """
 
     def seeder(name: str) -> Callable[[nn.Module, Any], Any]:
@@ -75,17 +74,17 @@ def seed_layers(module: fx.GraphModule, reseed: Callable[[str], None]) -> None:
             if not layer.training:
                 return None
             reseed(name)
-            return tuple(_in_one_piece(each) for each in arguments)
+            return tuple(_contiguous(each) for each in arguments)
 
         return seed
 
     for name, layer in module.named_modules():
-        # Recurrent and attention layers keep their dropout as a number.
+        # Recurrent and attention layers store their dropout probability as a float.
         number = getattr(layer, "dropout", None)
         if isinstance(layer, nn.modules.dropout._DropoutNd) or (isinstance(number, float) and number > 0):
             layer.register_forward_pre_hook(seeder(name))
-    # torch.fx has recorded `training=self.training` as it was when the model was captured: from now on it
-    # is what the module's mode says.
+    # torch.fx has recorded the value of `training=self.training` at capture; from now on the mode of the module
+    # decides.
     found = [node for node in module.graph.nodes if "random" in node.meta]
     for node in found:
         node.target = _seeding(node.target, node.meta["random"], module, reseed)
@@ -100,7 +99,7 @@ def _seeding(function: Any, name: str, module: nn.Module, reseed: Callable[[str]
     def drawing(*args: Any, **kwargs: Any) -> Any:
         if module.training:
             reseed(name)
-            args = tuple(_in_one_piece(each) for each in args)
+            args = tuple(_contiguous(each) for each in args)
         elif attention:
             args, kwargs = args[:4], {**kwargs, "attn_mask": (args[3:4] or (kwargs.get("attn_mask"),))[0]}
             kwargs.pop("dropout_p", None)
@@ -114,8 +113,8 @@ def _seeding(function: Any, name: str, module: nn.Module, reseed: Callable[[str]
     return drawing
 
 
-def _in_one_piece(value: Any) -> Any:
-    """A tensor whose elements lie in their order; anything else as it is."""
+def _contiguous(value: Any) -> Any:
+    """Return a tensor as contiguous, and anything else unchanged."""
     return value.contiguous() if isinstance(value, torch.Tensor) else value
 
 
@@ -123,4 +122,4 @@ def _signature(function: Any) -> inspect.Signature | None:
     try:
         return inspect.signature(function)
     except (TypeError, ValueError):
-        return None  # a builtin
+        return None  # a builtin function has none

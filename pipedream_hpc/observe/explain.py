@@ -1,4 +1,4 @@
-"""Explain: what a plan is, what it should do, and what holds it back; for people and for programs."""
+"""Explain a plan: its stages, its predictions and its bottlenecks, as tables and as plain data."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _GIGABIT = 1e9 / 8
 
 
 def report(plan: Plan) -> dict[str, Any]:
-    """Every figure of a plan as plain data; times in seconds, sizes in bytes, per minibatch."""
+    """Return all figures of a plan as plain data; times in seconds, sizes in bytes, per minibatch."""
     other = plan.alternatives
     return {
         "model": plan.model,
         "minibatch": plan.minibatch,
         "schedule": plan.schedule,
-        "microbatches": plan.microbatches,
+        "n_microbatches": plan.n_microbatches,
         "cost": plan.cost,
         "optimizer": plan.optimizer,
         "scaled": plan.scaled,
@@ -49,7 +49,7 @@ def report(plan: Plan) -> dict[str, Any]:
             "model_parallel_s": other.model_parallel_s,
             "gpipe_s": other.flush_s,
             "1f1b_flush_s": other.flush_s,
-            "flush_microbatches": other.microbatches,
+            "flush_n_microbatches": other.n_microbatches,
             "network_bytes": other.network_bytes,
             "data_parallel_network_bytes": other.data_parallel_network_bytes,
         },
@@ -86,7 +86,7 @@ def _per_second(seconds: float) -> float:
 
 
 def communication_reduction(plan: Plan) -> float | None:
-    """Which part of data parallelism's traffic the plan does without; None when not known."""
+    """Return the fraction of data parallelism's traffic that the plan avoids; None when unknown."""
     other = plan.alternatives
     if other is None or not other.data_parallel_network_bytes:
         return None
@@ -94,7 +94,7 @@ def communication_reduction(plan: Plan) -> float | None:
 
 
 def stages_table(plan: Plan) -> Table:
-    """One row per stage: where its time per minibatch and its memory go."""
+    """Return a table with one row per stage: its time per minibatch and its memory."""
     title = f"{plan.model}: {plan.config} on {plan.ranks} devices, {plan.schedule}, cost formula {plan.cost}"
     table = Table(title=title, title_justify="left")
     for column in ("stage", "layers"):
@@ -123,7 +123,7 @@ def stages_table(plan: Plan) -> Table:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """Such as `0-14` or `0, 4, 8, 12`."""
+    """Format ranks such as `0-14` or `0, 4, 8, 12`."""
     if len(ranks) > 2 and list(ranks) == list(range(ranks[0], ranks[0] + len(ranks))):
         return f"{ranks[0]}-{ranks[-1]}"
     shown = ", ".join(map(str, ranks[:6]))
@@ -131,35 +131,42 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def sentences(plan: Plan) -> list[str]:
-    """What the plan should do, beside what else the same devices could."""
-    said = [
+    """Return sentences with the plan's predictions, compared with other ways to train on the same devices."""
+    lines = [
         f"{human_seconds(plan.bottleneck_s)} per minibatch of {plan.minibatch} predicted, "
         f"{plan.minibatch * _per_second(plan.bottleneck_s):.4g} samples/s, {plan.speedup_vs_one:.2f}x one device"
     ]
     if plan.bound_s < plan.bottleneck_s * (1 - 1e-6):
         slower = plan.bottleneck_s / plan.bound_s - 1 if plan.bound_s else float("inf")
-        said.append(f"too large to be solved exactly: at most {slower:.1%} slower than the best")
+        lines.append(f"the problem was too large for an exact solution: at most {slower:.1%} slower than the optimum")
     other = plan.alternatives
     if other is not None and plan.ranks > 1:
         if len(plan.stages) == 1:
-            said.append("use data parallelism: no pipeline on these devices is faster")
+            lines.append("use data parallelism: no pipeline on these devices is faster")
         else:
-            rivals = [("data parallelism" + (" (does not fit)" * (not plan.data_parallel_fits)), other.data_parallel_s)]
+            baselines = [
+                ("data parallelism" + (" (does not fit)" * (not plan.data_parallel_fits)), other.data_parallel_s)
+            ]
             if plan.schedule not in ("gpipe", "1f1b-flush"):
-                rivals.append((f"GPipe or 1F1B-flush (m = {other.microbatches})", other.flush_s))
-            rivals.append(("model parallelism", other.model_parallel_s))
-            compared = ", ".join(f"{seconds * _per_second(plan.bottleneck_s):.2f}x {name}" for name, seconds in rivals)
+                baselines.append((f"GPipe or 1F1B-flush (m = {other.n_microbatches})", other.flush_s))
+            baselines.append(("model parallelism", other.model_parallel_s))
+            speedups = ", ".join(
+                f"{seconds * _per_second(plan.bottleneck_s):.2f}x over {name}" for name, seconds in baselines
+            )
             reduction = communication_reduction(plan)
-            less = "" if reduction is None else f"; {_compared(reduction)} communication than data parallelism"
-            said.append(f"compared with the same devices: {compared}{less}")
+            traffic = "" if reduction is None else f"; {_compared(reduction)} communication than data parallelism"
+            lines.append(f"speed-up on the same devices: {speedups}{traffic}")
     if plan.scaled:
-        said.append(f"the profile was scaled: {plan.scaled}")
-    said += plan.notes
-    return said
+        lines.append(f"the profile was scaled: {plan.scaled}")
+    lines += plan.notes
+    return lines
 
 
 def what_if_table(cases: Sequence[Case]) -> Table:
-    """One row per number of devices, one column per bandwidth: replicas per stage and speed-up over one device."""
+    """Return a table with one row per number of devices and one column per bandwidth.
+
+    A cell has the replicas per stage, the speed-up over one device and, in brackets, over data parallelism.
+    """
     bandwidths = sorted({case.bandwidth for case in cases})
     table = Table(title="what if: plan, speed-up over one device (over data parallelism)", title_justify="left")
     table.add_column("devices", justify="right")
@@ -180,7 +187,7 @@ def _cell(case: Case) -> str:
 
 
 def what_if_report(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """The table as plain data."""
+    """Return the what-if table as plain data."""
     return [
         {
             "devices": case.devices,
@@ -196,13 +203,13 @@ def what_if_report(cases: Sequence[Case]) -> list[dict[str, Any]]:
 
 
 def draw_what_if(cases: Sequence[Case], path: str | Path) -> None:
-    """Speed-up over one device against devices, one line per bandwidth, data parallelism dashed; as PNG.
+    """Plot the speed-up over one device against the number of devices as PNG, with data parallelism dashed.
 
     Raises:
-        PipedreamError: there is no plan at all to draw.
+        PipedreamError: no case has a plan.
     """
     if all(case.plan is None for case in cases):
-        raise PipedreamError(f"there is nothing to draw: {cases[0].why_not}" if cases else "there is nothing to draw")
+        raise PipedreamError(f"there is no plan to draw: {cases[0].why_not}" if cases else "there is no plan to draw")
 
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -222,8 +229,8 @@ def draw_what_if(cases: Sequence[Case], path: str | Path) -> None:
         axis.plot(devices, [plan.speedup_vs_one for plan in plans], color=colour, marker="o", markersize=4,
                   label=f"{bandwidth / _GIGABIT:g} Gb/s")  # fmt: skip
         compared = [plan for plan in plans if plan.alternatives is not None and plan.alternatives.data_parallel_s]
-        rival = [p.single_device_s / p.alternatives.data_parallel_s for p in compared if p.alternatives is not None]
-        axis.plot(devices[: len(rival)], rival, color=colour, linestyle=(0, (4, 3)), linewidth=1)
+        baseline = [p.single_device_s / p.alternatives.data_parallel_s for p in compared if p.alternatives is not None]
+        axis.plot(devices[: len(baseline)], baseline, color=colour, linestyle=(0, (4, 3)), linewidth=1)
     axis.plot([], [], color="#666666", linestyle=(0, (4, 3)), linewidth=1, label="data parallelism")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
@@ -242,5 +249,5 @@ def draw_what_if(cases: Sequence[Case], path: str | Path) -> None:
 
 
 def _compared(reduction: float) -> str:
-    """Such as `85% less`, or `1.6 times more`."""
+    """Format a reduction such as `85% less` or `1.6 times more`."""
     return f"{reduction:.0%} less" if reduction >= 0 else f"{-reduction:.1f} times more"

@@ -1,4 +1,4 @@
-"""What a trace says: how long each stage takes, and where its time goes."""
+"""Metrics of a trace: how long each stage takes, and where the time of each rank goes."""
 
 from __future__ import annotations
 
@@ -6,35 +6,28 @@ import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import get_args
 
 from pipedream_hpc.schedule.trace import Kind, Span, Trace
 
-KINDS: tuple[Kind, ...] = (
-    "forward",
-    "backward",
-    "weight-gradient",
-    "receive",
-    "send",
-    "reduce",
-    "agree",
-    "update",
-)
-#: What has to be done whatever the schedule; the rest of a rank's time is bubble or messages.
-_WORK: tuple[Kind, ...] = ("forward", "backward", "weight-gradient", "reduce", "update")
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_BACKWARD: tuple[Kind, ...] = ("backward", "backward-input", "backward-weight")
+#: Kinds of work that any schedule has to do; the rest of a rank's time is bubble or messages.
+_WORK: tuple[Kind, ...] = ("forward", *_BACKWARD, "reduce-gradients", "optimizer-step")
 
 
 @dataclass(frozen=True)
 class RankSplit:
-    """Where the time of one rank went, in seconds.
+    """How one rank spent its time, in seconds.
 
     Attributes:
         rank: the rank.
-        stages: the stages it worked on; more than one if the schedule is interleaved.
-        forward_s: median forward of one minibatch, or microbatch.
-        backward_s: likewise of backward, both parts where it is split.
-        seconds: total by kind of action; `receive` is waiting for messages, `agree` for all ranks, `idle`
-            the time with no action at all, such as before the first minibatch arrives.
-        span_s: from the first action of any rank to the last: the same for all ranks of a trace.
+        stages: the stages it holds; more than one if the schedule is interleaved.
+        forward_s: median time of a forward.
+        backward_s: median time of a backward, both parts where it is split.
+        seconds: total by kind of action. `recv` is waiting for messages, `all-reduce-grad-norm` waiting for all
+            ranks, `idle` the time without any action, such as before the first microbatch arrives.
+        span_s: time from the first action of any rank to the last: the same for all ranks of a trace.
     """
 
     rank: int
@@ -46,12 +39,12 @@ class RankSplit:
 
     @property
     def busy(self) -> float:
-        """Fraction of the span spent in forward, backward, weight gradients, reductions and updates."""
+        """Fraction of the span spent in forwards, backwards, gradient reductions and optimizer steps."""
         return sum(self.seconds[kind] for kind in _WORK) / self.span_s if self.span_s else 0.0
 
 
 def split(trace: Trace) -> list[RankSplit]:
-    """The split of every rank, in rank order."""
+    """Return the split of every rank, in rank order."""
     by_rank: dict[int, list[Span]] = defaultdict(list)
     for span in trace.spans:
         by_rank[span.rank].append(span)
@@ -59,11 +52,11 @@ def split(trace: Trace) -> list[RankSplit]:
     splits = []
     for rank, stages in trace.stages_of.items():
         lengths: dict[str, list[float]] = {kind: [] for kind in KINDS}
-        backwards: dict[tuple[int, int], float] = defaultdict(float)  # both parts of those that were split
+        backwards: dict[tuple[int, int], float] = defaultdict(float)  # both parts of split ones together
         for span in by_rank[rank]:
             lengths[span.kind].append(span.end_s - span.start_s)
-            if span.kind in ("backward", "weight-gradient"):
-                backwards[span.stage, span.minibatch] += span.end_s - span.start_s
+            if span.kind in _BACKWARD:
+                backwards[span.stage, span.microbatch] += span.end_s - span.start_s
         seconds = {kind: sum(values) for kind, values in lengths.items()}
         seconds["idle"] = max(0.0, ended_s - began_s - sum(seconds.values()))
         forward_s, backward_s = (
@@ -74,38 +67,38 @@ def split(trace: Trace) -> list[RankSplit]:
 
 
 def extent(trace: Trace) -> tuple[float, float]:
-    """When the first action of any rank began and the last one ended, in seconds; (0, 0) if none ran."""
+    """Return when the first action of any rank began and the last one ended, in seconds; (0, 0) if none ran."""
     began_s = min((span.start_s for span in trace.spans), default=0.0)
     return began_s, max((span.end_s for span in trace.spans), default=0.0)
 
 
 def bubble(splits: list[RankSplit]) -> float:
-    """Fraction of all ranks' time in which they did no work, start-up and drain included."""
+    """Return the fraction of all ranks' time in which they did no work, start-up and drain included."""
     return 1 - statistics.fmean(each.busy for each in splits) if splits else 0.0
 
 
 def left_at(trace: Trace) -> list[float]:
-    """When each minibatch left the pipeline: the ends of backward in the input stage, sorted, in seconds."""
-    return sorted(s.end_s for s in trace.spans if s.kind == "backward" and s.stage == 0)
+    """Return when each microbatch left the pipeline: the ends of backwards in the input stage, sorted, in seconds."""
+    return sorted(s.end_s for s in trace.spans if s.stage == 0 and s.kind in ("backward", "backward-weight"))
 
 
 def minibatch_s(trace: Trace) -> float:
-    """Seconds per minibatch in the steady state.
+    """Return the seconds per minibatch in the steady state.
 
-    Median interval between minibatches that leave the pipeline, leaving out as many at either end
-    as there are ranks: start-up, and drain, where backwards have no new forwards beside them. The R
-    replicas of an input stage may finish together and then all be busy, so the interval taken is
-    that over R minibatches. Where what went through were microbatches, it is that over a whole
-    minibatch, whose flush comes once in it. A trace too short for all this is taken whole, and one
-    of a single minibatch gives the time that took.
+    This is the median interval between minibatches that leave the pipeline, without as many at either end
+    as there are ranks: start-up, and drain, where backwards have no forwards between them. The R
+    replicas of an input stage may finish together and then all be busy, so the interval is
+    taken over R minibatches. Where minibatches are cut, it is taken over a whole
+    minibatch, which contains one flush. A trace too short for this is taken whole, and one
+    of a single minibatch gives the time that minibatch took.
     """
-    microbatches = trace.microbatches
+    n_microbatches = trace.n_microbatches
     ends = left_at(trace)
-    ranks, together = len(trace.stages_of), math.lcm(len(trace.layout[0]), microbatches)
+    ranks, together = len(trace.stages_of), math.lcm(len(trace.layout[0]), n_microbatches)
     steady = ends[ranks:-ranks] if len(ends) > 2 * ranks + together else ends
-    minibatches = together / microbatches
+    minibatches = together / n_microbatches
     gaps = [(after - before) / minibatches for before, after in zip(steady, steady[together:], strict=False)]
     if gaps:
         return statistics.median(gaps)
     began_s, ended_s = extent(trace)
-    return (ended_s - began_s) / max(1.0, trace.minibatches / microbatches)
+    return (ended_s - began_s) / max(1.0, trace.total_microbatches / n_microbatches)

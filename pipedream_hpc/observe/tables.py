@@ -1,4 +1,4 @@
-"""Tables for people: a profile, a topology, a plan, and a plan beside what was measured."""
+"""Tables: a profile, a topology, a plan, measured times, memory and the result of verification."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.planning.topology import Topology
 
 if TYPE_CHECKING:
-    from pipedream_hpc.runtime.footprint import Footprint
+    from pipedream_hpc.runtime.state.memory_report import MemoryReport
     from pipedream_hpc.verification.comparison import Verdict
 
 
 def human_bytes(count: float) -> str:
-    """Such as `1.5 MB`, in powers of 1000."""
+    """Format bytes such as `1.5 MB`, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
@@ -29,7 +29,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Such as `2.31 ms`."""
+    """Format seconds such as `2.31 ms`."""
     if seconds >= 100:
         return f"{seconds:.0f} s"
     unit, scale = next((u, k) for u, k in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if seconds * k >= 0.9995 or u == "µs")
@@ -44,7 +44,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def profile_table(profile: Profile) -> Table:
-    """One row per layer."""
+    """Return a table with one row per layer."""
     title = f"{profile.model} on {profile.device}, {profile.minibatch} samples per minibatch"
     table = _table(title, "layer", "kind", "forward", "backward", "output", "parameters", "stash")
     for layer in profile.layers:
@@ -61,7 +61,7 @@ def profile_table(profile: Profile) -> Table:
 
 
 def topology_table(topology: Topology) -> Table:
-    """One row per level; the caption counts the ranks' hosts and devices by name, where known."""
+    """Return a table with one row per level; its caption counts the ranks' hosts and devices, where known."""
     table = _table(f"{topology.devices} devices ({topology.device})", "level", "joins", "latency", "bandwidth",
                    "all-reduce latency", "all-reduce bandwidth")  # fmt: skip
     for level in topology.levels:
@@ -81,7 +81,7 @@ def topology_table(topology: Topology) -> Table:
 
 
 def _counted(names: tuple[str, ...], most: int = 4) -> str:
-    """Such as `4 x node1, 4 x node2`, in order of appearance; `most` at most by name."""
+    """Format counts such as `4 x node1, 4 x node2`, in order of appearance, with at most `most` names."""
     counts = Counter(names)
     shown = [f"{count} x {name}" for name, count in list(counts.items())[:most]]
     others = f", and {len(counts) - most} more" if len(counts) > most else ""
@@ -89,7 +89,7 @@ def _counted(names: tuple[str, ...], most: int = 4) -> str:
 
 
 def plan_table(plan: Plan, measured: list[RankSplit] | None = None) -> Table:
-    """One row per stage; with `measured`, what a minibatch took beside what was predicted."""
+    """Return a table with one row per stage; with `measured` it also has the measured time per minibatch."""
     title = f"{plan.model}: {len(plan.stages)} stages on {plan.ranks} ranks ({plan.config}), {plan.schedule}"
     compute = ["predicted"] if measured is None else ["predicted", "measured"]
     table = _table(title, "stage", "layers", "ranks", *compute, "in flight", "parameters", "sent", "limit")
@@ -99,7 +99,7 @@ def plan_table(plan: Plan, measured: list[RankSplit] | None = None) -> Table:
         if measured is not None:
             own = [each for each in measured if index in each.stages]
             times.append(
-                human_seconds(plan.microbatches * sum(each.forward_s + each.backward_s for each in own) / len(own))
+                human_seconds(plan.n_microbatches * sum(each.forward_s + each.backward_s for each in own) / len(own))
             )
         table.add_row(
             str(index),
@@ -115,23 +115,23 @@ def plan_table(plan: Plan, measured: list[RankSplit] | None = None) -> Table:
 
 
 def sent_bytes(plan: Plan, stage: int) -> int:
-    """Bytes a stage sends per minibatch: its activations on, its input's gradient back."""
+    """Return the bytes that a stage sends per minibatch: its activations, and the gradient of its input."""
     forth = plan.stages[stage].output_bytes if stage + 1 < len(plan.stages) else 0
     back = plan.stages[stage - 1].output_bytes if stage > 0 else 0
     return forth + back
 
 
 def split_table(splits: list[RankSplit]) -> Table:
-    """One row per rank: where its time went."""
-    table = _table("where the time went", "rank", "stage", "forward", "backward", "update", "reduce", "wait",
+    """Return a table with one row per rank: how it spent its time."""
+    table = _table("time per rank", "rank", "stage", "forward", "backward", "update", "reduce", "wait",
                    "send", "idle", "busy")  # fmt: skip
     for each in splits:
         kinds = (
             ("forward",),
-            ("backward", "weight-gradient"),
-            ("update",),
-            ("reduce",),
-            ("receive", "agree"),
+            ("backward", "backward-input", "backward-weight"),
+            ("optimizer-step",),
+            ("reduce-gradients",),
+            ("recv", "all-reduce-grad-norm"),
             ("send",),
             ("idle",),
         )
@@ -143,29 +143,31 @@ def split_table(splits: list[RankSplit]) -> Table:
     return table
 
 
-def memory_table(footprints: Sequence[Footprint]) -> Table:
-    """Two rows per rank: what the plan foresaw, and what was measured."""
+def memory_table(memory_reports: Sequence[MemoryReport]) -> Table:
+    """Return a table with two rows per rank: planned and measured memory."""
     table = _table("memory", "rank", "", *MemoryParts.PARTS, "sum", "peak")
-    for each in footprints:
+    for each in memory_reports:
         for what, parts in (("planned", each.planned), ("measured", each.measured)):
             if parts is None:
                 continue
             peak = "-" if each.peak_bytes is None or what == "planned" else human_bytes(each.peak_bytes)
             sizes = [human_bytes(getattr(parts, name)) for name in MemoryParts.PARTS]
             table.add_row(str(each.rank), what, *sizes, human_bytes(parts.total), peak)
-    known = sorted({each.before_bytes for each in footprints if each.before_bytes is not None})
+    known = sorted({each.before_bytes for each in memory_reports if each.before_bytes is not None})
     if known:
         before = " to ".join(human_bytes(size) for size in dict.fromkeys((known[0], known[-1])))
-        table.caption = f"peak: of the process or its GPU; {before} of it from before the first minibatch"
+        table.caption = f"peak of the process or its GPU; {before} of it were in use before the first minibatch"
         table.caption_justify = "left"
     return table
 
 
 def verdict_table(verdict: Verdict) -> Table:
-    """One row per kind of tensor that was compared."""
-    table = _table("pipelined training beside the reference", "compared", "tensors", "differ", "largest difference")
+    """Return a table with one row per kind of tensor that was compared."""
+    table = _table(
+        "pipelined training compared with the reference", "compared", "tensors", "differ", "largest difference"
+    )
     for kind, count in verdict.compared.items():
-        apart = [each for each in verdict.differences if each.event[0] == kind]
-        largest = f"{max(each.relative for each in apart):.2g} of the largest number" if apart else "-"
-        table.add_row({"loss": "losses"}.get(kind, f"{kind}s"), str(count), str(len(apart)), largest)
+        differences = [each for each in verdict.differences if each.kind == kind]
+        largest = f"{max(each.relative for each in differences):.2g} of the largest value" if differences else "-"
+        table.add_row({"loss": "losses"}.get(kind, f"{kind}s"), str(count), str(len(differences)), largest)
     return table

@@ -1,4 +1,4 @@
-"""Terminal: where a person or a batch log reads along."""
+"""Terminal: output for a terminal or for the log of a batch job."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-#: Columns of a batch log, so that tables are not broken for the 80 of a terminal that is not there.
+#: Columns of a batch log; without a terminal, rich would wrap tables at 80 columns.
 _LOG_WIDTH = 120
 _LAUNCHERS = ("mpirun", "mpiexec", "prterun", "orterun")
 
 
 def console(*, quiet: bool = False) -> Console:
-    """A console on stdout: colours and moving bars on a terminal, plain lines everywhere else."""
+    """Return a console on stdout: colours and progress bars on a terminal, plain lines elsewhere."""
     terminal = watched_terminal()
     width = None if terminal == "/dev/stdout" else _columns(terminal)
-    # Names of layers and files are printed as they are: brackets in them are no markup.
+    # Names of layers and files are printed unchanged: brackets in them are not markup.
     return Console(
         quiet=quiet,
         force_terminal=terminal is not None,
@@ -29,14 +29,14 @@ def console(*, quiet: bool = False) -> Console:
 
 
 def watched_terminal(parent: Path | None = None) -> str | None:
-    """The terminal on which somebody sees this process's stdout; None if it goes to a file or pipe.
+    """Return the terminal that displays this process's stdout; None if it goes to a file or a pipe.
 
-    mpirun gives its ranks a pseudo-terminal for stdout even where its own output goes to a file,
-    but never for stderr. So where only stdout is a terminal, mpirun's own stdout decides, which can
-    be seen from ranks on mpirun's node.
+    mpirun gives its ranks a pseudo-terminal for stdout even if its own output goes to a file, but never
+    for stderr. If only stdout is a terminal, mpirun's own stdout therefore decides; ranks on mpirun's
+    node can look it up.
 
     Args:
-        parent: the parent's folder in /proc.
+        parent: the parent process's folder in /proc; default: the real parent.
     """
     if not sys.stdout.isatty():
         return None
@@ -46,10 +46,10 @@ def watched_terminal(parent: Path | None = None) -> str | None:
     try:
         launched = (parent / "comm").read_text().strip() in _LAUNCHERS
         target = os.readlink(parent / "fd" / "1")
-    except OSError:  # another user's process, or no /proc
+    except OSError:  # a process of another user, or no /proc
         return None
     if not launched:
-        return "/dev/stdout"  # somebody sent stderr elsewhere, and watches stdout
+        return "/dev/stdout"  # only stderr was redirected
     return target if target.startswith(("/dev/pts/", "/dev/tty")) else None
 
 

@@ -1,6 +1,6 @@
-"""Timeline: a trace as a picture, one lane per rank, time from left to right.
+"""Timeline: draw a trace with one lane per rank, time from left to right.
 
-The paper's figure 8, drawn from what ran::
+The paper's figure 8, drawn from a trace::
 
             start-up      ┊ steady state              ┊ drain
     rank 0  0 1 2 3 .     ┊ [ 0 ]4[ 1 ]5[ 2 ]6[ 3 ]7  ┊ [ 4 ] [ 5 ] ...
@@ -22,30 +22,31 @@ from pipedream_hpc.schedule.trace import Trace
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Blue and orange stay apart for colour-blind readers, and in grey: one is dark, the other light.
+# Colour-blind readers can tell blue and orange apart, also in grey: one is dark, the other light.
 _COLOURS = {
     "forward": "#1f5fa8",
     "backward": "#f5a742",
-    "weight-gradient": "#b9d58a",
-    "reduce": "#8a5aa8",
-    "update": "#3c3c3c",
+    "backward-input": "#fad7a3",
+    "backward-weight": "#b9d58a",
+    "reduce-gradients": "#8a5aa8",
+    "optimizer-step": "#3c3c3c",
 }
-_INK = {"forward": "white", "backward": "black", "weight-gradient": "black"}
+_INK = {"forward": "white", "backward": "black", "backward-input": "black", "backward-weight": "black"}
 _QUIET = "#666666"
 
 _WIDTH_IN, _LANE_IN, _DPI = 15.0, 0.55, 130
 _LEFT_IN, _RIGHT_IN = 1.45, 0.3
 _FONT_PT = 8.5
-#: Width of a digit of that size, and how small a number may get before it is left out.
+#: Width of a digit relative to the font size, and the smallest font size; smaller numbers are omitted.
 _DIGIT_PT, _SMALLEST_PT = 0.62, 5.0
 
 
 def draw(traces: Trace | Sequence[Trace], path: str | Path, *, minibatches: int = 12) -> None:
-    """Draw one trace, or several over each other on one time axis, as PNG.
+    """Draw one trace, or several above each other on one time axis, as PNG.
 
-    Forward and backward carry the minibatch's number; updates are thin marks; waiting is left
-    white. Drawn is the time until `minibatches` of them (or microbatches) have left the pipeline of the slowest
-    trace: start-up and the beginning of the steady state, which then goes on alike.
+    Forwards and backwards carry the number of the microbatch; optimizer steps are thin marks; waiting is left
+    white. The picture ends when `minibatches` (where they are cut, so many microbatches) have left the pipeline of the
+    slowest trace: start-up and the beginning of the steady state, which then repeats itself.
 
     Raises:
         PipedreamError: a trace holds no actions.
@@ -54,7 +55,7 @@ def draw(traces: Trace | Sequence[Trace], path: str | Path, *, minibatches: int 
     if not shown or not all(trace.spans for trace in shown):
         raise PipedreamError("there is nothing to draw: the trace holds no actions (no minibatch was run)")
 
-    # pyplot would look for a display; a figure of its own needs none and leaves no state behind.
+    # pyplot would look for a display; a figure made here needs none and leaves no state behind.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -89,7 +90,7 @@ def draw(traces: Trace | Sequence[Trace], path: str | Path, *, minibatches: int 
 
 
 def draw_memory(trace: Trace, memory: Memory, path: str | Path) -> None:
-    """Draw the bytes of weights and activations on every rank of `trace` over time, as PNG.
+    """Plot the bytes of weights and activations on every rank of `trace` over time, as PNG.
 
     Raises:
         PipedreamError: the trace holds no actions.
@@ -115,7 +116,7 @@ def draw_memory(trace: Trace, memory: Memory, path: str | Path) -> None:
     axis.set_xlabel("time (s)")
     axis.set_ylabel(f"weights and activations ({size_unit})")
     axis.set_ylim(bottom=0)
-    if len(memory) <= 16:  # of more, nobody could tell the lines apart
+    if len(memory) <= 16:  # more lines could not be told apart
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
@@ -124,7 +125,7 @@ def draw_memory(trace: Trace, memory: Memory, path: str | Path) -> None:
 
 
 def _window_s(trace: Trace, minibatches: int) -> float:
-    """Seconds from the trace's first action that are drawn."""
+    """Return how many seconds from the trace's first action on are drawn."""
     began_s, ended_s = extent(trace)
     left = left_at(trace)
     return (left[minibatches - 1] if len(left) > minibatches else ended_s) - began_s
@@ -133,13 +134,13 @@ def _window_s(trace: Trace, minibatches: int) -> float:
 def _title(trace: Trace, window_s: float) -> str:
     began_s, ended_s = extent(trace)
     if ended_s - began_s <= window_s:
-        return f"{trace.source}: all {trace.minibatches} {trace.units}"
+        return f"{trace.source}: all {trace.total_microbatches} {trace.items}"
     done = sum(end_s - began_s <= window_s for end_s in left_at(trace))
-    return f"{trace.source}: the first {done} of {trace.minibatches} {trace.units}"
+    return f"{trace.source}: the first {done} of {trace.total_microbatches} {trace.items}"
 
 
 def _lanes(axis: Axes, trace: Trace, window_s: float, scale: float) -> None:
-    """The bars of every rank and their numbers."""
+    """Draw the bars of every rank and their numbers."""
     began_s, _ = extent(trace)
     lane = {rank: index for index, rank in enumerate(trace.stages_of)}
     points_per_s = (_WIDTH_IN - _LEFT_IN - _RIGHT_IN) * 72 / window_s
@@ -149,21 +150,21 @@ def _lanes(axis: Axes, trace: Trace, window_s: float, scale: float) -> None:
         if start_s >= window_s or span.kind not in _COLOURS:
             continue
         length_s = end_s - start_s
-        if span.kind == "update":
-            # At least a hair wide, so that it can be seen at all.
+        if span.kind == "optimizer-step":
+            # At least a hair wide, so that it can be seen.
             length_s = max(length_s, window_s / 1500)
         bars.setdefault((lane[span.rank], span.kind), []).append((start_s * scale, length_s * scale))
-        # A bar that the window cuts short keeps its number only if enough of it is left.
+        # A bar that the end of the axis cuts keeps its number only if enough of the bar is left.
         room_pt = length_s * points_per_s - 2
-        size_pt = min(_FONT_PT, room_pt / (_DIGIT_PT * len(str(span.minibatch))))
+        size_pt = min(_FONT_PT, room_pt / (_DIGIT_PT * len(str(span.microbatch))))
         if span.kind in _INK and size_pt >= _SMALLEST_PT:
             axis.text(
-                (start_s + length_s / 2) * scale, lane[span.rank], str(span.minibatch),
+                (start_s + length_s / 2) * scale, lane[span.rank], str(span.microbatch),
                 ha="center", va="center_baseline", fontsize=size_pt, color=_INK[span.kind],
             )  # fmt: skip
-    for (y, kind), pieces in bars.items():
-        edge = 0.0 if kind == "update" else 0.5
-        axis.broken_barh(pieces, (y - 0.41, 0.82), facecolor=_COLOURS[kind], edgecolor="white", linewidth=edge)
+    for (y, kind), intervals in bars.items():
+        edge = 0.0 if kind == "optimizer-step" else 0.5
+        axis.broken_barh(intervals, (y - 0.41, 0.82), facecolor=_COLOURS[kind], edgecolor="white", linewidth=edge)
     axis.set_yticks(range(len(lane)), [trace.label(rank) for rank in lane])
     axis.set_ylim(len(lane) - 0.5, -0.5)
     axis.set_xlim(0, window_s * scale)
@@ -173,10 +174,10 @@ def _lanes(axis: Axes, trace: Trace, window_s: float, scale: float) -> None:
 
 
 def _phases(axis: Axes, trace: Trace, window_s: float, scale: float) -> None:
-    """Start-up until the input stage's first backward, drain after its last forward."""
+    """Mark start-up until the input stage's first backward, and drain after its last forward."""
     began_s, ended_s = extent(trace)
     first_stage = [span for span in trace.spans if span.stage == 0]
-    backwards = [span.start_s for span in first_stage if span.kind == "backward"]
+    backwards = [span.start_s for span in first_stage if span.kind in ("backward", "backward-input")]
     if not backwards:
         return
     steady_s = min(backwards) - began_s

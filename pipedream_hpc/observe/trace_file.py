@@ -1,14 +1,14 @@
-"""A Trace on disk is a Chrome trace: https://ui.perfetto.dev opens it as it is.
+"""Trace files: a Trace on disk is a Chrome trace, which https://ui.perfetto.dev opens.
 
 ::
 
-    {"format": "pipedream-trace", "version": 1, "source": "measured", "layout": [[0], [1]], ...
+    {"format": "pipedream-trace", "version": 2, "source": "measured", "layout": [[0], [1]], ...
      "traceEvents": [
        {"ph": "M", "name": "thread_name", "pid": 1, "tid": 1, "args": {"name": "rank 1 (stage 1)"}},
        {"ph": "X", "name": "F3", "cat": "forward", "pid": 1, "tid": 1, "ts": 8125.25, "dur": 912.004,
-        "args": {"minibatch": 3, "version": 2, "stage": 1}}, ...]}
+        "args": {"microbatch": 3, "version": 2, "stage": 1}}, ...]}
 
-Times are microseconds with three decimals, so that nanoseconds come back as they went.
+Times are microseconds with three decimals, so that they are exact to the nanosecond.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import parse, read_document, write_json
 from pipedream_hpc.schedule.trace import Span, Trace
 
-#: Perfetto draws each process in a group of its own: a measured and a simulated trace that were put
-#: into one file stay apart.
+#: Perfetto draws each process in a group of its own: a measured and a simulated trace in one file stay apart.
 _PROCESS = {"measured": 1, "simulated": 2}
-_LETTER = {"forward": "F", "backward": "B", "weight-gradient": "W"}
-#: Names of the old Chrome viewer's palette; Perfetto has colours of its own.
+_LETTER = {"forward": "F", "backward": "B", "backward-input": "I", "backward-weight": "W"}
+#: Colour names of the old Chrome viewer; Perfetto chooses its own colours.
 _COLOUR = {
     "forward": "rail_response",
     "backward": "rail_animation",
-    "weight-gradient": "rail_idle",
-    "update": "grey",
-    "reduce": "olive",
+    "backward-input": "rail_animation",
+    "backward-weight": "rail_idle",
+    "optimizer-step": "grey",
+    "reduce-gradients": "olive",
 }
 
 
@@ -42,8 +42,8 @@ def save_trace(trace: Trace, path: str | Path) -> None:
         "version": trace.VERSION,
         "source": trace.source,
         "layout": trace.layout,
-        "minibatches": trace.minibatches,
-        "microbatches": trace.microbatches,
+        "total_microbatches": trace.total_microbatches,
+        "n_microbatches": trace.n_microbatches,
         "displayTimeUnit": "ms",
     }
     spans = sorted(trace.spans, key=lambda span: (span.rank, span.start_s, span.end_s))
@@ -55,8 +55,8 @@ def load_trace(path: str | Path) -> Trace:
     """Read a Trace from `path`; its spans are sorted by rank, then by time.
 
     Raises:
-        PipedreamError: the file is missing, is no JSON, holds something else or another version, or
-            an event is not one that `save_trace` writes.
+        PipedreamError: the file is missing, is not JSON, is no trace or one of another version, or
+            has an event that `save_trace` does not write.
     """
     body = read_document(Trace, path)
     body.pop("displayTimeUnit", None)
@@ -75,13 +75,13 @@ def load_trace(path: str | Path) -> Trace:
             raise PipedreamError(f"{path}: an event has tid {span.rank}, but the layout has no such rank")
         if span.stage not in places[span.rank]:
             raise PipedreamError(
-                f"{path}: an event of rank {span.rank} is of stage {span.stage}, which the layout gives to other ranks"
+                f"{path}: an event of rank {span.rank} is of stage {span.stage}, which other ranks of the layout hold"
             )
     return trace
 
 
 def _names(trace: Trace) -> list[dict[str, Any]]:
-    """Metadata: what Perfetto calls the process and the threads, and in which order they stand."""
+    """Return the metadata events: names of the process and its threads, and the order of the threads."""
     process = _PROCESS[trace.source]
     events: list[dict[str, Any]] = [
         {"ph": "M", "name": "process_name", "pid": process, "args": {"name": f"pipeline, {trace.source}"}}
@@ -96,10 +96,10 @@ def _names(trace: Trace) -> list[dict[str, Any]]:
 def _event(trace: Trace, span: Span) -> dict[str, Any]:
     start_ns, end_ns = round(span.start_s * 1e9), round(span.end_s * 1e9)
     name: str = span.kind
-    if span.minibatch >= 0:
-        name = f"{_LETTER.get(span.kind, span.kind + ' ')}{span.minibatch}"
-    elif span.kind == "update":
-        name = f"update to v{span.version}"
+    if span.microbatch >= 0:
+        name = f"{_LETTER.get(span.kind, span.kind + ' ')}{span.microbatch}"
+    elif span.kind == "optimizer-step":
+        name = f"optimizer step to v{span.version}"
     event: dict[str, Any] = {
         "ph": "X",
         "name": name,
@@ -108,7 +108,7 @@ def _event(trace: Trace, span: Span) -> dict[str, Any]:
         "tid": span.rank,
         "ts": start_ns / 1000,
         "dur": (end_ns - start_ns) / 1000,
-        "args": {"minibatch": span.minibatch, "version": span.version, "stage": span.stage},
+        "args": {"microbatch": span.microbatch, "version": span.version, "stage": span.stage},
     }
     if span.kind in _COLOUR:
         event["cname"] = _COLOUR[span.kind]
@@ -116,7 +116,7 @@ def _event(trace: Trace, span: Span) -> dict[str, Any]:
 
 
 def _span(path: str | Path, index: int, event: Any) -> dict[str, Any]:
-    """The fields of a Span from a complete event, still unchecked but for the times."""
+    """Return the fields of a Span from a complete event; only the times have been checked."""
     where = f"{path}: traceEvents[{index}]"
     if not isinstance(event, dict) or event.get("ph") != "X":
         raise PipedreamError(f"{where}: should be a complete event ('ph': 'X') as `pipedream` writes it")
@@ -125,12 +125,12 @@ def _span(path: str | Path, index: int, event: Any) -> dict[str, Any]:
         "rank": event.get("tid"),
         "stage": args.get("stage") if isinstance(args, dict) else None,
         "kind": event.get("cat"),
-        "minibatch": args.get("minibatch") if isinstance(args, dict) else None,
+        "microbatch": args.get("microbatch") if isinstance(args, dict) else None,
         "version": args.get("version") if isinstance(args, dict) else None,
     }
     for name in ("ts", "dur"):
         value = event.get(name)
-        # NaN and infinity are what Python's json reads though JSON has no such numbers.
+        # Python's json reads NaN and infinity, though JSON has no such numbers.
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise PipedreamError(f"{where}.{name}: should be a number of microseconds but is {value!r}")
     if event["dur"] < 0:

@@ -1,10 +1,10 @@
-"""Every cost formula, in one place. Solver, plans and simulator come here.
+"""Cost formulas: all formulas that the solver, plans and the simulator use.
 
-Symbols: T the forward and backward time of a stage on one device in seconds, |w| its parameter
-bytes, m its replicas, a the bytes that cross a cut, and of every level k of the topology its latency
-α_k, its bandwidth β_k in bytes per second and the n_k components that a stage spans.
+Symbols: T is the forward and backward time of a stage on one device in seconds, |w| its parameter
+bytes, m its number of replicas, and a the bytes that cross a cut. Level k of the topology has latency
+α_k and bandwidth β_k in bytes per second; a stage spans n_k of its components.
 
-A plan records the name of the formula it was made with:
+A plan records the name of its formula:
 
 =================  ====================================  ============  ==========================
 name               synchronisation of a round, W         stage, 1/m ·  boundary
@@ -16,13 +16,14 @@ name               synchronisation of a round, W         stage, 1/m ·  boundary
                                                                        stage's output is free
 =================  ====================================  ============  ==========================
 
-A round is one minibatch on each of the m replicas. `ring` is a ring all-reduce within and then
-between components (SOSP 2019, section 3.1; a level whose all-reduce was measured, by its own α and
-β); `paper2018` a parameter server spread over the replicas (arXiv 1806.03377, section 3.2). Both
-ways of a boundary count: activations and gradients. s_k is the share of a stage's traffic that
-goes through its busiest link of level k (planning.solver.placement): every replica carries only its own
-minibatches. `paper2018` takes one link for all of it. `reference_code` is what PipeDream's published
-optimiser computes; it and `paper2018` count what crosses a cut as that does (Cuts.antichain_bytes).
+A round is one minibatch on each of the m replicas. `ring` is a ring all-reduce within components and
+then between them (SOSP 2019, section 3.1; a level with a measured all-reduce uses its own α and β).
+`paper2018` is a parameter server distributed over the replicas (arXiv 1806.03377, section 3.2). A
+boundary carries activations forwards and gradients backwards, hence the factor 2. s_k is the share of
+a stage's traffic that goes through its busiest link of level k (planning.solver.placement), because
+each replica transfers only its own minibatches; `paper2018` charges all of it to one link.
+`reference_code` is the formula of PipeDream's published optimiser. `reference_code` and `paper2018`
+count the bytes that cross a cut as that optimiser does (Cuts.antichain_bytes).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import numpy.typing as npt
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.planning.topology import Level
 
-#: A number, or an array of them: the solver asks for many stages at once.
+#: A number, or an array of numbers: the solver evaluates many stages at once.
 Amount = float | npt.NDArray[Any]
 
 
@@ -46,12 +47,12 @@ class Formula:
     """One line of the table above.
 
     Attributes:
-        name: as plans record it.
-        sync_factor: times |w| that go through a link for an all-reduce among very many.
-        overlap: whether synchronisation runs beside compute, so that the larger of the two counts.
+        name: name that plans record.
+        sync_factor: bytes per parameter byte that an all-reduce over very many replicas sends through a link.
+        overlap: whether synchronisation overlaps with compute, so that the larger of the two counts.
         routed: whether replicas share the traffic of a boundary.
-        first_output_free: whether the input stage is charged nothing for its output.
-        antichains: whether what crosses a cut is counted as PipeDream's published optimiser does (Cuts).
+        first_output_free: whether the input stage's output costs nothing.
+        antichains: whether crossing bytes are counted as in PipeDream's published optimiser (Cuts).
     """
 
     name: str
@@ -62,23 +63,23 @@ class Formula:
     antichains: bool = False
 
     def compute_s(self, time_s: Amount, replicas: Amount) -> Amount:
-        """Compute of a stage per minibatch: each replica takes every m-th."""
+        """Return a stage's compute time per minibatch: each replica takes every m-th minibatch."""
         return time_s / replicas
 
     def round_s(self, parameter_bytes: Amount, spans: Sequence[Amount], levels: Sequence[Level]) -> Amount:
-        """One synchronisation of a stage's replicas, in seconds.
+        """Return the time of one synchronisation of a stage's replicas, in seconds.
 
         Args:
             parameter_bytes: |w|.
             spans: n_k of every level.
-            levels: of the topology.
+            levels: the topology's levels.
         """
         total: Amount = np.zeros(np.broadcast_shapes(np.shape(parameter_bytes), *(np.shape(n) for n in spans)))
         replicas: Amount = 1
         for level, n in zip(levels, spans, strict=True):
             replicas = replicas * n
             if self.sync_factor == 2 and level.reduce_bandwidth is not None:
-                # Measured among all devices of this level: includes the levels within.
+                # Measured among all devices of this level, so it includes the levels below.
                 moved = 2 * (replicas - 1) / replicas * parameter_bytes
                 measured = (level.reduce_latency_s or 0.0) + moved / level.reduce_bandwidth
                 total = np.where(np.asarray(n) > 1, measured, total)
@@ -87,20 +88,20 @@ class Formula:
         return total
 
     def sync_s(self, round_s: Amount, replicas: Amount) -> Amount:
-        """Synchronisation per minibatch: m of them share a round."""
+        """Return the synchronisation time per minibatch: m minibatches share a round."""
         return round_s / replicas
 
     def stage_s(self, compute_s: Amount, sync_s: Amount) -> Amount:
-        """Stage time per minibatch from its compute and its synchronisation."""
+        """Return a stage's time per minibatch, given its compute and synchronisation times."""
         return np.maximum(compute_s, sync_s) if self.overlap else compute_s + sync_s
 
     def boundary_s(self, crossing_bytes: Amount, shares: Sequence[Amount], levels: Sequence[Level]) -> Amount:
-        """Activations forth and gradients back over the busiest link, per minibatch.
+        """Return the time per minibatch of sending activations and gradients over the busiest link.
 
         Args:
             crossing_bytes: a.
-            shares: s_k of every level; 0 where the traffic does not go.
-            levels: of the topology.
+            shares: s_k of every level; 0 for a level that the traffic does not use.
+            levels: the topology's levels.
         """
         total: Amount = np.zeros(np.broadcast_shapes(np.shape(crossing_bytes), *(np.shape(s) for s in shares)))
         for level, share in zip(levels, shares, strict=True):
@@ -110,7 +111,7 @@ class Formula:
 
 
 def transfer_s(message_bytes: Amount, level: Level) -> Amount:
-    """One message over one link: α + n / β."""
+    """Return the time of one message over one link: α + n / β."""
     return level.latency_s + message_bytes / level.bandwidth
 
 
@@ -128,10 +129,10 @@ DEFAULT = "ring"
 
 
 def formula(name: str) -> Formula:
-    """The cost formula of this name.
+    """Return the cost formula called `name`.
 
     Raises:
-        PipedreamError: there is none.
+        PipedreamError: there is no such formula.
     """
     if name not in _FORMULAS:
         raise PipedreamError(f"there is no cost formula '{name}': choose one of {', '.join(NAMES)}")

@@ -1,4 +1,4 @@
-"""Even: a plan from nothing but the numbers of replicas, such as 2-1-1."""
+"""Even plans: a plan made from the number of replicas per stage alone, such as 2-1-1."""
 
 from __future__ import annotations
 
@@ -11,46 +11,47 @@ from pipedream_hpc.planning.plan import Plan, StagePlan, warm_up
 from pipedream_hpc.planning.profile import Profile
 
 
-def replicas_of(config: str) -> tuple[int, ...] | None:
-    """The replicas per stage of a configuration as the paper writes it; None if it is none."""
-    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", config):
+def parse_replicas(text: str) -> tuple[int, ...] | None:
+    """Return the replicas per stage that `text` lists, such as `2-1-1`; None if it is not such a list."""
+    if not re.fullmatch(r"[1-9][0-9]{0,8}(-[1-9][0-9]{0,8})*", text):
         return None
-    return tuple(int(count) for count in config.split("-"))
+    return tuple(int(count) for count in text.split("-"))
 
 
-def even(profile: Profile, replicas: Sequence[int]) -> Plan:
-    """Runs of layers, one for each stage, so that the slowest stage per replica is as fast as can be.
+def even_plan(profile: Profile, replicas: Sequence[int]) -> Plan:
+    """Cut the layers into contiguous stages that minimise the slowest stage's compute per replica.
 
     Raises:
         PipedreamError: there are more stages than layers.
     """
-    layers, stages = profile.layers, len(replicas)
-    if stages > len(layers):
+    layers, n_stages = profile.layers, len(replicas)
+    if n_stages > len(layers):
         raise PipedreamError(
-            f"{profile.model} has {len(layers)} layers and cannot be cut into {stages} stages: ask for fewer"
+            f"{profile.model} has {len(layers)} layers and cannot be cut into {n_stages} stages: use fewer stages"
         )
     times = [0.0, *accumulate(layer.work_s for layer in layers)]
-    # best[k][end]: the slowest of the first k stages when they end before layer `end`, and where the k-th begins.
+    # best[k][end]: the time of the slowest of the first k stages if they end before layer `end`, and the first
+    # layer of stage k.
     best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
     for number, count in enumerate(replicas, start=1):
-        row: dict[int, tuple[float, int]] = {}
-        for end in range(number, len(layers) - (stages - number) + 1):
-            row[end] = min(
+        by_end: dict[int, tuple[float, int]] = {}
+        for end in range(number, len(layers) - (n_stages - number) + 1):
+            by_end[end] = min(
                 (max(slowest, (times[end] - times[begin]) / count), begin)
                 for begin, (slowest, _) in best[-1].items()
                 if begin < end
             )
-        best.append(row)
+        best.append(by_end)
     ends, end = [], len(layers)
-    for row in reversed(best[1:]):
+    for by_end in reversed(best[1:]):
         ends.append(end)
-        end = row[end][1]
+        end = by_end[end][1]
     bounds = [0, *reversed(ends)]
-    made, rank = [], 0
+    stages, rank = [], 0
     for index, count in enumerate(replicas):
         own = layers[bounds[index] : bounds[index + 1]]
         forward_s, backward_s = sum(x.forward_s for x in own), sum(x.backward_s for x in own)
-        made.append(
+        stages.append(
             StagePlan(
                 layers=tuple(layer.name for layer in own),
                 ranks=tuple(range(rank, rank + count)),
@@ -58,7 +59,7 @@ def even(profile: Profile, replicas: Sequence[int]) -> Plan:
                 backward_s=backward_s,
                 weight_gradient_s=sum(x.weight_gradient_s for x in own),
                 waiting_bytes=sum(x.waiting_bytes for x in own),
-                outside_bytes=sum(x.outside_bytes for x in own),
+                unsplit_bytes=sum(x.unsplit_bytes for x in own),
                 compute_s=(forward_s + backward_s) / count,
                 sync_s=0.0,
                 boundary_s=0.0,
@@ -76,7 +77,7 @@ def even(profile: Profile, replicas: Sequence[int]) -> Plan:
         minibatch=profile.minibatch,
         schedule="1f1b" if all(count == 1 for count in replicas) else "1f1b-rr",
         cost="ring",
-        stages=tuple(made),
-        bottleneck_s=max(stage.compute_s for stage in made),
+        stages=tuple(stages),
+        bottleneck_s=max(stage.compute_s for stage in stages),
         single_device_s=profile.total_s,
     )

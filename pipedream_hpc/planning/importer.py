@@ -1,12 +1,12 @@
-"""Import layer profiles in the text format published with PipeDream's reference code.
+"""Import layer profiles in the text format of PipeDream's reference code.
 
-One line per node, then one line per edge, which begins with a tab::
+A file has one line per node, then one line per edge, which begins with a tab::
 
     node2 -- Conv2d(3, 64, ...) -- forward_compute_time=22.3, backward_compute_time=24.6,
         activation_size=1644167168.000, parameter_size=7168.000          (all on one line)
     <TAB>node1 -- node2
 
-Times are milliseconds and sizes bytes, both of a whole minibatch; a node with several outputs has
+Times are in milliseconds and sizes in bytes, both per minibatch; a node with several outputs has
 `activation_size=[a; b; c]`.
 """
 
@@ -30,7 +30,7 @@ _EDGE = re.compile(r"\t(?P<producer>\S+) -- (?P<consumer>\S+)")
 
 @dataclass
 class _Graph:
-    """Nodes by id, in the order of the file, and what each feeds."""
+    """Nodes by id, in the order of the file, and the consumers of each."""
 
     layers: dict[str, LayerProfile] = field(default_factory=dict)
     consumers: dict[str, list[str]] = field(default_factory=dict)
@@ -46,16 +46,15 @@ class _Graph:
 def import_profile(path: str | Path, *, minibatch: int) -> Profile:
     """Read a published profile.
 
-    The format does not say what autograd keeps: a layer's output stands for it.
+    The format does not record what autograd keeps; each layer's output bytes are used instead.
 
-    The Input nodes, whose time is that of loading data, are left out, and so are `__getitem__`
-    nodes whose value nobody uses.
+    Input nodes, whose time is data loading, and `__getitem__` nodes without a consumer are omitted.
 
     Args:
-        minibatch: samples per minibatch it was measured with; the format does not say.
+        minibatch: samples per minibatch of the measurement, which the format does not record.
 
     Raises:
-        PipedreamError: names the file and the line that cannot be understood.
+        PipedreamError: the file cannot be read or parsed; the message names the file and the line.
     """
     path = Path(path)
     try:
@@ -72,7 +71,7 @@ def import_profile(path: str | Path, *, minibatch: int) -> Profile:
     index = {node: position for position, node in enumerate(order)}
     edges = sorted((index[node], index[consumer]) for node in order for consumer in graph.consumers[node])
     if not order:
-        raise PipedreamError(f"{path}: has no layers: is it a profile in the published text format?")
+        raise PipedreamError(f"{path}: has no layers: give a profile in PipeDream's published text format")
     return Profile(
         model=path.stem,
         device="imported",
@@ -98,7 +97,7 @@ def _parse(path: Path, text: str) -> _Graph:
                 f"...') nor an edge (a tab, then 'id -- id'): {line.strip()[:60]!r}"
             )
         if node["id"] in graph.layers:
-            raise PipedreamError(f"{path}: line {number}: node '{node['id']}' is defined a second time")
+            raise PipedreamError(f"{path}: line {number}: node '{node['id']}' is defined twice")
         activation = node["activation"].strip("[]").split(";")
         output_bytes = round(sum(_number(path, number, "activation_size", part) for part in activation))
         graph.layers[node["id"]] = LayerProfile(
@@ -132,7 +131,7 @@ def _number(path: Path, line: int, field_name: str, text: str) -> float:
 
 
 def _in_order(path: Path, graph: _Graph) -> list[str]:
-    """Topological order; among nodes that could come next, the order of their numbers."""
+    """Return the nodes in topological order, and in order of their numbers where that leaves a choice."""
     sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(graph.layers, ()))
     for node, consumers in graph.consumers.items():
         for consumer in consumers:
@@ -143,12 +142,12 @@ def _in_order(path: Path, graph: _Graph) -> list[str]:
     except CycleError as error:
         raise PipedreamError(f"{path}: the edges form a cycle: {' -> '.join(error.args[1])}") from None
     while sorter.is_active():
-        ready = sorted(sorter.get_ready(), key=_numbered)
+        ready = sorted(sorter.get_ready(), key=_sort_key)
         order.extend(ready)
         sorter.done(*ready)
     return order
 
 
-def _numbered(node: str) -> tuple[int, str]:
+def _sort_key(node: str) -> tuple[int, str]:
     digits = re.sub(r"\D", "", node)
     return (int(digits) if digits else -1, node)

@@ -1,7 +1,7 @@
-"""Presets: topologies that have a name.
+"""Presets: topologies with a name.
 
-Numbers are one way, in bytes and seconds. A bandwidth is what one pair of devices can count on, a
-latency is an order of magnitude: measure with `pipedream probe` where there is a machine to measure.
+Bandwidths are one-way, in bytes per second, as one pair of devices sees them. Latencies, in seconds, are orders
+of magnitude. Where the machine is available, measure it with `pipedream probe` instead.
 
 | name             | counts          | device            | links                                  |
 |------------------|-----------------|-------------------|----------------------------------------|
@@ -17,18 +17,18 @@ latency is an order of magnitude: measure with `pipedream probe` where there is 
 Sources:
     cluster-a, cluster-b: arXiv 1806.03377, section 5.1; one GPU per machine, so one level.
     sosp19-v100: Narayanan et al., SOSP 2019, Table 2, its Cluster-A: 4 V100 on PCIe per server, 10 Gb/s
-        between; "4x4" is counts (4, 4). PCIe 3.0 x16 is 15.75 GB/s nominal; 10 GB/s is what a copy
-        through the host's root complex commonly reaches.
+        between servers; "4x4" is counts (4, 4). PCIe 3.0 x16 is 15.75 GB/s nominal; a copy through the
+        host's root complex typically reaches 10 GB/s.
     dgx-a100: NVIDIA DGX A100 data sheet: NVLink 3, 12 links, 600 GB/s both ways, so 300 GB/s nominal
         one way; 8 x 200 Gb/s HDR. dgx-h100: DGX H100 data sheet: NVLink 4, 18 links, 900 GB/s both ways,
-        so 450 GB/s nominal one way; 8 x 400 Gb/s NDR. Of the nominal a copy gets about four fifths:
-        NCCL (src/graph/topo.h) counts 20.0 and 20.6 GB/s per link, which makes 240 and 371 GB/s, and
-        NVIDIA/nccl issue 1264 reports 380 GB/s measured on the H100.
+        so 450 GB/s nominal one way; 8 x 400 Gb/s NDR. A copy reaches about four fifths of the nominal
+        rate: NCCL (src/graph/topo.h) assumes 20.0 and 20.6 GB/s per link, which makes 240 and 371 GB/s,
+        and NVIDIA/nccl issue 1264 reports 380 GB/s measured on the H100.
     ethernet-1g, ethernet-10g, infiniband-hdr: line rate (IEEE 802.3, InfiniBand HDR 4x) over 8 bits.
 
-On a DGX every GPU has a network card of its own: one message goes through one of them, an all-reduce
-among all GPUs through all at once. So their network level has a reduce_bandwidth of min(NVLink, GPUs
-per node x card) and a reduce_latency_s of 2 (m - 1) hops for the m devices; elsewhere these are None.
+On a DGX every GPU has its own network card: one message uses one card, an all-reduce among all GPUs uses
+all cards at once. Their network level therefore has reduce_bandwidth = min(NVLink, GPUs per node x card)
+and reduce_latency_s = 2 (m - 1) hops for the m devices; other presets leave both at None.
 """
 
 from __future__ import annotations
@@ -41,16 +41,19 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.planning.topology import Level, Topology
 
 _GIGABIT = 1e9 / 8
-#: Latencies in seconds of a message from memory to memory.
+#: Latencies of a message from memory to memory, in seconds.
 _NVLINK, _PCIE, _INFINIBAND, _ETHERNET = 3e-6, 10e-6, 2e-6, 30e-6
 
 
 @dataclass(frozen=True)
 class _Preset:
-    """Links (level name, α in seconds, β in bytes per second) from the inside out, and what they join.
+    """A topology without counts.
 
     Attributes:
-        rails: whether each device of a node has an outer link of its own.
+        links: (level name, α in seconds, β in bytes per second), innermost level first.
+        device: what one device is.
+        memory_bytes: memory of one device; None when unknown.
+        rails: whether each device of a node has its own outer link.
     """
 
     links: tuple[tuple[str, float, float], ...]
@@ -79,15 +82,15 @@ NAMES = tuple(_PRESETS)
 
 
 def preset(name: str, counts: Sequence[int]) -> Topology:
-    """The topology of this name.
+    """Return the preset topology called `name`.
 
     Args:
         name: one of NAMES.
-        counts: components that each level joins, innermost first, such as (8, 4) for four nodes of
-            eight GPUs.
+        counts: number of components that each level joins, innermost first, such as (8, 4) for four nodes
+            of eight GPUs.
 
     Raises:
-        PipedreamError: there is no such preset, it has another number of levels than there are counts,
+        PipedreamError: there is no such preset, the number of counts differs from its number of levels,
             or a count is less than 1.
     """
     if name not in _PRESETS:

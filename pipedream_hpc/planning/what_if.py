@@ -1,4 +1,4 @@
-"""What if: the plans for more or fewer machines, and for slower or faster networks."""
+"""What-if analysis: plans for fewer machines and for other network bandwidths."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NETWORKS = (0.125e9, 1.25e9, 3.125e9, 12.5e9)
 
 @dataclass(frozen=True)
 class Case:
-    """One plan of the table.
+    """One cell of the what-if table.
 
     Attributes:
-        devices: altogether.
-        bandwidth: of the outermost level, in bytes per second.
-        plan: for those; None if there is none.
-        why_not: the reason then.
+        devices: total number of devices.
+        bandwidth: bandwidth of the outermost level, in bytes per second.
+        plan: plan for these devices and this bandwidth; None if there is none.
+        why_not: why there is no plan; empty if there is one.
     """
 
     devices: int
@@ -34,10 +34,10 @@ class Case:
 
 
 def what_if(profile: Profile, topology: Topology, request: Request) -> list[Case]:
-    """Plans for 1, 2, 4, ... of the outermost level's components and for NETWORKS beside its own.
+    """Plan for 1, 2, 4, ... components of the outermost level, with its own bandwidth and each one of NETWORKS.
 
     Returns:
-        By devices, then by bandwidth.
+        The cases, sorted by devices, then by bandwidth.
     """
     cuts = cuts_of(profile)
     *inner, outer = topology.levels
@@ -48,8 +48,8 @@ def what_if(profile: Profile, topology: Topology, request: Request) -> list[Case
             level = dataclasses.replace(
                 outer, count=count, bandwidth=bandwidth, reduce_latency_s=None, reduce_bandwidth=None
             )
-            kept = outer if (count, bandwidth) == (outer.count, outer.bandwidth) else level
-            varied = Topology((*inner, kept), topology.device, topology.device_memory_bytes)
+            outermost = outer if (count, bandwidth) == (outer.count, outer.bandwidth) else level
+            varied = Topology((*inner, outermost), topology.device, topology.device_memory_bytes)
             try:
                 cases.append(Case(varied.devices, bandwidth, solve(profile, varied, request, cuts=cuts)))
             except PipedreamError as error:

@@ -1,107 +1,103 @@
-"""Pipeline: what a user's program holds in its hand.
+"""Pipeline: what a user's program holds.
 
-plan ──► stage modules ──► workers ──► fit, evaluate
+plan ──► stage modules ──► workers ──► train, evaluate
                               ▲
           all of them in one process, or this rank's own under mpirun / srun
 """
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from pipedream_hpc.cluster.cores import Cores
-from pipedream_hpc.cluster.device import choose
-from pipedream_hpc.cluster.heap import keep_freed_memory
-from pipedream_hpc.cluster.threads import take_cores
-from pipedream_hpc.cluster.world import World, join
+from pipedream_hpc.cluster.device import Device
+from pipedream_hpc.cluster.world import World
+from pipedream_hpc.config import RunConfig, ScheduleConfig, TrainConfig
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.job import Job, Loss, OptimizerFactory, accuracy
-from pipedream_hpc.model.capture import capture
-from pipedream_hpc.model.materialize import Factory
+from pipedream_hpc.job import Job, LossFn, OptimizerFactory
 from pipedream_hpc.model.precision import Precision
-from pipedream_hpc.model.randomness import generators_kept
+from pipedream_hpc.model.recipe import ModelFactory
 from pipedream_hpc.planning.plan import Plan
-from pipedream_hpc.runtime.agreement import (
-    agree_on_checkpoints,
-    agree_on_data,
-    agree_on_devices,
-    agree_on_end,
-    agree_on_start,
-)
-from pipedream_hpc.runtime.assembly import Wishes, assemble, feed_of, shared_statistics
-from pipedream_hpc.runtime.checkpoint import Checkpoints, Position
-from pipedream_hpc.runtime.deployment import deploy
-from pipedream_hpc.runtime.emulator import carry_out, emulate
-from pipedream_hpc.runtime.feed import Feed, cut
-from pipedream_hpc.runtime.footprint import Footprint, Peak, core_bytes, footprint
-from pipedream_hpc.runtime.garbage import no_stalls
-from pipedream_hpc.runtime.gathering import whole_state
-from pipedream_hpc.runtime.handshake import agree
-from pipedream_hpc.runtime.manner import Manner, given, resolve
-from pipedream_hpc.runtime.reading import start_workers_apart
-from pipedream_hpc.runtime.route import choose_route
-from pipedream_hpc.runtime.stage import Stage
-from pipedream_hpc.runtime.stall import is_stall, report
-from pipedream_hpc.runtime.step import Clip, SchedulerFactory
-from pipedream_hpc.runtime.wiring import Wiring, local_wiring, mpi_wiring
-from pipedream_hpc.runtime.worker import Worker
-from pipedream_hpc.schedule.actions import Action, Backward, Schedule, Update
-from pipedream_hpc.schedule.kinds import AnySchedule
+from pipedream_hpc.runtime.comm.gpu_route import Route
+from pipedream_hpc.runtime.comm.handshake import exchange
+from pipedream_hpc.runtime.execution.data import MicrobatchLoader
+from pipedream_hpc.runtime.execution.dataloader import use_forkserver
+from pipedream_hpc.runtime.execution.memory_probe import core_bytes, measured_parts
+from pipedream_hpc.runtime.execution.passes import Ran
+from pipedream_hpc.runtime.execution.position import PassPosition
+from pipedream_hpc.runtime.execution.stage import ScoreFn, Stage, score_error
+from pipedream_hpc.runtime.execution.user_rng import UserGenerators
+from pipedream_hpc.runtime.launch.build import TrainSetup, microbatch_loader
+from pipedream_hpc.runtime.launch.preflight import check_checkpoints
+from pipedream_hpc.runtime.launch.start import start
+from pipedream_hpc.runtime.state.checkpoint import Checkpoints, Position
+from pipedream_hpc.runtime.state.full_state_dict import full_state_dict
+from pipedream_hpc.runtime.state.load_state_dict import load_full_state_dict, state_dict_problem
+from pipedream_hpc.runtime.state.memory_report import MemoryReport, ProcessPeak, memory_report
+from pipedream_hpc.schedule import registry
+from pipedream_hpc.schedule.actions import OptimizerStep, Schedule
 from pipedream_hpc.schedule.trace import Span, Trace
 from pipedream_hpc.schedule.verifier import verify_around
+from pipedream_hpc.schedule.written import Written
+
+
+@dataclass(frozen=True)
+class Step:
+    """One minibatch that has been trained.
+
+    Attributes:
+        index: number of the minibatch within this call of `Pipeline.train`.
+        lr: learning rate of the first parameter group; None on a rank whose stage trains nothing.
+        samples_per_s: samples per second since the step before, counting a short minibatch as a full one.
+    """
+
+    index: int
+    lr: float | None
+    samples_per_s: float
+    _ask: Callable[[int], float] = field(repr=False)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the minibatch, the same on all ranks.
+
+        Nothing is computed or sent before it is read. It may be read on some ranks only.
+
+        Raises:
+            PipedreamError: it is read thousands of microbatches later, when it is no longer kept.
+        """
+        return self._ask(self.index)
 
 
 class Pipeline:
     """Train a model with pipeline parallelism: 1F1B with weight stashing, or any other schedule.
 
-    Started by itself, a program runs all ranks of the plan in its one process; started by mpirun
-    or srun on as many ranks as the plan has, each runs its own. The numbers are the same.
+    A program that is started by itself runs all ranks of the plan in its one process. Started by mpirun
+    or srun on as many ranks as the plan has, each process runs its own rank. The numbers are the same.
 
     Args:
         model: any module that torch.fx can trace, built with the same seed on every rank; or a function
-            without arguments that builds it: then each rank keeps the weights of its own stages only. It
-            is called twice and has to build the same.
-        loss: mean loss of a minibatch from (output, target).
+            without arguments that builds it, so that each rank keeps the weights of its own stages only. The function
+            is called twice and must build the same model.
+        loss_fn: mean loss of a minibatch from (output, target).
         optimizer: called once per stage with the stage's parameters, such as
-            `functools.partial(torch.optim.SGD, lr=0.1)`.
-        example: one minibatch of inputs, as large as they will get: a tensor, a tuple of the model's
+            `functools.partial(torch.optim.SGD, lr=0.1)`. The parameters have the user's own attributes, and
+            `qualified_name`.
+        example_inputs: one minibatch of inputs, as large as they will get: a tensor, a tuple of the model's
             arguments, or a mapping from their names; only shapes and dtypes are used.
-        plan: a Plan, the file of one, a number of stages to cut the model into evenly (by counted
+        plan: a Plan, the file of one, a number of stages into which the model is cut evenly (by counted
             floating-point operations: the same cut on every machine), or the replicas of such
             stages, as in "2-1-1".
-        schedule: one of schedule.kinds.NAMES, instead of the plan's.
-        microbatches: to a minibatch, for schedules that cut minibatches, instead of the plan's.
-        chunks: stages per rank, for the interleaved schedule.
-        accumulate: minibatches per replica that one update learns from.
-        split_backward: send the gradient of a stage's input before those of its weights are computed, which are
-            put off; for 1f1b-flush and gpipe.
-        zero_bubble: do so, and have as many microbatches in flight as leave no bubble: twice as many, less one.
-            For 1f1b-flush.
-        scheduler: called with each stage's optimizer, makes its learning-rate scheduler, which is
-            stepped once per minibatch: `functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)`.
-        clip: how gradients are clipped.
-        precision: "bf16" or "fp16" to run forwards under autocast; fp16 scales losses.
-        master_weights: keep a float32 master of every bfloat16 weight: it is what SGD, Adam and AdamW step, and
-            the weights are the master, rounded. For models whose weights are bfloat16 (model.bfloat16()).
-        recompute: run forwards again before backwards instead of keeping activations; by default what
-            the plan says, stage by stage.
-        compiler: a backend of torch.compile, such as "inductor", to compile every stage with.
-        deterministic: average gradients of replicas in a fixed order, so that every run makes the
-            same bits; otherwise MPI chooses the order.
-        leaves: module classes that torch.fx cannot look into and is to keep whole.
-        seed: order of the data and dropout masks depend on it and on nothing else.
-        device: what to train on: "cpu", "cuda", or "auto" for a GPU where torch sees one and the core was
-            built for it. A rank takes the GPU of its local rank; two on one GPU are refused unless the
-            environment says PIPEDREAM_SHARE_GPUS=1. The model is given on the CPU.
-        stall_limit_s: seconds a rank waits for another before it says for whom, and stops.
-        trace: whether `last_trace` is to be had.
-        checkpoints: a folder that all ranks see; every epoch's end is written there. See `resume`.
+        schedule: the schedule, by name or as a ScheduleConfig; None for the plan's own.
+        train_config: how stages are trained.
+        run_config: where the run computes, and what it records.
 
     Raises:
         PipedreamError: the plan does not fit the model or the number of ranks.
@@ -109,105 +105,64 @@ class Pipeline:
 
     def __init__(
         self,
-        model: nn.Module | Factory,
+        model: nn.Module | ModelFactory,
         *,
-        loss: Loss,
+        loss_fn: LossFn,
         optimizer: OptimizerFactory,
-        example: Any,
+        example_inputs: Any,
         plan: Plan | str | Path | int,
-        schedule: str | None = None,
-        microbatches: int | None = None,
-        chunks: int = 1,
-        accumulate: int = 1,
-        split_backward: bool = False,
-        zero_bubble: bool = False,
-        scheduler: SchedulerFactory | None = None,
-        clip: Clip | None = None,
-        precision: str | None = None,
-        master_weights: bool = False,
-        recompute: bool | None = None,
-        compiler: str | None = None,
-        deterministic: bool = True,
-        leaves: Sequence[type[nn.Module]] = (),
-        seed: int = 0,
-        device: str = "auto",
-        stall_limit_s: float = 300.0,
-        trace: bool = False,
-        checkpoints: str | Path | None = None,
+        schedule: str | ScheduleConfig | None = None,
+        train_config: TrainConfig | None = None,
+        run_config: RunConfig | None = None,
     ) -> None:
-        self.world: World = join()
-        own = choose(device, self.world)
-        #: What every rank trains on.
-        self.devices = agree_on_devices(self.world, own, limit_s=stall_limit_s)
-        #: How boundary tensors travel between ranks.
-        self.route = choose_route(self.world, own, limit_s=stall_limit_s)
-        self._wishes = Wishes(loss, optimizer, scheduler, clip, precision, compiler, seed, own.torch, master_weights)
-        if (split_backward or zero_bubble) and compiler:
-            asked = "zero_bubble" if zero_bubble else "split_backward"
-            raise PipedreamError(f"compiled stages run backwards whole: leave {asked} away, or compiler")
-        manner = Manner(
-            schedule,
-            microbatches,
-            chunks,
-            accumulate,
-            agree=self._wishes.needs_agreement,
-            split=split_backward,
-            zero_bubble=zero_bubble,
-            recompute=recompute,
+        self.run_config = run_config or RunConfig()
+        self._run = start(
+            model,
+            example_inputs,
+            plan,
+            ScheduleConfig.of(schedule),
+            TrainSetup(loss_fn, optimizer, train_config or TrainConfig()),
+            self.run_config,
         )
-        wanted = given(plan)
-        graph = capture(model, cut(example, manner.pieces(wanted))[0], leaves, self._wishes.autocast)
-        name = str(plan) if isinstance(plan, str | Path) else "the plan"
-        self._deployment = deploy(resolve(wanted, name, graph, manner), name, graph, manner, self.world)
-        self.plan = self._deployment.plan
-        self._stall_limit_s, self._tracing = stall_limit_s, trace
-        self._peak = Peak(own.torch)
-        self._epoch = self._units_run = self._units_trained = 0
-        self._begun = False
-        self._verified: set[AnySchedule] = set()
+        self._peak = ProcessPeak(self._run.setup.device)
+        self._epoch = 0
+        self._samples = _samples(example_inputs)
+        self._verified: set[registry.AnySchedule | Written] = set()
         self._spans: list[Span] | None = None
-        self._last_units = 0
-        launch = agree_on_start(self.world, self._deployment, seed, limit_s=stall_limit_s)
-        ranks = self._deployment.ranks
-        cores = Cores()
-        if ranks > 1 or self.world.size > 1:
-            cores = take_cores(self.world, ranks)
-        training, lines = self._deployment.training(0), self._deployment.lines
-        self._wiring: Wiring = (
-            mpi_wiring(
-                self.world,
-                training,
-                lines,
-                stall_limit_s,
-                ordered=deterministic,
-                route=self.route,
-                cores=cores,
-            )
-            if self.world.size > 1
-            else local_wiring(training, lines, own.torch)
-        )
-        self._workers = assemble(self._deployment, training, self._wiring, self._wishes)
-        if own.torch.type == "cpu":
-            keep_freed_memory()
-        self._statistics = shared_statistics(self.stages, training.layout, self._wiring)
-        self._checkpoints = (
-            None if checkpoints is None else Checkpoints(checkpoints, self._deployment, self._wishes, launch)
-        )
+        self._last_microbatches = 0
+        self._checkpoints: dict[Path, Checkpoints] = {}
+        self._last_loss = float("nan")
+        self._unfinished = ""  # the pass that was left before its end
+        self._closed = False
 
     @classmethod
-    def of(cls, job: Job, *, plan: Plan | str | Path | int, **options: Any) -> Pipeline:
-        """A pipeline that trains a Job; `options` are Pipeline's own."""
+    def from_job(
+        cls,
+        job: Job,
+        *,
+        plan: Plan | str | Path | int,
+        schedule: str | ScheduleConfig | None = None,
+        train_config: TrainConfig | None = None,
+        run_config: RunConfig | None = None,
+    ) -> Pipeline:
+        """Create the pipeline that trains a Job; what is given here replaces the job's own."""
         return cls(
             job.model,
-            loss=job.loss,
+            loss_fn=job.loss_fn,
             optimizer=job.optimizer,
-            example=job.example,
+            example_inputs=job.example_inputs,
             plan=plan,
-            scheduler=job.scheduler,
-            clip=job.clip,
-            leaves=job.leaves,
-            **options,
+            schedule=job.schedule if schedule is None else schedule,
+            train_config=train_config or job.train_config,
+            run_config=run_config or job.run_config,
         )
+
+    # -- what runs ---------------------------------------------------------------------------------------------------
+
+    @property
+    def world(self) -> World:
+        """All ranks."""
+        return self._run.world
 
     @property
     def rank(self) -> int:
@@ -215,141 +170,259 @@ class Pipeline:
         return self.world.rank
 
     @property
-    def pieces(self) -> int:
-        """Units that a minibatch is cut into: 1, or the number of microbatches."""
-        return self._deployment.pieces
+    def plan(self) -> Plan:
+        """The plan as it is run."""
+        return self._run.deployment.plan
 
     @property
-    def accumulate(self) -> int:
-        """Minibatches per replica that one update learns from."""
-        return self._deployment.manner.accumulate
+    def train_config(self) -> TrainConfig:
+        """How stages are trained."""
+        return self._run.setup.config
 
     @property
-    def split(self) -> int:
-        """0 where backwards are whole, 1 where they are split, 2 where twice as many units are in flight for it."""
-        return self._deployment.manner.times_split
+    def n_microbatches(self) -> int:
+        """Microbatches per minibatch."""
+        return self._run.deployment.n_microbatches
 
     @property
-    def seed(self) -> int:
-        """What the order of the data and dropout masks depend on."""
-        return self._wishes.seed
+    def devices(self) -> tuple[Device, ...]:
+        """What every rank computes on."""
+        return self._run.devices
+
+    @property
+    def route(self) -> Route:
+        """How boundary tensors travel between ranks."""
+        return self._run.route
 
     @property
     def precision(self) -> Precision | None:
-        """What forwards run in; None for the model's own dtypes."""
-        return self._wishes.autocast
+        """The context that forwards run in; None for the model's own dtypes."""
+        return self._run.setup.autocast
 
     @property
-    def master_weights(self) -> bool:
-        """Whether bfloat16 weights have float32 masters."""
-        return self._wishes.masters
+    def stages(self) -> list[Stage]:
+        """The replicas of stages in this process, by rank."""
+        return self._run.stages
 
-    @property
-    def scales_losses(self) -> bool:
-        """Whether losses are scaled, as fp16 needs it."""
-        return self._wishes.first_scale != 1.0
+    # -- training ----------------------------------------------------------------------------------------------------
 
-    def fit(self, loader: Any, on_minibatch: Callable[[int, int], None] | None = None) -> float:
-        """Train one epoch; returns the mean loss per sample, the same on all ranks.
+    def train(self, loader: Any, *, steps: int | None = None) -> Iterator[Step]:
+        """Train one pass over `loader`; yield a Step for every minibatch, once an optimizer step has learned from it.
+
+        The pipe drains at the end of the pass, not at every step. The loop must run to its end: use `steps` to train
+        fewer minibatches than the loader has. Between steps the user's random numbers are the user's own.
 
         Args:
-            loader: yields (inputs, target) minibatches; has a length.
-            on_minibatch: called with (done, total) whenever the input stage has finished one.
+            loader: yields (inputs, target) minibatches.
+            steps: minibatches to train; needed for a loader without a length.
 
         Raises:
-            PipedreamError: ranks read different data, a minibatch is larger than the example, replicas have
-                come to differ, or the folder for checkpoints is an earlier run's.
+            PipedreamError: ranks read different data, a minibatch is larger than the example, or replicas have
+                drifted apart.
         """
-        if self._checkpoints is not None and not self._begun:
-            self._checkpoints.begin()
-        if not self._peak.begun:
-            training, lines = self._deployment.training(0), self._deployment.lines
-            self._peak.begin(core_bytes(self.stages, training, lines, packs=not self.route.staged))
-        self._begun = True
-        total, pieces = length_of(loader), self._deployment.pieces
-        first = min(self._workers[0].stages)
+        total = _length(loader, steps)
+        return self._train(loader, total, self._training_pass(loader, total, publish=True))
 
-        def finished(action: Backward) -> None:
-            if on_minibatch is not None and action.stage == first and (action.minibatch + 1) % pieces == 0:
-                on_minibatch((action.minibatch + 1) // pieces, total)
+    def fit(
+        self,
+        loader: Any,
+        *,
+        epochs: int = 1,
+        steps: int | None = None,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> float:
+        """Train; return the mean loss per sample of the last epoch, the same on all ranks.
 
-        return self._pass(loader, total, self._deployment.training(total), None, finished)
+        Args:
+            loader: yields (inputs, target) minibatches.
+            epochs: passes over the loader.
+            steps: minibatches per epoch; needed for a loader without a length.
+            on_step: called with every Step.
 
-    def evaluate(self, loader: Any, metric: Loss = accuracy) -> float:
-        """Mean of `metric` per sample over `loader`, forward only, on the newest weights.
-
-        Moves no weight, BatchNorm statistic or random number generator. The same on all ranks.
+        Raises:
+            PipedreamError: as `train`.
         """
-        total = length_of(loader)
-        return self._pass(loader, total, self._deployment.evaluation(total), metric, lambda *_: None)
+        if epochs < 1:
+            raise PipedreamError(f"epochs should be at least 1, not {epochs}")
+        loss = float("nan")
+        for _ in range(epochs):
+            total = _length(loader, steps)
+            running = self._training_pass(loader, total, publish=on_step is not None)
+            if on_step is None:
+                loss = _finish(running)[0]
+                continue
+            for step in self._train(loader, total, running):
+                on_step(step)
+            loss = self._last_loss
+        return loss
+
+    def evaluate(
+        self, loader: Any, metrics: Mapping[str, LossFn] | None = None, *, steps: int | None = None
+    ) -> dict[str, float]:
+        """Return the mean of every metric per sample over `loader`, forward only, on the newest weights.
+
+        Changes no weight, BatchNorm statistic or random number generator. The same on all ranks.
+
+        Args:
+            loader: yields (inputs, target) minibatches.
+            metrics: name to mean score of a minibatch from (output, target); the loss by default.
+            steps: minibatches to evaluate; needed for a loader without a length.
+        """
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise PipedreamError(
+                f"metrics is {type(metrics).__name__}; it should map names to functions of (output, target): "
+                "metrics={'accuracy': accuracy}"
+            )
+        chosen = dict(metrics) if metrics is not None else {"loss": self._run.setup.loss_fn}
+        if not chosen:
+            raise PipedreamError("metrics is empty: give at least one, such as metrics={'accuracy': accuracy}")
+        total = _length(loader, steps)
+        schedule = self._run.deployment.evaluation(total)
+        where = f"evaluation after {self._epoch} epochs" if self._epoch else "evaluation before training"
+        running = self._pass(loader, total, schedule, where, score_fn=_scores(chosen))
+        return dict(zip(chosen, _finish(running), strict=True))
+
+    # -- weights and checkpoints -------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Newest weights and buffers of the whole model, on the CPU, under the model's own names.
+        """Return the newest weights and buffers of the whole model, on the CPU, under the user's own names.
 
-        Collective. The whole on rank 0, empty elsewhere.
+        Collective. Complete on rank 0, empty elsewhere.
         """
-        return whole_state(self.world, self._deployment.graph, self.stages)
+        self._check_finished()
+        return full_state_dict(self.world, self._run.deployment.graph, [stage.state for stage in self.stages])
 
-    def stage_of_parameters(self) -> dict[str, int]:
-        """The stage that each of the model's parameters belongs to, by qualified name."""
-        cut, stages = self._deployment.cut, range(len(self.plan.stages))
-        return {name: stage for stage in stages for name in cut.parameters(stage)}
+    def load_state_dict(self, weights: Mapping[str, torch.Tensor] | str | Path) -> None:
+        """Set weights and buffers of the model; optimizers keep their state.
 
-    def last_trace(self) -> Trace:
-        """What ran when in the last `fit`. Collective; the same on all ranks.
+        Args:
+            weights: tensors by the user's own names, or a safetensors file. From a file each rank reads the tensors
+                of its own stages only.
 
         Raises:
-            PipedreamError: the pipeline was made without trace=True, or has not trained yet.
+            PipedreamError: a name is missing or unknown, or a shape differs; nothing is changed then.
         """
-        if self._spans is None:
-            raise PipedreamError("there is no trace: make the Pipeline with trace=True and call fit first")
-        spans = self._spans
-        if self.world.comm is not None and self.world.size > 1:
-            spans = [span for part in self.world.comm.allgather(spans) for span in part]
-        return Trace("measured", self._deployment.layout, self._last_units, tuple(spans), self.pieces)
+        self._check_finished()
+        problem = state_dict_problem(self._run.deployment.graph, weights)
+        for rank, answer in enumerate(
+            exchange(self.world, {"problem": problem}, limit_s=self.run_config.stall_limit_s)
+        ):
+            if answer["problem"] is not None:
+                where = "" if self.world.size == 1 else f" on rank {rank} (state_dict() is complete on rank 0 only)"
+                raise PipedreamError(f"{answer['problem']}{where}")
+        load_full_state_dict(self._run.deployment.graph, [stage.state for stage in self.stages], weights)
+        for stats in self._run.running_stats:
+            stats.set_baseline()
 
-    def footprints(self) -> list[Footprint]:
-        """Memory of every rank, planned and measured, after `fit`. Collective; the same on all ranks."""
-        schedule, lines = self._deployment.training(0), self._deployment.lines
-        peak = self._peak if len(self._workers) == 1 else None
-        own = [
-            footprint(worker, self.plan, schedule, lines, str(self.devices[self.rank]), peak)
-            for worker in self._workers
-        ]
-        return [
-            each for answer in agree(self.world, {"own": own}, limit_s=self._stall_limit_s) for each in answer["own"]
-        ]
-
-    def resume(self) -> int:
-        """Go on from the newest whole checkpoint, as if training had never stopped; returns its epochs.
-
-        Collective. 0, and nothing is changed, if there is none. One that is damaged or incomplete is
-        passed over; rank 0 says which and why.
+    def save_checkpoint(self, folder: str | Path) -> None:
+        """Write a checkpoint of this moment into `folder`, which all ranks see. Collective.
 
         Raises:
-            PipedreamError: the pipeline was made without checkpoints, or they are of another model or plan.
+            PipedreamError: the folder holds checkpoints of an earlier run that was not resumed, or cannot be written.
         """
-        if self._checkpoints is None:
-            raise PipedreamError("there is nothing to resume from: make the Pipeline with checkpoints=FOLDER")
-        positions, passed_over = self._checkpoints.whole()
-        seen = [(each.epoch, each.units) for each in positions]
-        agree_on_checkpoints(self.world, seen, limit_s=self._stall_limit_s)
+        self._check_finished()
+        checkpoints = self.prepare_checkpoints(folder)
+        position = Position(self._epoch, self._run.passes.microbatches_trained)
+        for stage in self.stages:
+            if stage.replica == 0:
+                checkpoints.write_stage(stage.state, position)
         if self.rank == 0:
-            for reason in passed_over:
-                warnings.warn(f"checkpoint passed over: {reason}", stacklevel=2)
-        self._begun = True
+            checkpoints.write_manifest(position)
+
+    def resume(self, folder: str | Path) -> int:
+        """Continue from the newest complete checkpoint, as if training had never stopped; return its epochs.
+
+        Collective. Returns 0 and changes nothing if there is none. A damaged or incomplete checkpoint is skipped;
+        rank 0 says which one and why.
+
+        Raises:
+            PipedreamError: the checkpoints are of another model or plan.
+        """
+        self._check_finished()
+        checkpoints = self._checkpoints_in(folder)
+        positions, skipped = checkpoints.complete()
+        limit_s = self.run_config.stall_limit_s
+        check_checkpoints(self.world, [(each.epoch, each.n_microbatches) for each in positions], limit_s=limit_s)
+        if self.rank == 0:
+            for reason in skipped:
+                warnings.warn(f"checkpoint skipped: {reason}", stacklevel=2)
+        self._checkpoints[Path(folder)] = checkpoints
         if not positions:
             return 0
         for stage in self.stages:
-            self._checkpoints.read_part(stage, positions[0])
-        for statistics in self._statistics:
-            statistics.begin_anew()
-        self._epoch, self._units_trained = positions[0].epoch, positions[0].units
+            checkpoints.read_stage(stage.state, positions[0])
+        for stats in self._run.running_stats:
+            stats.set_baseline()
+        self._epoch, self._run.passes.microbatches_trained = positions[0].epoch, positions[0].n_microbatches
         return self._epoch
 
+    def prepare_checkpoints(self, folder: str | Path) -> Checkpoints:
+        """Check that checkpoints of this run can be written to `folder`; `save_checkpoint` does so, too. Collective.
+
+        Raises:
+            PipedreamError: as `save_checkpoint`.
+        """
+        path = Path(folder)
+        if path not in self._checkpoints:
+            checkpoints = self._checkpoints_in(folder)
+            checkpoints.begin()
+            exchange(self.world, {}, limit_s=self.run_config.stall_limit_s)  # no rank writes before all have looked
+            self._checkpoints[path] = checkpoints
+        return self._checkpoints[path]
+
+    # -- reports -----------------------------------------------------------------------------------------------------
+
+    def stage_of_parameters(self) -> dict[str, int]:
+        """Return the stage that each of the model's parameters belongs to, by qualified name."""
+        partition, stages = self._run.deployment.partition, range(len(self.plan.stages))
+        return {name: stage for stage in stages for name in partition.parameters(stage)}
+
+    def last_trace(self) -> Trace:
+        """Return what ran when in the last training pass. Collective; the same on all ranks.
+
+        Raises:
+            PipedreamError: nothing was recorded, or the pipeline has not trained yet.
+        """
+        if self._spans is None:
+            raise PipedreamError("there is no trace: give run_config=RunConfig(trace=True), and train first")
+        spans = self._spans
+        if self.world.comm is not None and self.world.size > 1:
+            spans = [span for part in self.world.comm.allgather(spans) for span in part]
+        layout = self._run.deployment.layout
+        return Trace("measured", layout, self._last_microbatches, tuple(spans), self.n_microbatches)
+
+    def memory_reports(self) -> list[MemoryReport]:
+        """Return the memory of every rank, planned and measured, after training. Collective; the same on all ranks."""
+        run, schedule = self._run, self._example_schedule()
+        peak = self._peak if len(run.workers) == 1 else None
+        own = []
+        for worker in run.workers:
+            measured = {
+                index: measured_parts(
+                    stage.state,
+                    stage.memory_probe,
+                    stage.channels,
+                    schedule,
+                    run.deployment.edge_tensors,
+                    recompute=stage.recomputes,
+                )
+                for index, stage in worker.stages.items()
+            }
+            own.append(memory_report(worker.rank, self.plan, measured, str(self.devices[self.rank]), peak))
+        answers = exchange(self.world, {"own": own}, limit_s=self.run_config.stall_limit_s)
+        return [each for answer in answers for each in answer["own"]]
+
     def close(self) -> None:
-        """Give back the channels. Collective; called at exit if not before."""
-        self._wiring.close()
+        """Release the channels, once all ranks have come here. Collective; harmless when called twice.
+
+        Raises:
+            PipedreamError: a rank did not come within the stall limit.
+        """
+        if not self._closed:
+            # Until all have come, a rank may ask this one for the loss of a step.
+            exchange(self.world, {}, limit_s=self.run_config.stall_limit_s)
+        self._closed = True
+        self._run.wiring.close()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -358,116 +431,175 @@ class Pipeline:
         if kind is None:
             self.close()
 
-    # ------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------------------------
 
-    @property
-    def stages(self) -> list[Stage]:
-        """Replicas of stages that this process holds, by rank."""
-        return [stage for worker in self._workers for stage in worker.stages.values()]
+    def _training_pass(self, loader: Any, total: int, *, publish: bool) -> Generator[Ran, None, list[float]]:
+        if not self._peak.begun:
+            tensors = self._run.deployment.edge_tensors
+            stages = [(stage.state, stage.channels) for stage in self.stages]
+            packs = not self._run.route.staged
+            self._peak.begin(core_bytes(stages, self._example_schedule(), tensors, packs=packs))
+        schedule = self._run.deployment.training(total)
+        return self._pass(loader, total, schedule, f"epoch {self._epoch}", publish=publish)
 
     def _pass(
         self,
         loader: Any,
         total: int,
-        schedule: AnySchedule,
-        metric: Loss | None,
-        finished: Callable[[Backward], None],
-    ) -> float:
-        """Run one schedule over one pass of the loader; `metric` None means training."""
-        training = metric is None
+        schedule: registry.AnySchedule | Written,
+        where: str,
+        *,
+        score_fn: ScoreFn | None = None,
+        publish: bool = False,
+    ) -> Generator[Ran, None, list[float]]:
+        """Run one pass; yield every action of this process after it ran, and return the mean scores."""
+        self._check_finished()
         self._verify(schedule)
-        with generators_kept(self._wishes.device):
-            mean = self._run(loader, total, schedule, metric, finished)
-        self._units_run += schedule.minibatches
-        if training:
-            self._units_trained += schedule.minibatches
-            self._epoch += 1
-            if self._checkpoints is not None:
-                self._write(self._checkpoints)
-        return mean
-
-    def _run(
-        self,
-        loader: Any,
-        total: int,
-        schedule: AnySchedule,
-        metric: Loss | None,
-        finished: Callable[[Backward], None],
-    ) -> float:
-        training = metric is None
+        trace = self.run_config.trace and schedule.training
+        self._unfinished = where
+        users = UserGenerators(self._run.setup.device)
         try:
-            feed = self._feed(loader, total)
-            agree_on_data(self.world, total, feed, limit_s=self._stall_limit_s)
-            for worker in self._workers:
-                worker.begin(
-                    schedule,
-                    feed,
-                    self._units_run,
-                    self._units_trained,
-                    score=metric,
-                    trace=training and self._tracing,
-                )
-            began_ns = self._wiring.common_epoch_ns()
-            with no_stalls() as collector:
-                for _, action in self._execute(schedule):
-                    if isinstance(action, Backward):
-                        finished(action)
-                    elif isinstance(action, Update):
-                        collector.between_updates()
-            for worker in self._workers:
-                worker.end()
-            if training:
-                self._share_statistics()
-            mean = agree_on_end(self.world, self._workers, training=training, limit_s=self._stall_limit_s)
-        except Exception as error:
-            if is_stall(error):
-                raise report(self.world, str(error.__cause__ or error)) from None
-            raise
-        if training and self._tracing:
-            self._spans = [span for worker in self._workers for span in worker.spans(began_ns)]
-            self._last_units = schedule.minibatches
-        return mean
+            means = yield from self._run.passes.run(
+                schedule,
+                lambda: self._microbatches(loader, total),
+                PassPosition(where, self.n_microbatches),
+                minibatches=total,
+                score_fn=score_fn,
+                trace=trace,
+                publish=publish,
+            )
+        finally:
+            users.restore()
+        self._unfinished = ""
+        if schedule.training:
+            self._epoch += 1
+            self._last_loss = means[0]
+        if trace:
+            began_ns = self._run.passes.began_ns
+            self._spans = [span for worker in self._run.workers for span in worker.spans(began_ns)]
+            self._last_microbatches = schedule.total_microbatches
+        return means
 
-    def _write(self, checkpoints: Checkpoints) -> None:
-        position = Position(self._epoch, self._units_trained)
-        for stage in self.stages:
-            if stage.replica == 0:
-                checkpoints.write_part(stage, position)
-        if self.rank == 0:
-            checkpoints.write_manifest(position)
+    def _train(self, loader: Any, total: int, running: Generator[Ran, None, list[float]]) -> Iterator[Step]:
+        """Yield the steps of a training pass."""
+        own_rank, first = self._run.workers[0].rank, min(self._run.workers[0].stages)
+        own = self._run.workers[0].stages[first]
+        begun, done = self._run.passes.microbatches_run, 0
+        users, since_s = UserGenerators(self._run.setup.device), time.perf_counter()
 
-    def _execute(self, schedule: Schedule) -> Iterator[tuple[Worker, Action]]:
+        def ask(minibatch: int) -> float:
+            return self._loss_of(begun, minibatch)
+
+        try:
+            for worker, action in running:
+                if not isinstance(action, OptimizerStep) or (worker.rank, action.stage) != (own_rank, first):
+                    continue
+                trained = range(done // self.n_microbatches, (done + action.n_microbatches) // self.n_microbatches)
+                done += action.n_microbatches
+                if done == total * self.n_microbatches:
+                    _finish(running)  # before the last steps are seen: whoever has seen all may leave
+                now_s = time.perf_counter()
+                rate = len(trained) * self._samples / max(now_s - since_s, 1e-9)
+                training = UserGenerators(self._run.setup.device)
+                users.restore()
+                try:
+                    for minibatch in trained:
+                        yield Step(minibatch, own.optimizer.lr, rate, ask)
+                finally:
+                    users.save()
+                    training.restore()
+                since_s = time.perf_counter()
+        finally:
+            running.close()
+            users.restore()
+
+    def _loss_of(self, begun: int, minibatch: int) -> float:
+        """Return the mean loss of a minibatch of the pass that began with microbatch number `begun`."""
+        owners, first = self._run.deployment.layout[-1], minibatch * self.n_microbatches
+        parts = [
+            self._run.wiring.losses.ask(owners[microbatch % len(owners)], begun + microbatch)
+            for microbatch in range(first, first + self.n_microbatches)
+        ]
+        return sum(mean * samples for mean, samples in parts) / sum(samples for _, samples in parts)
+
+    def _microbatches(self, loader: Any, total: int) -> MicrobatchLoader:
         if self.world.size > 1:
-            return carry_out(self._workers[0], schedule)
-        return emulate(self._workers, schedule)
+            use_forkserver(loader)
+        return microbatch_loader(
+            self._run.deployment, self.stages, loader, self._run.setup, epoch=self._epoch, length=total
+        )
 
-    def _feed(self, loader: Any, total: int) -> Feed:
-        if self.world.size > 1:
-            start_workers_apart(loader)
-        return feed_of(self._deployment, self.stages, loader, self._wishes, epoch=self._epoch, length=total)
+    def _example_schedule(self) -> Schedule:
+        """Return a schedule of the training that shows what its stages need."""
+        written = self._run.deployment.schedule.written
+        return self._run.deployment.training(0 if written is None else written.minibatches)
 
-    def _share_statistics(self) -> None:
-        for statistics in self._statistics:
-            statistics.hand_in()
-        for statistics in self._statistics:
-            statistics.take()
+    def _checkpoints_in(self, folder: str | Path) -> Checkpoints:
+        facts = self._run.deployment.checkpoint_facts(self.train_config)
+        return Checkpoints(folder, len(self.plan.stages), facts, self._run.launch)
 
-    def _verify(self, schedule: AnySchedule) -> None:
+    def _check_finished(self) -> None:
+        if self._closed:
+            raise PipedreamError("the pipeline is closed: use it within its with block, or before close()")
+        if self._unfinished:
+            raise PipedreamError(
+                f"{self._unfinished} is not finished, and a schedule is fixed before its first minibatch: let the loop "
+                "over train() run to its end, or give steps= to train fewer minibatches"
+            )
+
+    def _verify(self, schedule: registry.AnySchedule | Written) -> None:
         if schedule not in self._verified:
             verify_around(schedule, self.world.rank if self.world.size > 1 else None)
             self._verified.add(schedule)
 
 
-def length_of(loader: Any) -> int:
-    """Minibatches of a pass over `loader`.
+def _finish(running: Generator[Ran, None, list[float]]) -> list[float]:
+    """Run a pass to its end; return the mean scores."""
+    while True:
+        try:
+            next(running)
+        except StopIteration as end:
+            means: list[float] = end.value
+            return means
+
+
+def _scores(metrics: Mapping[str, LossFn]) -> ScoreFn:
+    """Return a function that computes all metrics: (output, target) -> (k,)."""
+
+    def score(output: Any, target: Any) -> torch.Tensor:
+        found = []
+        for name, metric in metrics.items():
+            value = metric(output, target)
+            if not isinstance(value, torch.Tensor) or value.dim() != 0:
+                raise PipedreamError(f"the metric '{name}' {score_error(value)}")
+            found.append(value)
+        return found[0] if len(found) == 1 else torch.stack([value.double() for value in found])
+
+    return score
+
+
+def _length(loader: Any, steps: int | None) -> int:
+    """Return the minibatches of a pass over `loader`.
 
     Raises:
-        PipedreamError: it has no length.
+        PipedreamError: the loader has no length and `steps` is not given, or it has fewer than `steps`.
     """
+    if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
+        raise PipedreamError(f"steps should be an integer of at least 1, not {steps!r}")
     try:
-        return len(loader)
+        length = len(loader)
     except TypeError:
-        raise PipedreamError(
-            f"{type(loader).__name__} has no length: the schedule is fixed before the first minibatch, "
-            "so the loader must know how many there are (give its dataset a __len__)"
-        ) from None
+        if steps is None:
+            raise PipedreamError(
+                f"{type(loader).__name__} has no length, and a schedule is fixed before its first minibatch: "
+                "say how many minibatches to run, with steps="
+            ) from None
+        return steps
+    if steps is not None and steps > length:
+        raise PipedreamError(f"steps is {steps}, but the loader has {length} minibatches: give at most {length}")
+    return length if steps is None else steps
+
+
+def _samples(example_inputs: Any) -> int:
+    tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    return int(tensors[0].shape[0]) if tensors else 1

@@ -1,14 +1,20 @@
-"""What a rank can be told to do. A schedule is nothing but a sequence of these.
+"""Actions: everything that a rank can do. A schedule is nothing but one sequence of actions per rank.
 
-Five readers share them: the worker, the emulator, the simulator, the verifier and the timeline.
+The worker, the emulator, the simulator, the verifier, the text form and the timeline interpret the same actions. An
+action holds everything that an interpreter needs; none of them asks the schedule again.
 
-What passes through the pipe is called a minibatch; where a schedule cuts minibatches into m
-microbatches, the units that pass are these, and unit k is microbatch k mod m of minibatch k div m.
-Units are numbered from 0 within one schedule, weight versions likewise: version 0 is what the
-stage held when the schedule began, and each Update makes the next one.
+Words used here and in all schedules:
 
-Actions are not frozen, though nobody may change one: a simulation makes millions, and a frozen
-dataclass takes four times as long to make.
+minibatch     one item of the user's loader.
+microbatch    what a stage runs: a part of a minibatch, or a whole one where the schedule does not cut them.
+round         the microbatches that one optimizer step of a stage learns from, over all its replicas.
+version       the weights of a stage after so many optimizer steps; version 0 is what it held when the schedule began.
+
+All are counted from 0 within one schedule. Where minibatches are cut into m microbatches, microbatch k is part k mod m
+of minibatch k div m.
+
+Actions are not frozen, though nobody may change one: a simulation makes millions, and a frozen dataclass takes four
+times as long to make.
 """
 
 from __future__ import annotations
@@ -21,8 +27,8 @@ from pipedream_hpc.errors import PipedreamError
 
 Payload = Literal["activation", "gradient"]
 
-#: Ranks of every stage, input stage first; replica r of stage s is layout[s][r]. A rank may stand in
-#: several stages (interleaved 1F1B), then in all its stages at the same place.
+#: Ranks of every stage, input stage first; replica r of stage s is layout[s][r]. A rank may hold several stages
+#: (interleaved 1F1B); then it has the same replica number in all of them.
 Layout = tuple[tuple[int, ...], ...]
 
 
@@ -31,169 +37,203 @@ class ScheduleError(PipedreamError):
 
 
 @dataclass(slots=True, unsafe_hash=True)
-class Receive:
-    """Wait until `payload` of `minibatch` from rank `peer` in stage `far` is here, for `stage`."""
+class Recv:
+    """Wait until the activation or gradient of a microbatch has arrived from a rank of another stage."""
 
     stage: int
-    minibatch: int
+    microbatch: int
     payload: Payload
-    peer: int
-    far: int
+    peer_stage: int
+    peer_rank: int
 
     def __str__(self) -> str:
-        return f"receive {self.payload} {self.minibatch} from rank {self.peer}"
+        return f"receive {self.payload} {self.microbatch} from rank {self.peer_rank}"
 
 
 @dataclass(slots=True, unsafe_hash=True)
 class Send:
-    """Hand `payload` of `minibatch` from `stage` to the channel to rank `peer` in stage `far`."""
+    """Send the activation or gradient of a microbatch to a rank of another stage."""
 
     stage: int
-    minibatch: int
+    microbatch: int
     payload: Payload
-    peer: int
-    far: int
+    peer_stage: int
+    peer_rank: int
 
     def __str__(self) -> str:
-        return f"send {self.payload} {self.minibatch} to rank {self.peer}"
+        return f"send {self.payload} {self.microbatch} to rank {self.peer_rank}"
 
 
 @dataclass(slots=True, unsafe_hash=True)
 class Forward:
-    """Run `stage` forward for `minibatch` on weight `version`."""
+    """Run the stage forward for a microbatch.
+
+    Attributes:
+        stage: which stage.
+        microbatch: which microbatch.
+        version: weight version to run on.
+        split: whether its backward comes in two parts, BackwardInput and BackwardWeight.
+    """
 
     stage: int
-    minibatch: int
+    microbatch: int
     version: int
+    split: bool = False
 
     def __str__(self) -> str:
-        return f"forward {self.minibatch} on version {self.version}"
+        return f"forward of microbatch {self.microbatch} on version {self.version}"
 
 
 @dataclass(slots=True, unsafe_hash=True)
 class Backward:
-    """Run `stage` backward for `minibatch` on weight `version`: the one its forward used.
+    """Run the stage backward for a microbatch. Gradients of weights add up until the stage's next OptimizerStep.
 
-    Gradients add up until the next Update of the stage.
+    Attributes:
+        stage: which stage.
+        microbatch: which microbatch.
+        version: weight version to run on; the one of its forward, unless the schedule stashes no weights.
+        last: whether the gradients of the round are complete on this rank after it.
     """
 
     stage: int
-    minibatch: int
+    microbatch: int
     version: int
+    last: bool = False
 
     def __str__(self) -> str:
-        return f"backward {self.minibatch} on version {self.version}"
+        return f"backward of microbatch {self.microbatch} on version {self.version}"
 
 
 @dataclass(slots=True, unsafe_hash=True)
-class WeightGradient:
-    """Compute what the Backward of `minibatch` put off: the gradients of the weights of `stage`.
+class BackwardInput:
+    """Compute the gradient of the stage's input only, for which the stage before waits.
 
-    Upstream waits for the gradient of the stage's input only, so that is computed and sent first (Qi et al., Zero
-    Bubble Pipeline Parallelism, ICLR 2024). The unit is done with here after this.
+    The first part of a split backward (Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024).
     """
 
     stage: int
-    minibatch: int
+    microbatch: int
     version: int
 
     def __str__(self) -> str:
-        return f"weight gradient {self.minibatch} on version {self.version}"
+        return f"input backward of microbatch {self.microbatch} on version {self.version}"
 
 
 @dataclass(slots=True, unsafe_hash=True)
-class Reduce:
-    """Average the gradients of one round over the replicas of `stage`.
+class BackwardWeight:
+    """Compute the gradients of the stage's weights, the second part of a split backward; the microbatch is done.
 
-    A round is what one Update learns from: units i·n to i·n + n - 1 with n = `per_update(stage)`.
-    The last round may be short, and a replica may have no unit in it: every replica takes part, and
-    the sum is divided by `minibatches`, the true count of units.
+    Attributes:
+        stage: which stage.
+        microbatch: which microbatch.
+        version: weight version of its forward.
+        last: whether the gradients of the round are complete on this rank after it.
+    """
+
+    stage: int
+    microbatch: int
+    version: int
+    last: bool = False
+
+    def __str__(self) -> str:
+        return f"weight backward of microbatch {self.microbatch} on version {self.version}"
+
+
+@dataclass(slots=True, unsafe_hash=True)
+class ReduceGradients:
+    """Average the gradients of a round over the replicas of the stage.
+
+    Every replica takes part, even one that had no microbatch in a short round.
+
+    Attributes:
+        stage: which stage.
+        round: which round.
+        n_microbatches: microbatches of the round over all replicas, by which the sum is divided.
     """
 
     stage: int
     round: int
-    minibatches: int
+    n_microbatches: int
 
     def __str__(self) -> str:
-        return f"reduce round {self.round} over {self.minibatches} minibatches"
+        return f"reduce the gradients of round {self.round} over {_counted(self.n_microbatches)}"
 
 
 @dataclass(slots=True, unsafe_hash=True)
-class Agree:
-    """Exchange a few numbers about the round's gradients between all ranks of all stages.
+class AllReduceGradNorm:
+    """Sum the squared gradient norm and the overflows of a round over all ranks of all stages.
 
-    Their norm, by which all stages clip alike, and whether one overflowed, in which case none updates.
-    Only schedules with a synchronous point can have it.
+    By this norm all stages clip alike, and no stage updates where one overflowed. Possible only where no microbatch is
+    in flight between two rounds. A rank does it once a round, for all stages that it holds.
     """
 
     stage: int
     round: int
+    n_microbatches: int
 
     def __str__(self) -> str:
-        return f"agree on round {self.round}"
+        return f"all-reduce the gradient norm of round {self.round} over {_counted(self.n_microbatches)}"
 
 
 @dataclass(slots=True, unsafe_hash=True)
-class Update:
-    """Apply the gradient to the newest version of `stage`, which makes `version`."""
+class OptimizerStep:
+    """Apply the gradients of a round to the newest version of the stage, which makes the next version.
+
+    Attributes:
+        stage: which stage.
+        version: the version that is made, by round `version - 1`.
+        n_microbatches: microbatches of the round over all replicas.
+    """
 
     stage: int
     version: int
+    n_microbatches: int
 
     def __str__(self) -> str:
-        return f"update to version {self.version}"
+        return f"optimizer step to version {self.version} over {_counted(self.n_microbatches)}"
 
 
-Action = Receive | Send | Forward | Backward | WeightGradient | Reduce | Agree | Update
+Action = (
+    Recv
+    | Send
+    | Forward
+    | Backward
+    | BackwardInput
+    | BackwardWeight
+    | ReduceGradients
+    | AllReduceGradNorm
+    | OptimizerStep
+)
 
-#: Pairs of stages, the first before the second, between which activations and gradients travel.
-Links = tuple[tuple[int, int], ...]
+
+def _counted(n_microbatches: int) -> str:
+    return f"{n_microbatches} microbatch{'es' * (n_microbatches != 1)}"
 
 
 class Schedule(Protocol):
-    """A pure function of layout and number of units: the actions of every rank, in order."""
+    """The actions of every rank, in order: a pure function of layout and number of microbatches."""
 
     @property
     def layout(self) -> Layout: ...
 
     @property
-    def minibatches(self) -> int:
-        """How many units pass."""
+    def total_microbatches(self) -> int:
+        """Microbatches that pass through the pipeline."""
         ...
 
     @property
     def training(self) -> bool:
-        """Whether there are backwards and updates."""
+        """Whether there are backwards and optimizer steps."""
         ...
 
     @property
     def newest(self) -> bool:
-        """Whether every forward is promised to run on the newest version there is."""
+        """Whether every forward is promised to run on the newest version of its stage."""
         ...
 
     @property
     def stashes(self) -> bool:
-        """Whether every backward runs on the version of its forward."""
-        ...
-
-    def splits(self, stage: int) -> bool:
-        """Whether any Backward in `stage` has a WeightGradient that follows it."""
-        ...
-
-    def puts_off(self, stage: int, unit: int) -> bool:
-        """Whether the Backward of `unit` in `stage` has a WeightGradient that follows it."""
-        ...
-
-    def lag(self, stage: int) -> int:
-        """Most units of a replica of `stage` whose WeightGradient waits while another's Backward runs."""
-        ...
-
-    def waiting(self, stage: int) -> int:
-        """Most units of a replica of `stage` that wait for their WeightGradient at once."""
-        ...
-
-    def last_of_round(self, stage: int, unit: int) -> bool:
-        """Whether a replica of `stage` has all gradients that an update learns from once it has those of `unit`."""
+        """Whether every backward is promised to run on the version of its forward."""
         ...
 
     def sources(self, stage: int) -> tuple[int, ...]:
@@ -204,8 +244,8 @@ class Schedule(Protocol):
         """Stages that `stage` sends activations to, nearest first."""
         ...
 
-    def per_update(self, stage: int) -> int:
-        """Units that one update of `stage` learns from, over all its replicas."""
+    def round_size(self, stage: int, round: int) -> int:
+        """Microbatches of a round of `stage`, over all its replicas."""
         ...
 
     def actions(self, rank: int) -> Iterator[Action]:
@@ -213,9 +253,21 @@ class Schedule(Protocol):
         ...
 
     def in_flight(self, stage: int) -> int:
-        """Most units alive at once on a replica of `stage`."""
+        """Most microbatches between forward and end of backward at once, on a replica of `stage`."""
         ...
 
     def versions(self, stage: int) -> int:
-        """Weight slabs a replica of `stage` needs: so many newest versions are kept."""
+        """Weight slabs that a replica of `stage` needs: so many newest versions are kept."""
+        ...
+
+    def splits(self, stage: int) -> bool:
+        """Whether any backward in `stage` is split."""
+        ...
+
+    def lag(self, stage: int) -> int:
+        """Most microbatches of a replica of `stage` that wait for BackwardWeight while another's backward runs."""
+        ...
+
+    def waiting(self, stage: int) -> int:
+        """Most microbatches of a replica of `stage` that wait for BackwardWeight at once."""
         ...

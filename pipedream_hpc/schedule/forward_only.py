@@ -18,12 +18,12 @@ from pipedream_hpc.schedule.routed import Routed
 
 @dataclass(frozen=True)
 class ForwardOnly(Routed):
-    """Every minibatch once through all stages; replicas take turns as in 1F1B-RR."""
+    """Every microbatch passes all stages once; replicas take turns as in 1F1B-RR."""
 
     training = False
 
     def in_flight(self, stage: int) -> int:
-        """One: a rank is done with a minibatch when it has sent it on."""
+        """One: a rank is done with a microbatch when it has sent its activation."""
         return 1
 
     def versions(self, stage: int) -> int:
@@ -33,13 +33,13 @@ class ForwardOnly(Routed):
     def actions(self, rank: int) -> Iterator[Action]:
         """The actions of `rank`, in order.
 
-        A rank of several stages runs as many units as there are ranks in turn through one stage, then
-        the same through the next, as the interleaved schedule does.
+        A rank that holds several stages runs as many microbatches as there are ranks through one stage, then
+        the same microbatches through the next, as the interleaved schedule does.
         """
         stages = self.stages_of[rank]
         own = self._own(stages[0], rank)
         group = max(1, len(self.layout) // len(stages))
         for first in range(0, len(own), group):
             for stage in stages:
-                for minibatch in own[first : first + group]:
-                    yield from self._forward(stage, minibatch, version=0)
+                for microbatch in own[first : first + group]:
+                    yield from self._forward(stage, microbatch, version=0)

@@ -1,6 +1,6 @@
-"""Model parallel without pipelining: one minibatch at a time, forth and back.
+"""Model parallel without pipelining: one minibatch at a time, forward and backward.
 
-What the paper's figure 3 begins with, to compare with; of p stages one works at a time::
+The baseline of the paper's figure 3; of p stages one works at a time::
 
     stage 0   F0             B0 U F1             B1 U
     stage 1      F0       B0 U       F1       B1 U
@@ -21,7 +21,7 @@ from pipedream_hpc.schedule.routed import Routed
 
 @dataclass(frozen=True)
 class ModelParallel(Routed):
-    """Forward, backward and update of one minibatch before the next one's forward."""
+    """Forward, backward and optimizer step of one minibatch before the next one's forward."""
 
     newest = True
     synchronous = True
@@ -38,11 +38,12 @@ class ModelParallel(Routed):
         """The actions of `rank`, in order."""
         stage = self._only_stage(rank)
         own, done = self._own(stage, rank), 0
-        for turn, minibatch in enumerate(own, start=1):
-            yield from self._forward(stage, minibatch, version=done)
-            yield from self._backward(stage, minibatch, version=done)
-            if turn % self.accumulate == 0 or turn == len(own):
+        for turn, microbatch in enumerate(own, start=1):
+            last = turn % self.gradient_accumulation_steps == 0 or turn == len(own)
+            yield from self._forward(stage, microbatch, version=done)
+            yield from self._backward(stage, microbatch, version=done, last=last)
+            if last:
                 yield from self._update(stage, done)
                 done += 1
-        if done < self.updates(stage):
-            yield from self._update(stage, done)  # the short last round
+        if done < self._rounds(stage):
+            yield from self._update(stage, done)  # a short last round, without a microbatch for this replica

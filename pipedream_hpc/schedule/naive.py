@@ -1,7 +1,7 @@
-"""Naive pipelining: 1F1B with a single weight version, to see what weight stashing is for.
+"""Naive pipelining: 1F1B with a single weight version, to show what weight stashing is for.
 
-The order is that of 1F1B, but an update overwrites the weights that minibatches in flight began
-with. Two stages, vN what stage 0 runs on::
+The order is that of 1F1B, but an optimizer step overwrites the weights that minibatches in flight began
+with. Two stages; vN is the version that stage 0 runs on::
 
               v0 v0 v0 v1 v1 v2
     stage 0   F0 F1 B0 F2 B1 F3 ...         B1 on v1, though F1 ran on v0
@@ -20,14 +20,14 @@ from pipedream_hpc.schedule.one_f_one_b import OneFOneB
 
 @dataclass(frozen=True)
 class Naive(OneFOneB):
-    """1F1B-RR whose backwards run on whatever the newest version is."""
+    """1F1B-RR in which every backward runs on the newest version."""
 
     stashes = False
 
     def versions(self, stage: int) -> int:
-        """One, overwritten by every update."""
+        """One, overwritten by every optimizer step."""
         return 1
 
-    def _backward_version(self, stage: int, minibatch: int) -> int:
-        """As many as there were updates: one for every `accumulate` backwards before it."""
-        return minibatch // len(self.layout[stage]) // self.accumulate
+    def _backward_version(self, stage: int, microbatch: int) -> int:
+        """The newest: there was a step for every `gradient_accumulation_steps` backwards before this one."""
+        return microbatch // len(self.layout[stage]) // self.gradient_accumulation_steps

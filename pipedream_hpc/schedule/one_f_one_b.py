@@ -1,6 +1,6 @@
 """1F1B and 1F1B-RR: one forward, one backward, replicas in round robin (paper, section 3.2).
 
-Four stages, one rank each; F and B are drawn equally long, U is an update::
+Four stages, one rank each; F and B are drawn equally long, U is an optimizer step::
 
     stage 0   F0 F1 F2 F3          B0 F4 B1 F5 B2 F6 B3 ...
     stage 1      F0 F1 F2       B0 F3 B1 F4 B2 F5 B3 F6 ...
@@ -9,13 +9,13 @@ Four stages, one rank each; F and B are drawn equally long, U is an update::
               start-up        steady state                  time ──►
 
 Two replicas, then one (2-1): minibatch k goes to replica k mod R of every stage, and its backward
-to where its forward was. Every replica applies one update per round of R minibatches::
+to where its forward was. Every replica takes one optimizer step per round of R minibatches::
 
     stage 0 a   F0 F2 B0 (reduce, U) F4 B2 (reduce, U) ...
     stage 0 b   F1 F3 B1 (reduce, U) F5 B3 (reduce, U) ...
     stage 1     F0 B0 U F1 B1 U F2 B2 U F3 B3 U ...
 
-The order on every rank is fixed beforehand: no rank ever asks another what to do next.
+The order on every rank is fixed in advance: no rank ever asks another what to do next.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from pipedream_hpc.schedule.routed import Routed, alternate
 
 @dataclass(frozen=True)
 class OneFOneB(Routed):
-    """The schedule for `minibatches` minibatches; 1F1B where every stage has one replica."""
+    """1F1B-RR; 1F1B where every stage has one replica."""
 
     newest = True
 
     def in_flight(self, stage: int) -> int:
-        """W + 1: those of the warm-up and the one at work."""
+        """W + 1: those of the warm-up and the current one."""
         return self._warm_ups[stage] + 1
 
     def versions(self, stage: int) -> int:
@@ -44,25 +44,27 @@ class OneFOneB(Routed):
     def actions(self, rank: int) -> Iterator[Action]:
         """The actions of `rank`, in order."""
         stage = self._only_stage(rank)
-        own, done = self._own(stage, rank), 0
-        for forward, turn in alternate(len(own), self._warm_ups[stage]):
-            minibatch = own[turn]
+        own, done, steps = self._own(stage, rank), 0, self.gradient_accumulation_steps
+        count = len(own)
+        for forward, turn in alternate(count, self._warm_ups[stage]):
+            microbatch = own[turn]
             if forward:
-                yield from self._forward(stage, minibatch, self._version(stage, minibatch))
-            else:
-                yield from self._backward(stage, minibatch, self._backward_version(stage, minibatch))
-                if (turn + 1) % self.accumulate == 0 or turn + 1 == len(own):
-                    yield from self._update(stage, done)
-                    done += 1
-        if done < self.updates(stage):
+                yield from self._forward(stage, microbatch, self._version(stage, microbatch))
+                continue
+            last = (turn + 1) % steps == 0 or turn + 1 == count
+            yield from self._backward(stage, microbatch, self._backward_version(stage, microbatch), last=last)
+            if last:
+                yield from self._update(stage, done)
+                done += 1
+        if done < self._rounds(stage):
             # The last round is short and has no minibatch for this replica; it takes part all the
-            # same, so that all replicas go on with the same weights.
+            # same, so that all replicas continue with the same weights.
             yield from self._update(stage, done)
 
-    def _version(self, stage: int, minibatch: int) -> int:
-        """The newest at its forward: there was an update for every turn but the last W."""
-        return max(0, minibatch // len(self.layout[stage]) - self._warm_ups[stage]) // self.accumulate
+    def _version(self, stage: int, microbatch: int) -> int:
+        """The newest at its forward: there was a backward for every turn but the last W."""
+        return max(0, microbatch // len(self.layout[stage]) - self._warm_ups[stage]) // self.gradient_accumulation_steps
 
-    def _backward_version(self, stage: int, minibatch: int) -> int:
-        """That of its forward, which is stashed."""
-        return self._version(stage, minibatch)
+    def _backward_version(self, stage: int, microbatch: int) -> int:
+        """The version of its forward, which is stashed."""
+        return self._version(stage, microbatch)

@@ -1,13 +1,13 @@
-"""What all schedules have in common: the way of a unit through a stage, and who takes it.
+"""Routed: the base of all generated schedules. It decides which rank runs a microbatch, and what passes between stages.
 
-Unit k goes to replica k mod R of every stage, so its backward finds the rank that ran its forward,
-and no rank ever asks another what to do next. At a stage it passes twice::
+Microbatch k goes to replica k mod R of every stage, so its backward finds the rank that ran its forward,
+and no rank ever asks another what to do next. It passes a stage twice::
 
     receive activation k ──► forward k  ──► send activation k          (no receive at the input stage,
     send gradient k      ◄── backward k ◄── receive gradient k          no send at the output stage)
-    weight gradient k                                                   (where backwards are split, maybe later)
+    backward for the weights k                                          (where the backward is split, maybe later)
 
-After the last backward of a round comes `reduce`, where there are replicas, and `update`. The
+After the last backward of a round comes ReduceGradients, where there are replicas, and OptimizerStep. The
 gradient has gone upstream by then: upstream must not wait for the other replicas of this stage,
 which may be waiting for upstream.
 """
@@ -17,27 +17,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from itertools import pairwise
 
-from pipedream_hpc.planning.plan import warm_up
+from pipedream_hpc.planning.plan import Edge, warm_up
 from pipedream_hpc.schedule.actions import (
     Action,
-    Agree,
+    AllReduceGradNorm,
     Backward,
+    BackwardInput,
     Forward,
     Layout,
-    Links,
-    Receive,
-    Reduce,
+    OptimizerStep,
+    Recv,
+    ReduceGradients,
     ScheduleError,
     Send,
-    Update,
 )
 
 
 def alternate(count: int, ahead: int) -> Iterator[tuple[bool, int]]:
-    """The order that gives 1F1B its name: (whether forward, number) of `count` units.
+    """Yield the order that gives 1F1B its name: (whether forward, number) of `count` microbatches.
 
-    With `ahead` = 2 and five units: F0 F1 F2 B0 F3 B1 F4 B2 B3 B4.
+    With `ahead` = 2 and five microbatches: F0 F1 F2 B0 F3 B1 F4 B2 B3 B4.
     """
     for turn in range(count + ahead):
         # Turn t runs forward t and, once warmed up, backward t - ahead; at either end only one is left.
@@ -49,52 +50,55 @@ def alternate(count: int, ahead: int) -> Iterator[tuple[bool, int]]:
 
 @dataclass(frozen=True)
 class Routed:
-    """`minibatches` units, sent round robin over the replicas of every stage of `layout`.
+    """A schedule that sends microbatches round robin over the replicas of every stage.
 
     Attributes:
         layout: ranks of every stage.
-        minibatches: how many units pass.
-        links: which stages exchange activations and gradients; by default each and the next. A skip
+        total_microbatches: microbatches that pass through the pipeline.
+        edges: pairs of stages that exchange activations and gradients; by default each stage and the next. A skip
             connection over stages goes straight from where it begins to where it ends.
-        accumulate: units per replica that one update learns from.
-        agree: whether all stages agree about a round before they update.
+        gradient_accumulation_steps: microbatches per replica that one optimizer step learns from.
+        all_reduce_grad_norm: whether all stages exchange the norm of a round's gradients before their steps.
 
     Raises:
-        ScheduleError: a link does not run forwards, stages are cut off from those before them, fewer
-            than one unit is to be accumulated, or stages are to agree that have no point at which to.
+        ScheduleError: an edge does not run forwards, a stage is not connected to those before or behind it, fewer
+            than one microbatch is to be accumulated, or gradient norms are to be exchanged in a schedule without a
+            point at which all stages can.
     """
 
     layout: Layout
-    minibatches: int
+    total_microbatches: int
     _: KW_ONLY
-    links: Links | None = None
-    accumulate: int = 1
-    agree: bool = False
+    edges: tuple[Edge, ...] | None = None
+    gradient_accumulation_steps: int = 1
+    all_reduce_grad_norm: bool = False
     training = True
     newest = False
     stashes = True
-    #: Whether all stages come to the same point between two rounds.
+    #: Whether no microbatch is in flight between two rounds, on any stage.
     synchronous = False
 
     def __post_init__(self) -> None:
-        if self.accumulate < 1:
-            raise ScheduleError(f"an update needs gradients of at least one minibatch, not of {self.accumulate}")
-        if self.agree and self.synchronous and len({len(ranks) for ranks in self.layout}) > 1:
+        if self.gradient_accumulation_steps < 1:
             raise ScheduleError(
-                "stages cannot agree about gradients (to clip by their global norm, or to scale losses) where some "
-                f"have more replicas than others, here {'-'.join(str(len(ranks)) for ranks in self.layout)}: give "
-                "every stage as many; otherwise bf16, and clip per stage"
+                "gradient_accumulation_steps is the number of minibatches that an optimizer step learns from, so at "
+                f"least 1, not {self.gradient_accumulation_steps}"
             )
-        if self.agree and not self.synchronous:
+        if self.all_reduce_grad_norm and self.synchronous and len({len(ranks) for ranks in self.layout}) > 1:
             raise ScheduleError(
-                "stages cannot agree about gradients (to clip by their global norm, or to scale losses) where each "
-                "updates by itself: for fp16 or clipping over the model use 1f1b-flush or gpipe; otherwise bf16, and "
-                "clip per stage"
+                "gradients cannot be clipped by their norm over the model, nor losses be scaled for fp16, where some "
+                f"stages have more replicas than others, here {self._config}: give every stage as many; "
+                "otherwise use bf16, and clip per stage"
+            )
+        if self.all_reduce_grad_norm and not self.synchronous:
+            raise ScheduleError(
+                "gradients cannot be clipped by their norm over the model, nor losses be scaled for fp16, where each "
+                "stage updates by itself: use 1f1b-flush, zb-h1 or gpipe; otherwise use bf16, and clip per stage"
             )
         stages = len(self.layout)
-        for source, target in self.links or ():
+        for source, target in self.edges or ():
             if not 0 <= source < target < stages:
-                raise ScheduleError(f"a link from stage {source} to stage {target} does not run forwards")
+                raise ScheduleError(f"an edge from stage {source} to stage {target} does not run forwards")
         for stage in range(1, stages):
             if not self.sources(stage):
                 raise ScheduleError(f"stage {stage} receives nothing from the stages before it")
@@ -103,29 +107,22 @@ class Routed:
                 raise ScheduleError(f"stage {stage} sends nothing to the stages behind it")
 
     def splits(self, stage: int) -> bool:
-        """Never; schedules of microbatches may."""
-        return False
-
-    def puts_off(self, stage: int, unit: int) -> bool:
-        """Never, likewise."""
+        """False: all backwards are whole."""
         return False
 
     def lag(self, stage: int) -> int:
-        """None."""
+        """0: nothing waits for BackwardWeight."""
         return 0
 
     def waiting(self, stage: int) -> int:
-        """None."""
+        """0: nothing waits for BackwardWeight."""
         return 0
 
-    def last_of_round(self, stage: int, unit: int) -> bool:
-        """Whether the replica that has `unit` has none after it in the same round."""
-        following, per_update = unit + len(self.layout[stage]), self.per_update(stage)
-        return following >= self.minibatches or following // per_update != unit // per_update
-
-    def per_update(self, stage: int) -> int:
-        """`accumulate` units from every replica."""
-        return len(self.layout[stage]) * self.accumulate
+    def round_size(self, stage: int, round: int) -> int:
+        """The same for every round, but that the last may be short."""
+        size = self._full_round(stage)
+        left = self.total_microbatches - round * size
+        return size if size < left else left
 
     def sources(self, stage: int) -> tuple[int, ...]:
         """Stages that send activations to `stage`, nearest first."""
@@ -136,19 +133,6 @@ class Routed:
         return self._neighbours[1][stage]
 
     @cached_property
-    def _neighbours(self) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
-        stages = range(len(self.layout))
-        links = [(stage, stage + 1) for stage in stages[:-1]] if self.links is None else self.links
-        return (
-            tuple(tuple(sorted((s for s, t in links if t == stage), reverse=True)) for stage in stages),
-            tuple(tuple(sorted(t for s, t in links if s == stage)) for stage in stages),
-        )
-
-    def updates(self, stage: int) -> int:
-        """Updates of `stage` over the whole schedule; the last may be of a short round."""
-        return -(-self.minibatches // self.per_update(stage))
-
-    @cached_property
     def stages_of(self) -> dict[int, tuple[int, ...]]:
         """The stages that each rank holds, in order."""
         held: dict[int, tuple[int, ...]] = {}
@@ -156,6 +140,33 @@ class Routed:
             for rank in ranks:
                 held[rank] = (*held.get(rank, ()), stage)
         return held
+
+    @property
+    def _config(self) -> str:
+        """Replicas per stage, such as 2-1-1."""
+        return "-".join(str(len(ranks)) for ranks in self.layout)
+
+    def _full_round(self, stage: int) -> int:
+        """Microbatches of a round that is not short."""
+        return len(self.layout[stage]) * self.gradient_accumulation_steps
+
+    def _rounds(self, stage: int) -> int:
+        """Rounds of `stage` over the whole schedule."""
+        return -(-self.total_microbatches // self._full_round(stage))
+
+    @cached_property
+    def _neighbours(self) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+        """The stages before each stage that it receives activations from, and those behind it that it sends to."""
+        stages = len(self.layout)
+        sources: list[list[int]] = [[] for _ in range(stages)]
+        targets: list[list[int]] = [[] for _ in range(stages)]
+        for source, target in pairwise(range(stages)) if self.edges is None else self.edges:
+            sources[target].append(source)
+            targets[source].append(target)
+        return (
+            tuple(tuple(sorted(each, reverse=True)) for each in sources),
+            tuple(tuple(sorted(each)) for each in targets),
+        )
 
     @cached_property
     def _warm_ups(self) -> tuple[int, ...]:
@@ -166,77 +177,95 @@ class Routed:
         stages = self.stages_of[rank]
         if len(stages) > 1:
             raise ScheduleError(
-                f"rank {rank} stands in stages {', '.join(map(str, stages))}, which only the interleaved schedule "
-                "can have: give every stage ranks of its own"
+                f"rank {rank} holds stages {', '.join(map(str, stages))}, which only the interleaved schedule can run: "
+                "give every stage ranks of its own"
             )
         return stages[0]
 
     def _own(self, stage: int, rank: int, first: int = 0, end: int | None = None) -> range:
-        """Units from `first` up to `end` that fall to `rank`."""
+        """Microbatches from `first` up to `end` that `rank` runs."""
         replicas = self.layout[stage]
         turn = (replicas.index(rank) - first) % len(replicas)
-        return range(first + turn, self.minibatches if end is None else end, len(replicas))
+        return range(first + turn, self.total_microbatches if end is None else end, len(replicas))
 
     @cached_property
-    def _ends(self) -> tuple[tuple[tuple[tuple[int, tuple[int, ...]], ...], ...], ...]:
-        """Of every stage, the stages before and behind that it talks to, with their ranks."""
-        return tuple(tuple(tuple((far, self.layout[far]) for far in each) for each in way) for way in self._neighbours)
+    def _peers(self) -> tuple[tuple[tuple[tuple[int, tuple[int, ...]], ...], ...], ...]:
+        """For every stage, the stages before and those behind it that it exchanges messages with, and their ranks."""
+        return tuple(
+            tuple(tuple((peer_stage, self.layout[peer_stage]) for peer_stage in side) for side in sides)
+            for sides in zip(*self._neighbours, strict=True)
+        )
 
-    def _forward(self, stage: int, unit: int, version: int) -> Iterator[Action]:
-        for far, ranks in self._ends[0][stage]:
-            yield Receive(stage, unit, "activation", ranks[unit % len(ranks)], far)
-        yield Forward(stage, unit, version)
-        for far, ranks in self._ends[1][stage]:
-            yield Send(stage, unit, "activation", ranks[unit % len(ranks)], far)
+    def _forward(self, stage: int, microbatch: int, version: int, *, split: bool = False) -> list[Action]:
+        before, behind = self._peers[stage]
+        actions: list[Action] = []
+        for peer_stage, ranks in before:
+            actions.append(Recv(stage, microbatch, "activation", peer_stage, ranks[microbatch % len(ranks)]))
+        actions.append(Forward(stage, microbatch, version, split))
+        for peer_stage, ranks in behind:
+            actions.append(Send(stage, microbatch, "activation", peer_stage, ranks[microbatch % len(ranks)]))
+        return actions
 
-    def _backward(self, stage: int, unit: int, version: int) -> Iterator[Action]:
-        for far, ranks in self._ends[1][stage]:
-            yield Receive(stage, unit, "gradient", ranks[unit % len(ranks)], far)
-        yield Backward(stage, unit, version)
-        for far, ranks in self._ends[0][stage]:
-            yield Send(stage, unit, "gradient", ranks[unit % len(ranks)], far)
+    def _backward(
+        self, stage: int, microbatch: int, version: int, *, last: bool = False, split: bool = False
+    ) -> list[Action]:
+        before, behind = self._peers[stage]
+        actions: list[Action] = []
+        for peer_stage, ranks in behind:
+            actions.append(Recv(stage, microbatch, "gradient", peer_stage, ranks[microbatch % len(ranks)]))
+        actions.append(
+            BackwardInput(stage, microbatch, version) if split else Backward(stage, microbatch, version, last)
+        )
+        for peer_stage, ranks in before:
+            actions.append(Send(stage, microbatch, "gradient", peer_stage, ranks[microbatch % len(ranks)]))
+        return actions
 
     def _update(self, stage: int, round: int) -> tuple[Action, ...]:
-        made = Update(stage, round + 1)
-        agree = (Agree(stage, round),) if self.agree else ()
-        if len(self.layout[stage]) == 1:
-            return (*agree, made)
-        units = self.per_update(stage)
-        return Reduce(stage, round, min(units, self.minibatches - round * units)), *agree, made
+        """What makes the next version of `stage` once the round's gradients are complete."""
+        size = self.round_size(stage, round)
+        step = OptimizerStep(stage, round + 1, size)
+        if len(self.layout[stage]) == 1 and not self.all_reduce_grad_norm:
+            return (step,)
+        norm = (AllReduceGradNorm(stage, round, size),) if self.all_reduce_grad_norm else ()
+        reduce = (ReduceGradients(stage, round, size),) if len(self.layout[stage]) > 1 else ()
+        return (*reduce, *norm, step)
 
 
 @dataclass(frozen=True)
 class Microbatched(Routed):
-    """Units are microbatches: `microbatches` of them make a minibatch, and one update.
+    """A schedule in which a round is a minibatch that is cut into microbatches.
 
     The last minibatch may be short. A replica may get no microbatch of some minibatch; it takes part
     in the reduction all the same.
+
+    Attributes:
+        n_microbatches: microbatches of a round: those of a minibatch, or of several where gradients are accumulated.
 
     Raises:
         ScheduleError: there is less than one microbatch to a minibatch.
     """
 
-    microbatches: int = 1
+    n_microbatches: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.microbatches < 1:
-            raise ScheduleError(f"a minibatch needs at least one microbatch, not {self.microbatches}")
-        if self.accumulate != 1:
-            raise ScheduleError("units that are microbatches add up within a minibatch: ask for more of these instead")
-
-    def per_update(self, stage: int) -> int:
-        """One minibatch, whatever the replicas."""
-        return self.microbatches
+        if self.n_microbatches < 1:
+            raise ScheduleError(f"a minibatch needs at least one microbatch, not {self.n_microbatches}")
+        if self.gradient_accumulation_steps != 1:
+            raise ScheduleError("a schedule that cuts minibatches accumulates gradients by a larger n_microbatches")
 
     def versions(self, stage: int) -> int:
-        """One: nothing is in flight at an update."""
+        """One: nothing is in flight at an optimizer step."""
         return 1
 
+    def _full_round(self, stage: int) -> int:
+        return self.n_microbatches
+
     def _flushes(self, stage: int, rank: int) -> Iterator[tuple[int, range]]:
-        """Number of every minibatch and the microbatches of it that fall to `rank`."""
-        for number, first in enumerate(range(0, self.minibatches, self.microbatches)):
-            yield number, self._own(stage, rank, first, min(first + self.microbatches, self.minibatches))
+        """Yield the number of every round and the microbatches of it that `rank` runs."""
+        for number, first in enumerate(range(0, self.total_microbatches, self.n_microbatches)):
+            yield number, self._own(stage, rank, first, min(first + self.n_microbatches, self.total_microbatches))
 
     def _most_local(self, stage: int) -> int:
-        return -(-self.microbatches // len(self.layout[stage]))
+        """Most microbatches of a round that fall to one replica."""
+        return -(-self.n_microbatches // len(self.layout[stage]))

@@ -4,8 +4,8 @@ Compute takes what the plan measured, times what a straggler is slower by. Messa
 α-β model, which ranks share as they share network adapters. With two nodes of two ranks::
 
     rank 0 ═╗ port of the rank                       A message crosses the innermost level that holds
-            ╠═ level 0, the node ═╗                  both ranks. It needs the sending side's port out
-    rank 1 ═╝                     ║ port of the node and the receiving side's port in: a rank's own at
+            ╠═ level 0, the node ═╗                  both ranks. It needs the sender's outgoing port and
+    rank 1 ═╝                     ║ port of the node the receiver's incoming port: a rank's own at
                                   ╠═ level 1         level 0, further out that of all ranks below. A
     rank 2 ═╗                     ║                  port carries one message at a time, for bytes / β
             ╠═ level 0, the node ═╝                  seconds; it arrives α later. Ports are full duplex
@@ -25,21 +25,30 @@ from functools import cached_property
 
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.topology import Topology
-from pipedream_hpc.schedule.actions import Backward, Forward, Reduce, Schedule, ScheduleError, Update, WeightGradient
+from pipedream_hpc.schedule.actions import (
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    OptimizerStep,
+    ReduceGradients,
+    Schedule,
+    ScheduleError,
+)
 from pipedream_hpc.schedule.memory import Memory, memory_over_time
-from pipedream_hpc.schedule.play import Link, Port, play
+from pipedream_hpc.schedule.replay import Compute, NicPort, Transfer, replay
 from pipedream_hpc.schedule.trace import KIND_OF, Span, Trace
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What a schedule should do on a machine.
+    """The predicted run of a schedule.
 
     Attributes:
-        trace: when everything should happen.
-        parameter_bytes: of one weight version, by stage.
-        stash_bytes: that a unit in flight holds, by stage.
-        waiting_bytes: that it holds as well between the two parts of its backward, by stage.
+        trace: predicted times of all actions.
+        parameter_bytes: bytes of one weight version, by stage.
+        stash_bytes: bytes that a microbatch in flight holds, by stage.
+        waiting_bytes: bytes that it holds in addition between the two parts of its backward, by stage.
     """
 
     trace: Trace
@@ -53,8 +62,8 @@ class Simulation:
         return memory_over_time(self.trace, self.parameter_bytes, self.stash_bytes, self.waiting_bytes)
 
 
-class PlannedTimes:
-    """The clockwork of a plan on a topology; times and bytes of the plan are divided by `microbatches`."""
+class PlanCosts:
+    """The cost model of a plan on a topology; times and bytes of the plan are divided by `n_microbatches`."""
 
     def __init__(
         self,
@@ -62,48 +71,48 @@ class PlannedTimes:
         plan: Plan,
         topology: Topology,
         slow: Mapping[int, float],
-        microbatches: int,
+        n_microbatches: int,
     ) -> None:
         self._layout, self._topology, self._slow = schedule.layout, topology, slow
-        self._schedule = schedule
-        self._times = {
-            Forward: [(stage.forward_s + stage.read_s) / microbatches + stage.beside_s for stage in plan.stages],
-            Backward: [(stage.backward_s + stage.forward_s * stage.recompute) / microbatches for stage in plan.stages],
-            WeightGradient: [stage.weight_gradient_s / microbatches for stage in plan.stages],
-            Update: [stage.update_s for stage in plan.stages],
+        backwards = [(stage.backward_s + stage.forward_s * stage.recompute) / n_microbatches for stage in plan.stages]
+        weights = [stage.weight_gradient_s / n_microbatches for stage in plan.stages]
+        self._times: dict[type[Compute], list[float]] = {
+            Forward: [(stage.forward_s + stage.read_s) / n_microbatches + stage.overhead_s for stage in plan.stages],
+            Backward: backwards,
+            BackwardInput: [backward - weight for backward, weight in zip(backwards, weights, strict=True)],
+            BackwardWeight: weights,
+            OptimizerStep: [stage.update_s for stage in plan.stages],
         }
-        self._sent = [stage.output_bytes / microbatches for stage in plan.stages]
+        self._sent = [stage.output_bytes / n_microbatches for stage in plan.stages]
         self._parameters = [stage.parameter_bytes for stage in plan.stages]
-        self._ports: dict[tuple[str, int, int], Port] = {}
+        self._ports: dict[tuple[str, int, int], NicPort] = {}
         self._reduce_s: dict[int, float] = {}
 
-    def compute(self, rank: int, action: Forward | Backward | WeightGradient | Update) -> float:
-        """The plan's time of the stage; a straggler takes so many times as long."""
+    def compute(self, rank: int, action: Compute) -> float:
+        """Return the plan's time of the stage; a straggler takes `slow` times as long."""
         seconds = self._times[type(action)][action.stage]
-        if isinstance(action, Backward) and self._schedule.puts_off(action.stage, action.minibatch):
-            seconds -= self._times[WeightGradient][action.stage]
         return seconds * self._slow[rank] if rank in self._slow else seconds
 
-    def link(self, source: int, target: int, cut: int) -> Link:
-        """Ports and times of the level between the two; a gradient is as large as its activation."""
+    def transfer(self, source: int, target: int, boundary: int) -> Transfer:
+        """Return ports and times of the level between the two; a gradient is as large as its activation."""
         if source == target:
-            return Link((), 0.0, 0.0)
+            return Transfer((), 0.0, 0.0)
         index = self._topology.level_between(source, target)
         below = 1
         for inner in self._topology.levels[:index]:
             below *= inner.count
         level = self._topology.levels[index]
         ports = self._port("out", index, source // below), self._port("in", index, target // below)
-        return Link(ports, self._sent[cut] / level.bandwidth, level.latency_s)
+        return Transfer(ports, self._sent[boundary] / level.bandwidth, level.latency_s)
 
-    def reduce(self, action: Reduce) -> float:
-        """Rings within the components of every level that the stage's ranks lie in."""
+    def reduce(self, action: ReduceGradients) -> float:
+        """Return the time of rings within the components of every level that the stage's ranks belong to."""
         if action.stage not in self._reduce_s:
             self._reduce_s[action.stage] = self._ring_s(self._layout[action.stage], self._parameters[action.stage])
         return self._reduce_s[action.stage]
 
-    def _port(self, way: str, level: int, component: int) -> Port:
-        return self._ports.setdefault((way, level, component), Port())
+    def _port(self, direction: str, level: int, component: int) -> NicPort:
+        return self._ports.setdefault((direction, level, component), NicPort())
 
     def _ring_s(self, ranks: Sequence[int], size: int) -> float:
         total_s, below = 0.0, 1
@@ -123,64 +132,65 @@ def simulate(
     topology: Topology,
     *,
     slow: Mapping[int, float] | None = None,
-    microbatches: int = 1,
+    n_microbatches: int = 1,
     stash_bytes: Sequence[int] | None = None,
 ) -> Simulation:
-    """What `schedule` should do with the stages of `plan` on `topology`.
+    """Predict the run of `schedule` with the stages of `plan` on `topology`.
 
     Sends cost the sending rank no time beyond waiting for a free slot.
 
     Args:
-        schedule: of as many stages as the plan.
+        schedule: a schedule with as many stages as the plan.
         plan: seconds and bytes per minibatch.
-        topology: the links; ranks are numbered node by node.
-        slow: how many times as long a rank takes to compute; 1 where not named.
-        microbatches: units to a minibatch, which share its seconds and bytes evenly.
-        stash_bytes: what a whole minibatch in flight holds, by stage, instead of the plan's; where neither
-            is known, the stage's output.
+        topology: links between ranks, which are numbered node by node.
+        slow: how many times as long a rank takes to compute; 1 where not given.
+        n_microbatches: microbatches per minibatch, which share its seconds and bytes evenly.
+        stash_bytes: bytes that a whole minibatch in flight holds, by stage, instead of the plan's; where neither
+            is known, the stage's output counts.
 
     Raises:
-        ScheduleError: the schedule gets stuck, is not of the plan's stages, or the topology is too small,
-            or a straggler is not one of the ranks.
+        ScheduleError: the schedule deadlocks or has another number of stages than the plan, the topology is too
+            small, or a straggler is not one of the ranks.
     """
     ranks = {rank for members in schedule.layout for rank in members}
     if len(schedule.layout) != len(plan.stages):
-        raise ScheduleError(f"the schedule is of {len(schedule.layout)} stages, the plan of {len(plan.stages)}")
+        raise ScheduleError(f"the schedule has {len(schedule.layout)} stages, but the plan has {len(plan.stages)}")
     if max(ranks) >= topology.devices:
         raise ScheduleError(
-            f"rank {max(ranks)} has no device: the topology has {topology.devices}; plan for those, or probe more"
+            f"rank {max(ranks)} has no device: the topology has {topology.devices} devices; "
+            "use a plan for that many, or the topology of more devices"
         )
     for rank, times in (slow or {}).items():
         if rank not in ranks or not 0 < times <= 1e9:
             raise ScheduleError(
                 f"rank {rank} cannot be {times:g} times as slow: name ranks 0 to {max(ranks)}, times from 0 to 1e9"
             )
-    clockwork = PlannedTimes(schedule, plan, topology, slow or {}, microbatches)
-    with _no_collection():
+    costs = PlanCosts(schedule, plan, topology, slow or {}, n_microbatches)
+    with _no_garbage_collection():
         spans = [
             Span(
                 rank,
                 action.stage,
                 KIND_OF[type(action)],
-                getattr(action, "minibatch", -1),
+                getattr(action, "microbatch", -1),
                 getattr(action, "version", -1),
                 start_s,
                 end_s,
             )
-            for rank, action, start_s, end_s in play(schedule, clockwork)
+            for rank, action, start_s, end_s in replay(schedule, costs)
         ]
     held = stash_bytes or [stage.stash_bytes or stage.output_bytes for stage in plan.stages]
     return Simulation(
-        Trace("simulated", schedule.layout, schedule.minibatches, tuple(spans), microbatches),
+        Trace("simulated", schedule.layout, schedule.total_microbatches, tuple(spans), n_microbatches),
         tuple(stage.parameter_bytes for stage in plan.stages),
-        tuple(size // microbatches for size in held),
-        tuple(stage.waiting_bytes // microbatches for stage in plan.stages),
+        tuple(size // n_microbatches for size in held),
+        tuple(stage.waiting_bytes // n_microbatches for stage in plan.stages),
     )
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Millions of spans live on and none is garbage: looking through them again and again is idle."""
+def _no_garbage_collection() -> Iterator[None]:
+    """Switch garbage collection off: of millions of spans none is garbage, and every search through them costs time."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -8,20 +8,41 @@ from typing import ClassVar, Literal
 
 from pipedream_hpc.files import STRICT
 from pipedream_hpc.planning.profile import Count
-from pipedream_hpc.schedule.actions import Agree, Backward, Forward, Receive, Reduce, Send, Update, WeightGradient
+from pipedream_hpc.schedule.actions import (
+    AllReduceGradNorm,
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    OptimizerStep,
+    Recv,
+    ReduceGradients,
+    Send,
+)
 
-Kind = Literal["forward", "backward", "weight-gradient", "receive", "send", "reduce", "agree", "update"]
+Kind = Literal[
+    "forward",
+    "backward",
+    "backward-input",
+    "backward-weight",
+    "recv",
+    "send",
+    "reduce-gradients",
+    "all-reduce-grad-norm",
+    "optimizer-step",
+]
 
-#: What spans call an action.
+#: The kind of span that an action leaves.
 KIND_OF: dict[type, Kind] = {
     Forward: "forward",
     Backward: "backward",
-    WeightGradient: "weight-gradient",
-    Receive: "receive",
+    BackwardInput: "backward-input",
+    BackwardWeight: "backward-weight",
+    Recv: "recv",
     Send: "send",
-    Reduce: "reduce",
-    Agree: "agree",
-    Update: "update",
+    ReduceGradients: "reduce-gradients",
+    AllReduceGradNorm: "all-reduce-grad-norm",
+    OptimizerStep: "optimizer-step",
 }
 
 
@@ -30,13 +51,13 @@ class Span:
     """One action that ran. Not frozen, though nobody may change it, for the reason actions are not.
 
     Attributes:
-        rank: who ran it.
-        stage: for which of its stages.
-        kind: which action.
-        minibatch: number of the unit within the trace; -1 for updates, reductions and agreements.
-        version: weight version used or made; -1 for messages, reductions and agreements.
-        start_s: seconds since the trace's begin, on one clock for all ranks.
-        end_s: likewise.
+        rank: rank that ran it.
+        stage: stage of that rank.
+        kind: kind of action.
+        microbatch: number of the microbatch within the trace; -1 for optimizer steps and all-reduces.
+        version: weight version used or made; -1 for messages and all-reduces.
+        start_s: seconds since the begin of the trace, on one clock for all ranks.
+        end_s: seconds since the begin of the trace, on one clock for all ranks.
     """
 
     __pydantic_config__ = STRICT
@@ -44,7 +65,7 @@ class Span:
     rank: int
     stage: int
     kind: Kind
-    minibatch: int
+    microbatch: int
     version: int
     start_s: float
     end_s: float
@@ -52,30 +73,30 @@ class Span:
 
 @dataclass(frozen=True)
 class Trace:
-    """All spans of one schedule's run.
+    """All spans of one run of a schedule.
 
     Attributes:
         source: whether it was measured or simulated.
         layout: ranks of every stage.
-        minibatches: how many units went through.
+        total_microbatches: microbatches that passed through the pipeline.
         spans: in any order.
-        microbatches: units to a minibatch, where minibatches are cut.
+        n_microbatches: microbatches per minibatch; 1 where minibatches are whole.
     """
 
     __pydantic_config__ = STRICT
     FORMAT: ClassVar[str] = "pipedream-trace"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
 
     source: Literal["measured", "simulated"]
     layout: tuple[tuple[int, ...], ...]
-    minibatches: int
+    total_microbatches: int
     spans: tuple[Span, ...]
-    microbatches: Count = 1
+    n_microbatches: Count = 1
 
     @property
-    def units(self) -> str:
-        """What went through, in words."""
-        return "minibatches" if self.microbatches == 1 else "microbatches"
+    def items(self) -> str:
+        """The word for what passed through: `minibatches` or `microbatches`."""
+        return "minibatches" if self.n_microbatches == 1 else "microbatches"
 
     @cached_property
     def stages_of(self) -> dict[int, tuple[int, ...]]:
@@ -87,6 +108,6 @@ class Trace:
         return held
 
     def label(self, rank: int) -> str:
-        """Such as `rank 1 (stage 1)`: what a picture calls the rank."""
+        """Return the rank's name in pictures, such as `rank 1 (stage 1)`."""
         stages = self.stages_of[rank]
         return f"rank {rank} (stage{'s' if len(stages) > 1 else ''} {', '.join(map(str, stages))})"

@@ -1,8 +1,8 @@
-"""Run some minibatches of a user's own training both ways and compare everything that comes of it.
+"""Comparison: run some minibatches of a user's training in the pipeline and in the reference, and compare the results.
 
 ::
 
-    workers      F0 F1 .. B0 U ..    losses, averaged gradients, weights ─┐
+    pipeline     F0 F1 .. B0 S ..    losses, averaged gradients, weights ─┐
                                                                           ├──► the first that differs, by name
     reference    plain autograd      losses, averaged gradients, weights ─┘
 """
@@ -24,57 +24,53 @@ from torch.utils._pytree import tree_map
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Job
 from pipedream_hpc.model.capture import arguments_of, capture
-from pipedream_hpc.model.cut import Cut
+from pipedream_hpc.model.partition import Partition
 from pipedream_hpc.model.randomness import seed_for, seed_layers, set_seed
-from pipedream_hpc.runtime.assembly import place_buffers
-from pipedream_hpc.runtime.feed import onto
+from pipedream_hpc.runtime.execution.data import to_device
+from pipedream_hpc.runtime.execution.position import PassPosition
+from pipedream_hpc.runtime.launch.build import move_buffers
 from pipedream_hpc.runtime.pipeline import Pipeline
+from pipedream_hpc.schedule import registry
 from pipedream_hpc.verification import reference
-from pipedream_hpc.verification.reference import Event, Tensors, Way
+from pipedream_hpc.verification.reference import Event, ReferenceConfig, Tensors
 
 Batches = list[tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor that is not the same both ways.
+    """A tensor that differs between pipeline and reference.
 
     Attributes:
-        event: kind, stage and number of what it belongs to.
-        name: the parameter's.
-        largest: difference of an element.
-        relative: the same, as a part of the reference's largest element.
-        count: elements that differ.
-        of: elements in all.
+        kind: `loss`, `gradient` or `weight`.
+        what: what differs, for messages.
+        largest: largest difference of an element.
+        relative: the same, relative to the reference's largest element.
+        n_different: elements that differ.
+        n_elements: elements of the tensor.
     """
 
-    event: tuple[str, int, int]
-    name: str
+    kind: str
+    what: str
     largest: float
     relative: float
-    count: int
-    of: int
+    n_different: int
+    n_elements: int
 
     def __str__(self) -> str:
-        kind, stage, number = self.event
-        where = {
-            "loss": f"the loss of unit {number}",
-            "gradient": f"the gradient of '{self.name}' (stage {stage}) in round {number}",
-            "weight": f"the weight '{self.name}' (stage {stage}) after round {number}",
-        }[kind]
         return (
-            f"{where}: {self.count} of {self.of} numbers differ, by {self.largest:.3g} at most "
+            f"{self.what}: {self.n_different} of {self.n_elements} numbers differ, by at most {self.largest:.3g} "
             f"({self.relative:.3g} of the largest)"
         )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a comparison.
+    """Result of a comparison.
 
     Attributes:
-        compared: tensors compared, by kind.
-        differences: all that differ, in the order of training.
+        compared: number of tensors that were compared, by kind.
+        differences: all tensors that differ, in the order of training.
     """
 
     compared: dict[str, int]
@@ -86,13 +82,13 @@ class Verdict:
         return not self.differences
 
     def within(self, tolerance: float) -> bool:
-        """Whether no tensor differs by more than such a part of its largest element."""
+        """Return whether no tensor differs by more than `tolerance` relative to its largest element."""
         return all(each.relative <= tolerance for each in self.differences)
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
-    """Let a GPU compute the same thing the same way each time, where torch can, as CPUs do anyway."""
+def deterministic_algorithms() -> Iterator[None]:
+    """Let a GPU compute bitwise repeatable results where torch can; CPUs always do."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if torch.cuda.is_available():
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -103,78 +99,90 @@ def repeatable() -> Iterator[None]:
 
 
 def first_minibatches(job: Job, count: int, epochs: int, seed: int) -> list[Batches]:
-    """`count` minibatches of the job for each epoch, the same on every rank."""
-    found = []
+    """Return `count` minibatches of the job for each epoch, the same on every rank."""
+    epochs_of_batches = []
     with torch.random.fork_rng(devices=[]):
         for epoch in range(epochs):
             set_seed(seed_for("verify", seed, epoch))
-            found.append([pair for pair, _ in zip(job.train, range(count), strict=False)])
-    return found
+            epochs_of_batches.append([pair for pair, _ in zip(job.train_loader, range(count), strict=False)])
+    return epochs_of_batches
 
 
-def by_workers(pipeline: Pipeline, epochs: Sequence[Batches]) -> list[Event]:
-    """Train; what this process's stages came to, of every stage its first replica."""
+def pipeline_events(pipeline: Pipeline, epochs: Sequence[Batches]) -> list[Event]:
+    """Train in the pipeline; return the events of this process's stages, of each stage's first replica."""
     events: list[Event] = []
-    units = 0
-    for stage in pipeline.stages:
-        if stage.replica == 0:
-            stage.watch = partial(_note, events, stage.index)
-    for batches in epochs:
+    for epoch, batches in enumerate(epochs):
+        for stage in pipeline.stages:
+            if stage.replica == 0:
+                stage.watch = partial(_record, events, stage.index, epoch, stage.stash.version)
         pipeline.fit(batches)
         for stage in pipeline.stages:
-            if stage.output:
+            if stage.is_last:
                 events.extend(
-                    Event("loss", stage.index, units + unit, {"loss": torch.tensor(mean, dtype=torch.float64)})
-                    for unit, mean, _ in stage.tally.read()
+                    Event(
+                        "loss",
+                        stage.index,
+                        epoch,
+                        microbatch,
+                        {"loss": torch.tensor(loss, dtype=torch.float64)},
+                    )
+                    for microbatch, (loss, *_), _ in stage.loss_meter.read()
                 )
-        units += len(batches) * pipeline.pieces
     return events
 
 
-def _note(
-    events: list[Event], stage: int, kind: str, number: int, tensors: Iterable[tuple[str, torch.Tensor | None]]
+def _record(
+    events: list[Event],
+    stage: int,
+    epoch: int,
+    first_version: int,
+    kind: str,
+    version: int,
+    tensors: Iterable[tuple[str, torch.Tensor | None]],
 ) -> None:
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors if tensor is not None}
-    events.append(Event(kind, stage, number, copies))
+    events.append(Event(kind, stage, epoch, version - first_version, copies))
 
 
-def by_reference(pipeline: Pipeline, job: Job, model: nn.Module, way: Way, epochs: Sequence[Batches]) -> list[Event]:
-    """Train `model`, which has the first weights, in plain autograd."""
+def reference_events(
+    pipeline: Pipeline, job: Job, model: nn.Module, config: ReferenceConfig, epochs: Sequence[Batches]
+) -> list[Event]:
+    """Train `model`, which has the initial weights, in the reference; return the events."""
     events: list[Event] = []
-    graph = capture(model, job.example, job.leaves)
-    part = Cut(graph, [range(len(graph.layers))]).part(0)
+    graph = capture(model, job.example_inputs, pipeline.train_config.leaf_modules)
+    whole = Partition(graph, [range(len(graph.layers))]).stage_module(0)
     current = 0
 
-    def seeded(_: nn.Module, unit: int) -> None:
+    def before_forward(_: nn.Module, microbatch: int) -> None:
         nonlocal current
-        current = unit
+        current = microbatch
 
     def forward(module: nn.Module, weights: Tensors, inputs: Any) -> Any:
-        given = [arguments_of(inputs)[index] for index in part.inputs]
-        for position in part.rewrites:
-            given[position] = given[position].clone()
-        return functional_call(module, weights, tuple(given))[-1]
+        arguments = [arguments_of(inputs)[index] for index in whole.inputs]
+        for position in whole.written_inputs:
+            arguments[position] = arguments[position].clone()
+        return functional_call(module, weights, tuple(arguments))[-1]
 
-    seed_layers(part.module, lambda name: set_seed(seed_for(pipeline.seed, current, name)))
-    part.module.train()
-    place = pipeline.devices[pipeline.rank].torch
-    if place.type != "cpu":
-        # Random masks and roundings are those of the device.
-        part.module.to(place)
-        place_buffers(part.module, place)
-        epochs = [tree_map(lambda each: onto(each, place), batches) for batches in epochs]
+    seed_layers(whole.module, lambda name: set_seed(seed_for(pipeline.train_config.seed, current, name)))
+    whole.module.train()
+    device = pipeline.devices[pipeline.rank].torch
+    if device.type != "cpu":
+        # Dropout masks and rounding are those of the device.
+        whole.module.to(device)
+        move_buffers(whole.module, device)
+        epochs = [tree_map(lambda each: to_device(each, device), batches) for batches in epochs]
     reference.train(
-        part.module,
+        whole.module,
         pipeline.stage_of_parameters(),
         epochs,
-        job.loss,
+        job.loss_fn,
         job.optimizer,
-        way,
-        scheduler=job.scheduler,
+        config,
+        lr_scheduler=pipeline.train_config.lr_scheduler,
         precision=pipeline.precision or nullcontext,
         forward=forward,
-        seeded=seeded,
-        note=lambda event: events.append(_on_host(event)),
+        before_forward=before_forward,
+        on_event=lambda event: events.append(_on_host(event)),
     )
     return events
 
@@ -183,46 +191,77 @@ def _on_host(event: Event) -> Event:
     return dataclasses.replace(event, tensors={name: tensor.to("cpu") for name, tensor in event.tensors.items()})
 
 
-def way_of(pipeline: Pipeline, job: Job) -> Way:
-    """The way a pipeline trains in.
+def reference_config_of(pipeline: Pipeline) -> ReferenceConfig:
+    """Return the way in which a pipeline trains.
 
     Raises:
-        PipedreamError: it is none that can be computed by itself.
+        PipedreamError: the reference cannot train in this way.
     """
-    kind = {"1f1b-rr": "1f1b"}.get(pipeline.plan.schedule, pipeline.plan.schedule)
-    if kind == "naive":
+    schedule = {"1f1b-rr": "1f1b"}.get(pipeline.plan.schedule, pipeline.plan.schedule)
+    if schedule not in registry.NAMES:
         raise PipedreamError(
-            "the naive schedule has no reference: its gradients are of no function; choose another --schedule"
+            f"{schedule} is a written schedule, and the reference has no equation for it: verify a schedule by name, "
+            "and compare the weights that the two train"
         )
-    if pipeline.scales_losses:
-        raise PipedreamError("fp16 scales losses, which the reference does not: verify with --precision bf16, or none")
-    clip = None if job.clip is None else (job.clip.norm, job.clip.over)
+    if schedule == "naive":
+        raise PipedreamError(
+            "the naive schedule has no reference, because its gradients are those of no function: choose another "
+            "--schedule"
+        )
+    if pipeline.train_config.precision == "fp16":
+        raise PipedreamError(
+            "fp16 scales losses, which the reference does not: verify with --precision bf16 or without --precision"
+        )
+    config = pipeline.train_config
+    clip = None if config.clip_grad_norm is None else (config.clip_grad_norm, config.clip_grad_over)
     replicas = [len(stage.ranks) for stage in pipeline.plan.stages]
-    return Way(kind, replicas, pipeline.pieces, pipeline.accumulate, clip, pipeline.master_weights, pipeline.split)
+    return ReferenceConfig(
+        schedule,
+        replicas,
+        pipeline.n_microbatches,
+        config.gradient_accumulation_steps,
+        clip,
+        config.master_weights,
+    )
 
 
-def compare(workers: Iterable[Event], expected: Iterable[Event]) -> Verdict:
-    """Hold what the workers came to against the reference."""
-    found = {(each.kind, each.stage, each.number): each.tensors for each in workers}
+def compare(actual: Iterable[Event], expected: Iterable[Event], n_microbatches: int = 1) -> Verdict:
+    """Compare the events of the pipeline with those of the reference.
+
+    Args:
+        actual: of the pipeline, in any order.
+        expected: of the reference, in the order of training.
+        n_microbatches: microbatches per minibatch, for messages.
+    """
+    found = {(each.kind, each.stage, each.epoch, each.number): each.tensors for each in actual}
     compared: dict[str, int] = {"loss": 0, "gradient": 0, "weight": 0}
     differences = []
     for event in expected:
-        key = event.kind, event.stage, event.number
-        tensors = found.get(key, {})
-        for name, right in event.tensors.items():
+        tensors = found.get((event.kind, event.stage, event.epoch, event.number), {})
+        for name, reference_tensor in event.tensors.items():
             compared[event.kind] += 1
-            left = tensors.get(name)
-            if left is None or not torch.equal(left.to(right.dtype), right):
-                differences.append(_difference(key, name, left, right))
+            tensor = tensors.get(name)
+            if tensor is None or not torch.equal(tensor.to(reference_tensor.dtype), reference_tensor):
+                differences.append(
+                    _difference(event.kind, _what(event, name, n_microbatches), tensor, reference_tensor)
+                )
     return Verdict(compared, tuple(differences))
 
 
-def _difference(key: tuple[str, int, int], name: str, left: torch.Tensor | None, right: torch.Tensor) -> Difference:
-    if left is None or left.shape != right.shape:
-        return Difference(key, name, float("inf"), float("inf"), right.numel(), right.numel())
-    apart = (left.double() - right.double()).abs()
-    largest = float(apart.max())
-    scale = float(right.double().abs().max())
-    return Difference(
-        key, name, largest, largest / scale if scale else float("inf"), int((apart != 0).sum()), right.numel()
-    )
+def _what(event: Event, name: str, n_microbatches: int) -> str:
+    """Return what a tensor is, such as `the weight '3.bias' (stage 1) after epoch 0, round 2`."""
+    epoch = f"epoch {event.epoch}"
+    if event.kind == "loss":
+        return f"the loss of {PassPosition(epoch, n_microbatches).of_microbatch(event.number)}"
+    of, when = ("gradient of", "in") if event.kind == "gradient" else ("weight", "after")
+    return f"the {of} '{name}' (stage {event.stage}) {when} {epoch}, round {event.number}"
+
+
+def _difference(kind: str, what: str, tensor: torch.Tensor | None, reference_tensor: torch.Tensor) -> Difference:
+    n_elements = reference_tensor.numel()
+    if tensor is None or tensor.shape != reference_tensor.shape:
+        return Difference(kind, what, float("inf"), float("inf"), n_elements, n_elements)
+    differences = (tensor.double() - reference_tensor.double()).abs()
+    largest, scale = float(differences.max()), float(reference_tensor.double().abs().max())
+    relative = largest / scale if scale else float("inf")
+    return Difference(kind, what, largest, relative, int((differences != 0).sum()), n_elements)

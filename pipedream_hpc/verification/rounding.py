@@ -1,7 +1,7 @@
-"""Square roots as IEEE 754 has them.
+"""Correctly rounded square roots (IEEE 754) for torch's optimizers.
 
-torch takes those of whole tensors from a vector library that may be off by one unit in the last place
-(MKL's on x86, one in six roots). With these in their place torch's Adam can be compared bit for bit.
+torch computes square roots of whole tensors with a vector library that may be off by one unit in the last place (MKL
+on x86: one root in six). With correctly rounded roots torch's Adam can be compared bitwise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _roots(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 @contextmanager
 def correct_square_roots() -> Iterator[None]:
-    """Let torch's optimizers, looped and foreach, take correctly rounded square roots of float tensors."""
+    """Give torch's optimizers, looped and foreach, correctly rounded square roots of float tensors."""
     single, several = torch.Tensor.sqrt, torch._foreach_sqrt
     torch.Tensor.sqrt, torch._foreach_sqrt = _root, _roots  # type: ignore[method-assign, assignment]
     try:

@@ -1,4 +1,13 @@
-"""Jobs that go wrong in a chosen way: python failing.py HOW ..."""
+"""Train in a way that fails on one rank: python failing.py HOW [PLAN]
+
+raise, kill, sleep    in the loss function of the output stage, in minibatch 4
+absent                rank 2 never begins the epoch
+large                 minibatch 3 is larger than the example
+data, length          rank 3 reads other data, or fewer minibatches
+example, schedule     rank 1 has another example, or another schedule
+left                  the loop over steps is left in minibatch 2
+anything else         nothing but what PLAN does
+"""
 
 import os
 import signal
@@ -12,11 +21,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import chains
 
-from pipedream_hpc import Pipeline
+from pipedream_hpc import Pipeline, RunConfig, ScheduleConfig
 
 
 def stamp() -> None:
-    """From here on the clock of the promise runs."""
+    """Print the time, from which on all ranks must end within seconds."""
     print(f"stamp {time.time()}", flush=True)
 
 
@@ -24,7 +33,7 @@ def main() -> None:
     how, *rest = sys.argv[1:]
     minibatches = 0
 
-    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         nonlocal minibatches
         minibatches += 1
         if minibatches == 5:
@@ -43,19 +52,18 @@ def main() -> None:
         batches[3] = (torch.zeros(chains.SAMPLES + 1, chains.FEATURES), torch.zeros(chains.SAMPLES + 1).long())
     if how == "example" and os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
         example = example[:5]
-    more = {}
-    if how == "parts":
-        own = {"zero_bubble": True} if os.environ.get("OMPI_COMM_WORLD_RANK") == "1" else {"split_backward": True}
-        more = {"schedule": "1f1b-flush", "microbatches": 2, **own}
+    schedule = None
+    if how == "schedule":
+        schedule = ScheduleConfig("zb-h2" if os.environ.get("OMPI_COMM_WORLD_RANK") == "1" else "zb-h1", 2)
     stamp()
     pipeline = Pipeline(
         chains.plain_model(),
-        loss=loss,
+        loss_fn=loss_fn,
         optimizer=chains.OPTIMIZERS["sgd"],
-        example=example,
+        example_inputs=example,
         plan=rest[0] if rest else 4,
-        stall_limit_s=3,
-        **more,
+        schedule=schedule,
+        run_config=RunConfig(stall_limit_s=3),
     )
     if how == "data" and pipeline.rank == 3:
         batches = chains.minibatches(20)[::-1]
@@ -64,6 +72,11 @@ def main() -> None:
     if how == "absent" and pipeline.rank == 2:
         time.sleep(3600)
     stamp()
+    if how == "left":
+        for step in pipeline.train(batches):
+            if step.index == 2:
+                break
+        pipeline.state_dict()
     pipeline.fit(batches)
     print("all went well")
 

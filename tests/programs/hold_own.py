@@ -1,4 +1,4 @@
-"""How much memory training takes on each rank, and what becomes of the weights.
+"""Train a model of 16 large layers; write the memory growth and the weights of each rank.
 
 python hold_own.py function|module FOLDER
 """
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pipedream_hpc import Pipeline
+from pipedream_hpc import Pipeline, RunConfig
 
-LAYERS, WIDTH = 16, 2048  # 16 MiB of weights each
+LAYERS, WIDTH = 16, 2048  # 16 MiB of weights per layer
 
 
 def network() -> nn.Sequential:
@@ -26,19 +26,26 @@ def train(model: object, width: int) -> Pipeline:
     torch.manual_seed(1)
     data = [(torch.randn(2, width), torch.randn(2, width)) for _ in range(6)]
     sgd = functools.partial(torch.optim.SGD, lr=0.1)
-    pipeline = Pipeline(model, loss=nn.MSELoss(), optimizer=sgd, example=data[0][0], plan=4, stall_limit_s=60)
+    pipeline = Pipeline(
+        model,
+        loss_fn=nn.MSELoss(),
+        optimizer=sgd,
+        example_inputs=data[0][0],
+        plan=4,
+        run_config=RunConfig(stall_limit_s=60),
+    )
     pipeline.fit(data)
     return pipeline
 
 
 def status(field: str) -> int:
-    """Bytes."""
+    """Return a field of /proc/self/status in bytes."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def main() -> None:
-    # What is imported and allocated once is not what is measured.
+    # First train a tiny model: imports and one-time allocations are not measured.
     torch.manual_seed(0)
     train(lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), 8).close()
     before = status("VmRSS")

@@ -1,4 +1,4 @@
-"""small_job.py, but rank MORTAL is killed when it begins its second epoch, if the environment names one."""
+"""small_job.py, but rank MORTAL of the environment is killed when it begins its second epoch."""
 
 import os
 import signal
@@ -25,4 +25,4 @@ class Mortal(DataLoader):
 
 def job(args: list[str]) -> Job:
     made = small_job.job(args)
-    return replace(made, train=Mortal(made.train.dataset, batch_size=8, shuffle=True))
+    return replace(made, train_loader=Mortal(made.train_loader.dataset, batch_size=8, shuffle=True))

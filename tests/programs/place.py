@@ -1,4 +1,4 @@
-"""Every rank says where it stands, one line in rank order on rank 0; exits if it joined no MPI."""
+"""Rank 0 prints rank, local rank and cores of every rank; exits with a message if there is no MPI."""
 
 import sys
 

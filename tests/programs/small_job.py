@@ -1,4 +1,4 @@
-"""A job that trains in a second: four linear layers on 64 made-up samples."""
+"""A job that trains in a second: four linear layers on 64 random samples."""
 
 from functools import partial
 
@@ -18,10 +18,10 @@ def job(args: list[str]) -> Job:
     data = TensorDataset(inputs, (inputs.sum(dim=1) > 0).long())
     return Job(
         model=nn.Sequential(nn.Linear(16, width), nn.Tanh(), nn.Linear(width, 8), nn.Tanh(), nn.Linear(8, 2)),
-        loss=nn.CrossEntropyLoss(),
+        loss_fn=nn.CrossEntropyLoss(),
         optimizer=partial(torch.optim.SGD, lr=0.1),
-        train=DataLoader(data, batch_size=8, shuffle=True),
-        test=DataLoader(data, batch_size=8),
-        example=inputs[:8],
+        train_loader=DataLoader(data, batch_size=8, shuffle=True),
+        test_loader=DataLoader(data, batch_size=8),
+        example_inputs=inputs[:8],
         epochs=2,
     )

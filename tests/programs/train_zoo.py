@@ -1,6 +1,8 @@
-"""Train models of tests/zoo.py.
+"""Train models of tests/zoo.py and write reports.
 
-python train_zoo.py '[{"name": "resnet", "plan": "1-1", "epochs": [5], "last": 3, "out": "x.pt"}, ...]'
+python train_zoo.py '[{"name": "resnet", "plan": "1-1", "epochs": [5], "last": 3, "optimizer": "sgd", "out": "x.pt"}]'
+
+Each training may have `schedule` and `train_config` (fields of ScheduleConfig and TrainConfig).
 """
 
 import json
@@ -13,30 +15,32 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import chains
 from zoo import ZOO
 
-from pipedream_hpc import Pipeline
+from pipedream_hpc import Pipeline, RunConfig, ScheduleConfig, TrainConfig
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    for wanted in json.loads(sys.argv[1]):
-        report = train(wanted)
+    for training in json.loads(sys.argv[1]):
+        report = train(training)
         if report["rank"] == 0:
-            torch.save(report, wanted["out"])
+            torch.save(report, training["out"])
 
 
-def train(wanted: dict) -> dict:
-    specimen = ZOO[wanted["name"]]
+def train(training: dict) -> dict:
+    """Run one training; return its report."""
+    case = ZOO[training["name"]]
     with Pipeline(
-        specimen.model if wanted.get("function") else specimen.model(),
-        loss=specimen.loss,
-        optimizer=chains.OPTIMIZERS[wanted["optimizer"]],
-        example=specimen.example(),
-        plan=wanted["plan"],
-        stall_limit_s=30,
-        **wanted.get("options", {}),
+        case.model if training.get("function") else case.model(),
+        loss_fn=case.loss,
+        optimizer=chains.OPTIMIZERS[training["optimizer"]],
+        example_inputs=case.example(),
+        plan=training["plan"],
+        schedule=ScheduleConfig(**training.get("schedule", {})),
+        train_config=TrainConfig(**training.get("train_config", {})),
+        run_config=RunConfig(stall_limit_s=30),
     ) as pipeline:
-        losses = [pipeline.fit(specimen.minibatches(count, wanted["last"])) for count in wanted["epochs"]]
-        scores = pipeline.evaluate(specimen.minibatches(3, 2), specimen.loss)
+        losses = [pipeline.fit(case.minibatches(count, training["last"])) for count in training["epochs"]]
+        scores = pipeline.evaluate(case.minibatches(3, 2))
         return {
             "rank": pipeline.rank,
             "ranks": pipeline.world.size,

@@ -1,4 +1,4 @@
-"""Train on two ranks with a DataLoader that has a worker."""
+"""Train on two ranks with a DataLoader that has a worker process."""
 
 from functools import partial
 
@@ -16,9 +16,9 @@ def main() -> None:
     loader = DataLoader(data, 4, shuffle=True, num_workers=1)
     with Pipeline(
         nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)),
-        loss=nn.CrossEntropyLoss(),
+        loss_fn=nn.CrossEntropyLoss(),
         optimizer=partial(torch.optim.SGD, lr=0.1),
-        example=torch.zeros(4, 6),
+        example_inputs=torch.zeros(4, 6),
         plan=2,
     ) as pipeline:
         losses = pipeline.fit(loader)

@@ -1,18 +1,19 @@
-"""Cuts: the places where a layer graph can be cut in two, and what crosses each.
+"""Cuts: the places where a layer graph can be cut in two, and the bytes that cross each.
 
-A cut is a set of layers that contains, with a layer, all that feeds it: what runs before the cut.
-In a chain these are its prefixes. Where branches run side by side, one branch may be further ahead
-than the other (the antichains of the paper, section 3.2)::
+A cut is the set of layers that run before it: with every layer, it contains all layers that feed it.
+In a chain the cuts are its prefixes. With parallel branches, one branch may be further ahead than
+another (the antichains of the paper, section 3.2)::
 
                    ┌─► b ─► c ─┐          cuts: {} a ab ad abc abd abcd abcde
               a ───┤           ├─► e
                    └─► d ──────┘          abd | ce: the outputs of b and d cross
 
-A stage lies between two cuts, one within the other; its time is the difference of their times.
+A stage lies between two cuts, one a subset of the other; its time is the difference of their times.
 
-The number of cuts is the product over parallel branches, so it can explode. Between two layers that
-all else comes before or after, cuts are taken, until there are few enough, from: the graph as it
-is; the graph with every unbranched run of layers inside a branch as one; the layers in one order.
+The number of cuts grows with the product over parallel branches. The graph is therefore divided into
+regions at the layers that all other layers come before or after. If a region has too many cuts, they
+are taken from a coarser graph: first with every unbranched run of layers merged into one, then with
+the layers in one fixed order.
 """
 
 from __future__ import annotations
@@ -29,27 +30,27 @@ from pipedream_hpc.planning.profile import LayerProfile, Profile
 Floats = npt.NDArray[np.float64]
 Words = npt.NDArray[np.uint64]
 
-#: Most cuts of a whole model: the solver weighs each pair of them.
+#: Upper limit of the cuts of a whole model: the solver considers each pair of them.
 LIMIT = 3000
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """All cuts that are weighed, smaller sets first: the first is empty, the last the whole model.
+    """All cuts that the solver considers, smaller sets first: the first is empty, the last is the whole model.
 
     Attributes:
-        layers: of the profile, in topological order.
-        words: the sets, one row of bits per cut; bit i of word j is layer 64 j + i.
+        layers: the profile's layers, in topological order.
+        words: the sets, one row of 64-bit words per cut; bit i of word j is layer 64 j + i.
         forward_s: forward time of all layers before each cut, in seconds.
-        time_s: forward and backward time, likewise.
-        parameter_bytes: likewise.
-        stash_bytes: what autograd keeps for one minibatch, likewise.
-        crossing_bytes: outputs before the cut that are needed after it; each counts once.
-        antichain_bytes: the same as PipeDream's published optimiser counts: outputs of the last
-            layers before the cut, and of all layers before one of them that lead elsewhere too, even
-            if nothing after the cut needs them.
-        crossing: those layers whose outputs cross, one tuple of indices per cut.
-        whole: layers that other cuts could come between but do not, because there were too many.
+        time_s: forward, backward and update time of all layers before each cut, in seconds.
+        parameter_bytes: parameter bytes of all layers before each cut.
+        stash_bytes: bytes that autograd keeps for one minibatch in all layers before each cut.
+        crossing_bytes: bytes of the outputs before the cut that are needed after it; each output counts once.
+        antichain_bytes: crossing bytes as PipeDream's published optimiser counts them: the outputs of the
+            last layers before the cut, and of all their ancestors that also lead elsewhere, even if
+            no layer after the cut needs them.
+        crossing: layers whose outputs cross, one tuple of indices per cut.
+        uncut_layers: number of layers in regions whose cuts are incomplete because there were too many.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -61,28 +62,23 @@ class Cuts:
     crossing_bytes: Floats
     antichain_bytes: Floats
     crossing: tuple[tuple[int, ...], ...]
-    whole: int
+    uncut_layers: int
 
     def __len__(self) -> int:
         return len(self.time_s)
 
     def after(self, cut: int) -> npt.NDArray[np.int64]:
-        """The cuts that lie after `cut`: each makes a stage with it."""
+        """Return the cuts that are supersets of `cut`: a stage may begin at `cut` and end at any of them."""
         missing = self.words[cut] & ~self.words[cut + 1 :]
         return np.flatnonzero(~missing.any(axis=1)) + cut + 1
 
-    def before(self, cut: int) -> npt.NDArray[np.int64]:
-        """The cuts that lie before `cut`."""
-        missing = self.words[:cut] & ~self.words[cut]
-        return np.flatnonzero(~missing.any(axis=1))
-
     def between(self, first: int, last: int) -> tuple[int, ...]:
-        """Layers of the stage between two cuts, in topological order."""
+        """Return the layers of the stage between two cuts, in topological order."""
         bits = np.unpackbits((self.words[last] & ~self.words[first]).view(np.uint8), bitorder="little")
         return tuple(int(index) for index in np.flatnonzero(bits))
 
-    def only(self, kept: npt.NDArray[np.int64]) -> Cuts:
-        """Some of the cuts, in ascending order."""
+    def select(self, kept: npt.NDArray[np.int64]) -> Cuts:
+        """Return the cuts with the given indices, which must be ascending."""
         return Cuts(
             self.layers,
             self.words[kept],
@@ -93,34 +89,34 @@ class Cuts:
             self.crossing_bytes[kept],
             self.antichain_bytes[kept],
             tuple(self.crossing[index] for index in kept),
-            self.whole,
+            self.uncut_layers,
         )
 
-    def has(self, layer: int) -> npt.NDArray[np.bool_]:
-        """For every cut whether `layer` runs before it."""
+    def contains(self, layer: int) -> npt.NDArray[np.bool_]:
+        """Return, for every cut, whether `layer` runs before it."""
         word, bit = divmod(layer, 64)
         return np.asarray(self.words[:, word] >> np.uint64(bit) & np.uint64(1), bool)
 
 
 def cuts_of(profile: Profile, limit: int = LIMIT) -> Cuts:
-    """The cuts of `profile`, at most about `limit` of them unless it has more layers than that."""
+    """Return the cuts of `profile`, at most about `limit` of them unless it has more layers than that."""
     graph = _Graph.of(profile)
     regions = graph.regions()
     found: list[_Cut] = []
     for most in (limit, limit // 4, limit // 16, 0):
-        found, whole = [_Cut.nothing(graph)], 0
+        found, uncut_layers = [_Cut.empty(graph)], 0
         for region in regions:
-            cuts, hidden = _cuts_of_region(graph, region, found[-1], most)
+            cuts, uncut = _cuts_of_region(graph, region, found[-1], most)
             found += cuts
-            whole += hidden
+            uncut_layers += uncut
         if len(found) <= limit:
             break
-    return _table(profile, graph, found, whole)
+    return _table(profile, graph, found, uncut_layers)
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """The layer graph as bit sets: bit i stands for layer i."""
+    """The layer graph as bit sets: bit i is layer i."""
 
     producers: tuple[int, ...]
     consumers: tuple[int, ...]
@@ -134,7 +130,7 @@ class _Graph:
         return _Graph(tuple(producers), tuple(consumers))
 
     def regions(self) -> list[tuple[int, ...]]:
-        """The layers in order, parted behind every layer that all others come before or after."""
+        """Return the layers in order, divided after every layer that all others come before or after."""
         count, ancestors = len(self.producers), self.ancestors()
         descendants = [0] * count
         for layer in reversed(range(count)):
@@ -145,7 +141,7 @@ class _Graph:
         return [tuple(range(a, b)) for a, b in pairwise([0, *ends, *([count] if [count] != ends[-1:] else [])])]
 
     def ancestors(self) -> list[int]:
-        """For every layer all that it needs, directly or not."""
+        """Return, for every layer, all layers that it depends on, directly or indirectly."""
         ancestors = [0] * len(self.producers)
         for layer, producers in enumerate(self.producers):
             for producer in _bits(producers):
@@ -155,13 +151,13 @@ class _Graph:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A set of layers.
+    """A cut, as bit sets.
 
     Attributes:
-        layers: the set.
-        inner: those of them that feed another one of them.
-        crossing: those of them that feed a layer outside.
-        ready: layers outside that nothing else outside feeds.
+        layers: the layers before the cut.
+        inner: layers before the cut that feed another layer before it.
+        crossing: layers before the cut that feed a layer after it.
+        ready: layers after the cut that only layers before it feed.
     """
 
     layers: int
@@ -170,11 +166,11 @@ class _Cut:
     ready: int
 
     @staticmethod
-    def nothing(graph: _Graph) -> _Cut:
+    def empty(graph: _Graph) -> _Cut:
         return _Cut(0, 0, 0, sum(1 << layer for layer, producers in enumerate(graph.producers) if not producers))
 
     def extended(self, graph: _Graph, run: Sequence[int]) -> _Cut:
-        """With the layers of `run`, each ready after those before it."""
+        """Return the cut after the layers of `run`, which must become ready one after the other."""
         layers, inner, crossing, ready = self.layers, self.inner, self.crossing, self.ready
         for layer in run:
             layers |= 1 << layer
@@ -192,15 +188,15 @@ class _Cut:
 
 
 def _cuts_of_region(graph: _Graph, region: tuple[int, ...], start: _Cut, most: int) -> tuple[list[_Cut], int]:
-    """The cuts within a region but its first, smaller sets first, and how many layers lost theirs."""
+    """Return the cuts after `start` within a region, smaller sets first, and the number of incompletely cut layers."""
     singles: dict[int, tuple[int, ...]] = {layer: (layer,) for layer in region}
     if len(region) == 1:
         return [start.extended(graph, region)], 0
     runs = {run[0]: run for run in _unbranched(graph, region)}
-    for pieces, hidden in ((singles, 0), (runs, len(region) - len(runs))):
-        cuts = _enumerate(graph, region, start, pieces, most)
+    for parts, uncut in ((singles, 0), (runs, len(region) - len(runs))):
+        cuts = _enumerate(graph, region, start, parts, most)
         if cuts is not None:
-            return cuts, hidden
+            return cuts, uncut
     cuts = []
     for layer in region:
         start = start.extended(graph, (layer,))
@@ -209,22 +205,22 @@ def _cuts_of_region(graph: _Graph, region: tuple[int, ...], start: _Cut, most: i
 
 
 def _enumerate(
-    graph: _Graph, region: tuple[int, ...], start: _Cut, pieces: dict[int, tuple[int, ...]], most: int
+    graph: _Graph, region: tuple[int, ...], start: _Cut, runs: dict[int, tuple[int, ...]], most: int
 ) -> list[_Cut] | None:
-    """All cuts within a region that take each of `pieces` whole; None if there are more than `most`."""
-    within = sum(1 << layer for layer in region)
+    """Return all cuts within a region that do not divide any of `runs`; None if there are more than `most`."""
+    inside = sum(1 << layer for layer in region)
     seen = {start.layers}
     found: list[_Cut] = []
     frontier = [start]
     while frontier:
         following = []
         for cut in frontier:
-            for layer in _bits(cut.ready & within):
-                piece = pieces[layer]
-                layers = cut.layers | sum(1 << each for each in piece)
+            for layer in _bits(cut.ready & inside):
+                run = runs[layer]
+                layers = cut.layers | sum(1 << each for each in run)
                 if layers not in seen:
                     seen.add(layers)
-                    following.append(cut.extended(graph, piece))
+                    following.append(cut.extended(graph, run))
         if len(found) + len(following) > most:
             return None
         found += following
@@ -233,9 +229,9 @@ def _enumerate(
 
 
 def _unbranched(graph: _Graph, region: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The layers of a region as runs: a layer joins its producer if neither has another neighbour.
+    """Return a region's layers as runs: a layer joins its producer if neither has another neighbour.
 
-    The region's last layer, which is no part of any branch, stays alone.
+    The region's last layer does not belong to any branch and stays a run of its own.
     """
     runs: dict[int, list[int]] = {}  # by last layer
     for layer in region:
@@ -249,7 +245,7 @@ def _unbranched(graph: _Graph, region: tuple[int, ...]) -> list[tuple[int, ...]]
     return [tuple(run) for run in runs.values()]
 
 
-def _table(profile: Profile, graph: _Graph, found: list[_Cut], whole: int) -> Cuts:
+def _table(profile: Profile, graph: _Graph, found: list[_Cut], uncut_layers: int) -> Cuts:
     words = -(-len(profile.layers) // 64)
     packed = np.frombuffer(b"".join(cut.layers.to_bytes(8 * words, "little") for cut in found), np.uint64)
     packed = packed.reshape(len(found), words)
@@ -272,12 +268,12 @@ def _table(profile: Profile, graph: _Graph, found: list[_Cut], whole: int) -> Cu
             [float(sum(output_bytes[x] for x in _bits(each))) for each in _antichains(graph, found)]
         ),
         crossing=crossing,
-        whole=whole,
+        uncut_layers=uncut_layers,
     )
 
 
 def _antichains(graph: _Graph, found: list[_Cut]) -> Iterator[int]:
-    """For every cut the layers that `Cuts.antichain_bytes` counts."""
+    """Yield, for every cut, the layers that `Cuts.antichain_bytes` counts."""
     ancestors = graph.ancestors()
     elsewhere = [
         sum(1 << x for x in _bits(before) if graph.consumers[x] & ~(before | 1 << layer))

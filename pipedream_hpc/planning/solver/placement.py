@@ -1,16 +1,16 @@
-"""Placement: which devices a stage gets, and which links its replicas then use.
+"""Placement: which devices a stage gets, and which links its replicas use.
 
-Devices stand in a row, node by node, and the stages of a pipeline take runs of it one after the
-other. Either the pipeline runs along all devices, or a copy of it along each node (each switch,
-...), its stages replicated over the copies. Two nodes of four devices::
+Devices form a row, node by node, and the stages of a pipeline occupy consecutive runs of it. Either one
+pipeline runs along all devices, or a copy of it runs along each node (each switch, ...), and its stages
+are replicated over the copies. Two nodes of four devices::
 
     one row of 8               0 0 0 0 0 0 1 1        6-2: stage 1 shares a node with stage 0
                               └─node──┘└─node──┘
     two rows of 4              0 0 0 1  0 0 0 1       6-2: boundaries stay inside the nodes
                               └─row───┘└─row───┘
 
-Whole-node recursion (SOSP 2019, section 3.1) cannot reach the first: 15-1 on 4 x 4 is one of them.
-Round robin keeps minibatch k in row k mod copies from the first stage to the last.
+The recursion over whole nodes (SOSP 2019, section 3.1) cannot produce the first kind, such as 15-1 on
+4 x 4. Round robin keeps minibatch k in row k mod copies from the first stage to the last.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of `devices`, of which the topology has `copies` side by side.
+class DeviceRow:
+    """A row of devices; the topology consists of `copies` equal rows.
 
     Attributes:
-        topology: what it is a part of.
-        devices: in one row: the devices of one component of some level.
-        copies: devices * copies are all there are.
+        topology: the topology.
+        devices: number of devices in one row: those of one component of some level.
+        copies: number of rows; devices * copies is the number of all devices.
     """
 
     topology: Topology
@@ -44,11 +44,11 @@ class Row:
     copies: int
 
     def spans(self, first: Any, last: Any) -> list[Ints]:
-        """How wide a stage on devices first to last - 1 of every row is, by level.
+        """Return how many components a stage on devices first to last - 1 of every row spans, by level.
 
         Returns:
-            For each level the most of its components that are in use within one component of the
-            next level; 1 where all replicas are within one. Arrays of the arguments' shape.
+            For each level the largest number of its components that the stage uses within one component of
+            the next level; 1 where all replicas are within one component. Arrays of the arguments' shape.
         """
         first, last = np.broadcast_arrays(np.asarray(first), np.asarray(last))
         spans, size = [], 1
@@ -58,20 +58,20 @@ class Row:
                 apart = b // full - a // full
                 ends = np.maximum(full - a % full, b % full + 1)
                 spans.append(np.where(apart == 0, b - a + 1, np.where(apart == 1, ends, full)))
-            else:  # the rows stand beside each other
+            else:  # the level joins several rows
                 spans.append(np.full(first.shape, level.count))
             size *= level.count
         return spans
 
     def shares(self, first: Any, last: Any, *, output: bool) -> list[Floats]:
-        """Which part of a row's boundary traffic goes through the busiest link, by level.
+        """Return the fraction of a row's boundary traffic that goes through the busiest link, by level.
 
-        The stage on devices first to last - 1 exchanges tensors with the stage before it, or with
-        `output` the one behind it, of which only the nearest device is known here: exact if that
-        stage ends within the nearest device's component, and the other stage asks for itself.
+        The stage on devices first to last - 1 exchanges tensors with the previous stage, or with `output`
+        the next one. Only the nearest device of that stage is known here; the result is exact if the other
+        stage ends within the nearest device's component. The other stage's side is computed separately.
 
         Returns:
-            For each level a number in 0 to 1; 0 where the traffic does not use that level.
+            For each level a number from 0 to 1; 0 where the traffic does not use that level.
         """
         first, last = np.broadcast_arrays(np.asarray(first), np.asarray(last))
         nearest = last if output else first - 1
@@ -82,37 +82,37 @@ class Row:
             if outer > self.devices:
                 shares.append(np.zeros(first.shape))
                 continue
-            # The stage's devices in the nearest device's component of this level and of the one within.
+            # The stage's devices in the nearest device's component of this level, and of the level below.
             low, high = np.maximum(first, nearest // outer * outer), np.minimum(last, (nearest // outer + 1) * outer)
             near = np.maximum(
                 np.minimum(last, (nearest // size + 1) * size) - np.maximum(first, nearest // size * size), 0
             )
             crossing = np.maximum(high - low, 0) - near
-            # A component that both stages are in has one way out for all that crosses; otherwise each
-            # of the stage's own components carries what its replicas send.
+            # If both stages are in one component, its single link carries everything that crosses. Otherwise
+            # each of the stage's components carries what its own replicas send.
             busiest = np.where(near > 0, crossing, _most_in_one(low, high, size))
             shares.append(busiest / replicas)
             size = outer
         return shares
 
     def ranks(self, first: int, last: int) -> tuple[int, ...]:
-        """Ranks of the stage on devices first to last - 1 of every row, in round-robin order."""
+        """Return the ranks of the stage on devices first to last - 1 of every row, in round-robin order."""
         return tuple(row * self.devices + device for device in range(first, last) for row in range(self.copies))
 
 
-def rows_of(topology: Topology) -> list[Row]:
-    """All rows: the whole topology first, then its components, the largest first.
+def device_rows(topology: Topology) -> list[DeviceRow]:
+    """Return all kinds of rows: the whole topology first, then its components, largest first.
 
-    Rows of one device are left out: all of them together are one stage of the whole row.
+    Rows of one device are omitted: one stage on the whole row is the same.
     """
     sizes = set(accumulate((level.count for level in topology.levels), mul)) - {1}
-    return [Row(topology, size, topology.devices // size) for size in sorted(sizes, reverse=True)] or [
-        Row(topology, 1, 1)
+    return [DeviceRow(topology, size, topology.devices // size) for size in sorted(sizes, reverse=True)] or [
+        DeviceRow(topology, 1, 1)
     ]
 
 
 def _most_in_one(first: Ints, last: Ints, size: int) -> Ints:
-    """The most devices that first to last - 1 have in one component of `size` devices."""
+    """Return the largest number of the devices first to last - 1 within one component of `size` devices."""
     a, b = first // size, (last - 1) // size
     ends = np.maximum((a + 1) * size - first, last - b * size)
     return np.where(last <= first, 0, np.where(a == b, last - first, np.where(b - a == 1, ends, size)))

@@ -1,0 +1,247 @@
+"""Passes: one pass over the data through the pipeline, for training or for evaluation.
+
+::
+
+    check data ──► actions of the schedule, one by one ──► average running statistics ──► compare replicas, mean scores
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pipedream_hpc.cluster.world import World
+from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.runtime.comm.handshake import exchange, require_equal
+from pipedream_hpc.runtime.comm.loss_board import LossBoard
+from pipedream_hpc.runtime.comm.stall import is_stall, report
+from pipedream_hpc.runtime.execution.data import MicrobatchLoader
+from pipedream_hpc.runtime.execution.emulator import carry_out, emulate
+from pipedream_hpc.runtime.execution.garbage import deferred_collection
+from pipedream_hpc.runtime.execution.position import PassPosition
+from pipedream_hpc.runtime.execution.stage import ScoreFn
+from pipedream_hpc.runtime.execution.worker import Worker
+from pipedream_hpc.runtime.state.checksum import checksum
+from pipedream_hpc.runtime.weights.batchnorm import RunningStats
+from pipedream_hpc.schedule.actions import Action, Forward, OptimizerStep, Schedule
+
+#: A worker and the action that it has just carried out.
+Ran = tuple[Worker, Action]
+
+
+class PassRunner:
+    """Runs passes on the workers of this process, and counts what they ran.
+
+    Args:
+        world: all ranks.
+        workers: of this process.
+        running_stats: what replicas average after a training pass.
+        losses: where losses are published for other ranks.
+        stall_limit_s: seconds that a rank waits for another.
+        common_epoch_ns: returns a moment that is the same on all ranks, on this process's clock. Collective.
+        set_position: tells the core how messages count microbatches.
+
+    Attributes:
+        microbatches_run: of all passes.
+        microbatches_trained: of the training passes.
+        began_ns: when the last pass began, on this process's clock.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        workers: Sequence[Worker],
+        running_stats: Sequence[RunningStats],
+        losses: LossBoard,
+        stall_limit_s: float,
+        common_epoch_ns: Callable[[], int],
+        set_position: Callable[[str, int, int], None],
+    ) -> None:
+        self._world, self._workers, self._running_stats = world, workers, running_stats
+        self._losses, self._stall_limit_s = losses, stall_limit_s
+        self._common_epoch_ns, self._set_position = common_epoch_ns, set_position
+        self.microbatches_run = self.microbatches_trained = self.began_ns = 0
+
+    def run(
+        self,
+        schedule: Schedule,
+        data: Callable[[], MicrobatchLoader],
+        position: PassPosition,
+        *,
+        minibatches: int,
+        score_fn: ScoreFn | None = None,
+        trace: bool = False,
+        publish: bool = False,
+    ) -> Generator[Ran, None, list[float]]:
+        """Run one pass; yield every action of this process after it ran, and return the mean scores.
+
+        Args:
+            schedule: of the pass.
+            data: creates the microbatches of the pass.
+            position: names microbatches in messages.
+            minibatches: of the pass.
+            score_fn: computed by the output stage instead of the loss.
+            trace: record when each action ran.
+            publish: publish every loss on the loss board.
+
+        Raises:
+            PipedreamError: ranks read different data, a rank stalls, or replicas have drifted apart.
+        """
+        try:
+            loader = data()
+            check_data(self._world, minibatches, loader, limit_s=self._stall_limit_s)
+            self._set_position(position.where, self.microbatches_run, position.n_microbatches)
+            for worker in self._workers:
+                worker.begin(
+                    loader,
+                    position,
+                    training=schedule.training,
+                    first_microbatch=self.microbatches_run,
+                    first_trained=self.microbatches_trained,
+                    score_fn=score_fn,
+                    trace=trace,
+                )
+            self.began_ns = self._common_epoch_ns()
+            with deferred_collection() as collector:
+                ran = self._published(schedule) if publish else self._actions(schedule)
+                for worker, action in ran:
+                    yield worker, action
+                    if isinstance(action, OptimizerStep):
+                        collector.collect_if_due()
+            for worker in self._workers:
+                worker.end()
+            if schedule.training:
+                self._average_running_stats()
+            means = finish_pass(self._world, self._workers, training=schedule.training, limit_s=self._stall_limit_s)
+        except Exception as error:
+            if is_stall(error):
+                raise report(self._world, str(error.__cause__ or error)) from None
+            raise
+        self.microbatches_run += schedule.total_microbatches
+        if schedule.training:
+            self.microbatches_trained += schedule.total_microbatches
+        return means
+
+    def _actions(self, schedule: Schedule) -> Iterator[Ran]:
+        if self._world.size > 1:
+            return carry_out(self._workers[0], schedule)
+        return emulate(self._workers, schedule)
+
+    def _published(self, schedule: Schedule) -> Iterator[Ran]:
+        """Carry out the actions; publish the loss of every microbatch that the output stage has run."""
+        publisher = LossPublisher(self._losses, self.microbatches_run)
+        before = publisher.flush if publisher.waits_for_device(self._workers) else None
+        ran = (
+            carry_out(self._workers[0], schedule, before_waiting=before)
+            if self._world.size > 1
+            else emulate(self._workers, schedule)
+        )
+        for worker, action in ran:
+            if isinstance(action, Forward) and worker.stages[action.stage].is_last:
+                publisher.add(*worker.stages[action.stage].loss_meter.last)
+            yield worker, action
+        publisher.flush()
+
+    def _average_running_stats(self) -> None:
+        for stats in self._running_stats:
+            stats.start_average()
+        for stats in self._running_stats:
+            stats.finish_average()
+
+
+class LossPublisher:
+    """Publishes losses as soon as they are known to the host.
+
+    On a GPU a loss is published when its copy to pinned memory has arrived; nobody waits for it, unless the rank is
+    about to wait for another rank anyway.
+
+    Args:
+        losses: the board.
+        first_microbatch: number within the run of the pass's microbatch 0.
+    """
+
+    def __init__(self, losses: LossBoard, first_microbatch: int) -> None:
+        self._losses, self._first_microbatch = losses, first_microbatch
+        self._on_their_way: list[tuple[int, torch.Tensor, int, Any]] = []
+
+    @staticmethod
+    def waits_for_device(workers: Sequence[Worker]) -> bool:
+        """Return whether losses are computed on a GPU by one of the workers."""
+        return any(stage.is_last and w.device.type == "cuda" for w in workers for stage in w.stages.values())
+
+    def add(self, microbatch: int, loss: torch.Tensor, samples: int) -> None:
+        """Publish the mean loss of a microbatch of the pass."""
+        number = self._first_microbatch + microbatch
+        if loss.device.type == "cpu":
+            self._losses.publish(number, float(loss), samples)
+            return
+        pinned = torch.empty((), dtype=torch.float64, pin_memory=True)
+        pinned.copy_(loss, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._on_their_way.append((number, pinned, samples, event))
+        while self._on_their_way and self._on_their_way[0][3].query():
+            self._publish_first()
+
+    def flush(self) -> None:
+        """Publish what is on its way; wait for the device."""
+        while self._on_their_way:
+            self._on_their_way[0][3].synchronize()
+            self._publish_first()
+
+    def _publish_first(self) -> None:
+        number, pinned, samples, _ = self._on_their_way.pop(0)
+        self._losses.publish(number, float(pinned), samples)
+
+
+def check_data(world: World, minibatches: int, data: MicrobatchLoader, *, limit_s: float) -> None:
+    """Check that all ranks are about to read the same minibatches.
+
+    Raises:
+        PipedreamError: names two ranks that would read different ones.
+    """
+    answers = exchange(world, {"minibatches": minibatches, "data": data.fingerprint()}, limit_s=limit_s)
+    require_equal(answers, {"minibatches": "give every rank the same loader"})
+    seen = [(rank, answer["data"]) for rank, answer in enumerate(answers) if answer["data"] is not None]
+    for rank, fingerprint in seen:
+        if fingerprint != seen[0][1]:
+            raise PipedreamError(
+                f"ranks {seen[0][0]} and {rank} read different first minibatches: the order of the data must "
+                "depend on torch's random numbers alone (DataLoader(shuffle=True) does), not on the rank"
+            )
+
+
+def finish_pass(world: World, workers: Sequence[Worker], *, training: bool, limit_s: float) -> list[float]:
+    """Compare replicas after training; return the mean scores over all samples, the same on every rank.
+
+    Raises:
+        PipedreamError: names two ranks whose replicas of a stage have drifted apart.
+    """
+    placed = [(worker.rank, stage) for worker in workers for stage in worker.stages.values()]
+    facts = {
+        "scores": [score for _, stage in placed if stage.is_last for score in stage.loss_meter.read()],
+        "weights": [
+            (stage.index, rank, checksum((*stage.stash.trained, *stage.module.buffers())))
+            for rank, stage in placed
+            if training and stage.grad_allreduce is not None
+        ],
+    }
+    answers = exchange(world, facts, limit_s=limit_s)
+    first: dict[int, tuple[int, int]] = {}
+    for index, rank, weights in sorted(each for answer in answers for each in answer["weights"]):
+        other, expected = first.setdefault(index, (rank, weights))
+        if weights != expected:
+            raise PipedreamError(
+                f"replicas of stage {index} have drifted apart: after this epoch the weights of ranks {other} and "
+                f"{rank} differ: random numbers or data of the model must not depend on the rank"
+            )
+    # In the order of the microbatches, so that every plan sums in the same order.
+    scores = sorted(score for answer in answers for score in answer["scores"])
+    samples = sum(count for _, _, count in scores)
+    width = len(scores[0][1]) if scores else 1
+    return [
+        sum(means[index] * count for _, means, count in scores) / samples if samples else float("nan")
+        for index in range(width)
+    ]

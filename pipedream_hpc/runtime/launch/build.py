@@ -1,0 +1,178 @@
+"""Build: the workers of this process, made of the plan and the user's training setup."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipedream_hpc.config import TrainConfig
+from pipedream_hpc.job import LossFn, OptimizerFactory
+from pipedream_hpc.model.materialize import materialize
+from pipedream_hpc.model.partition import StageModule
+from pipedream_hpc.model.precision import Precision, autocast
+from pipedream_hpc.model.recipe import release_memory
+from pipedream_hpc.runtime.comm.staged_allreduce import CopyStream, StagedAllReduce
+from pipedream_hpc.runtime.comm.tensor_view import CPU
+from pipedream_hpc.runtime.execution.data import MicrobatchLoader, Reader
+from pipedream_hpc.runtime.execution.split_backward import SplitBackward
+from pipedream_hpc.runtime.execution.stage import Stage
+from pipedream_hpc.runtime.execution.worker import Worker
+from pipedream_hpc.runtime.launch.deployment import Deployment
+from pipedream_hpc.runtime.launch.wiring import Wiring
+from pipedream_hpc.runtime.weights.batchnorm import RunningStats
+from pipedream_hpc.runtime.weights.grad_allreduce import BucketLayout, GradAllReduce
+from pipedream_hpc.runtime.weights.optimizer_step import LossScale, StageOptimizer
+from pipedream_hpc.runtime.weights.stash import WeightStash
+from pipedream_hpc.schedule.actions import Layout, Schedule
+
+#: The loss scale that fp16 starts with.
+_FIRST_LOSS_SCALE = 65536.0
+
+
+@dataclass(frozen=True)
+class TrainSetup:
+    """How stages are trained.
+
+    Attributes:
+        loss_fn: mean loss of a minibatch from (output, target).
+        optimizer: creates the optimizer of a stage from its parameters.
+        config: the options.
+        device: what this process computes on.
+    """
+
+    loss_fn: LossFn
+    optimizer: OptimizerFactory
+    config: TrainConfig
+    device: torch.device = CPU
+
+    @property
+    def autocast(self) -> Precision | None:
+        """The context that forwards run in; None for the model's own dtypes."""
+        return autocast(self.config.precision, self.device.type)
+
+    @property
+    def first_loss_scale(self) -> float:
+        """The loss scale at first; 1 where losses are not scaled."""
+        return _FIRST_LOSS_SCALE if self.config.precision == "fp16" else 1.0
+
+
+def build_workers(deployment: Deployment, training: Schedule, wiring: Wiring, setup: TrainSetup) -> list[Worker]:
+    """Create the workers of this process, in the order of their ranks. Collective."""
+    # In the order of the replicas, in which their gradients are summed.
+    places = [
+        (rank, index, replica)
+        for index, ranks in enumerate(training.layout)
+        for replica, rank in enumerate(ranks)
+        if (index, rank) in wiring.channels
+    ]
+    parts = [deployment.partition.stage_module(index) for _, index, _ in places]
+    materialize(deployment.graph, [part.module for part in parts])
+    stages: dict[int, list[Stage]] = {}
+    for part, (rank, index, replica) in zip(parts, places, strict=True):
+        stages.setdefault(rank, []).append(_stage(deployment, training, wiring, setup, part, index, replica))
+    release_memory()  # the stashes hold the weights now
+    exchange = deployment.schedule.all_reduce_grad_norm
+    norms = {
+        rank: wiring.all_reduce(None, "norms", [(2, torch.float64)]) if exchange else None for rank in sorted(stages)
+    }
+    return [Worker(rank, stages[rank], norms[rank], setup.device) for rank in sorted(stages)]
+
+
+def build_running_stats(stages: Sequence[Stage], layout: Layout, wiring: Wiring) -> list[RunningStats]:
+    """Create the running statistics, such as BatchNorm's, that replicas average at an epoch's end. Collective."""
+    shared = []
+    for stage in sorted(stages, key=lambda each: (each.index, each.replica)):
+        replicas, stats = len(layout[stage.index]), RunningStats(stage.module)
+        if replicas > 1 and stats.buckets:
+            stats.share(wiring.all_reduce(stage.index, "running statistics", stats.buckets), replicas)
+            shared.append(stats)
+    return shared
+
+
+def microbatch_loader(
+    deployment: Deployment, stages: Sequence[Stage], loader: Any, setup: TrainSetup, *, epoch: int, length: int
+) -> MicrobatchLoader:
+    """Create one pass over `loader` for those of the stages that read data."""
+    return MicrobatchLoader(
+        loader,
+        epoch=epoch,
+        seed=setup.config.seed,
+        readers=[Reader(stage.replica, len(deployment.layout[stage.index])) for stage in stages if stage.reads_data],
+        input_names=[str(node.target) for node in deployment.graph.inputs],
+        n_microbatches=deployment.n_microbatches,
+        gradient_accumulation_steps=deployment.minibatches_per_loss,
+        length=length,
+        example=deployment.graph.example_inputs,
+        device=setup.device,
+    )
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move all tensors of a stage that are no parameters to `device`, constants of the captured model included."""
+    moved: dict[int, torch.Tensor] = {}
+    for owner in module.modules():
+        for held in (owner._buffers, vars(owner)):
+            for name, value in held.items():
+                if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+                    # A tensor with several names stays one tensor.
+                    held[name] = moved.setdefault(id(value), value.to(device))
+
+
+def _stage(
+    deployment: Deployment,
+    training: Schedule,
+    wiring: Wiring,
+    setup: TrainSetup,
+    part: StageModule,
+    index: int,
+    replica: int,
+) -> Stage:
+    config = setup.config
+    stash = WeightStash(
+        part.module,
+        training.versions(index),
+        setup.optimizer,
+        overwrite=not training.stashes,
+        master_weights=config.master_weights,
+        device=setup.device,
+    )
+    if setup.device.type != "cpu":
+        move_buffers(part.module, setup.device)
+    optimizer = StageOptimizer(
+        stash.optimizer,
+        config.lr_scheduler,
+        LossScale(setup.first_loss_scale),
+        clip_grad_norm=config.clip_grad_norm,
+        clip_grad_over=config.clip_grad_over,
+        n_microbatches=deployment.n_microbatches,
+        average=not deployment.schedule.cuts_minibatches,
+    )
+    grad_allreduce = None
+    if len(training.layout[index]) > 1:
+        buckets = BucketLayout(stash.trained)
+        all_reduce = wiring.all_reduce(index, "gradients", buckets.buckets)
+        if setup.device.type == "cuda":
+            # The last bucket says which parameters had a gradient: the host reads it.
+            all_reduce = StagedAllReduce(all_reduce, buckets.buckets, CopyStream(setup.device), n_host_buckets=1)
+        grad_allreduce = GradAllReduce(buckets, all_reduce)
+    return Stage(
+        index,
+        replica,
+        part,
+        deployment.partition.edges,
+        stash,
+        optimizer,
+        grad_allreduce,
+        wiring.channels[index, training.layout[index][replica]],
+        setup.loss_fn,
+        config.seed,
+        split_backward=SplitBackward(part.module, stash.trains) if training.splits(index) else None,
+        recompute=deployment.plan.stages[index].recompute,
+        precision=setup.autocast or contextlib.nullcontext,
+        compile_backend=config.compile_backend,
+    )

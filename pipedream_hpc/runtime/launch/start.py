@@ -1,0 +1,171 @@
+"""Start: from what the user gave to workers that are ready to run.
+
+::
+
+    model ──► LayerGraph ──┐
+    plan  ──► Plan as run ─┴──► Deployment ──► preflight ──► wiring ──► workers
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pipedream_hpc.cluster.cores import Cores
+from pipedream_hpc.cluster.device import Device, choose
+from pipedream_hpc.cluster.heap import keep_freed_memory
+from pipedream_hpc.cluster.threads import bind_rank
+from pipedream_hpc.cluster.world import World, join
+from pipedream_hpc.config import RunConfig, ScheduleConfig
+from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.counting import count
+from pipedream_hpc.model.graph import LayerGraph
+from pipedream_hpc.model.recipe import ModelFactory
+from pipedream_hpc.planning.plan import Plan
+from pipedream_hpc.planning.profile import Profile
+from pipedream_hpc.planning.resolve import parse_plan, resolve_plan
+from pipedream_hpc.planning.scale import scale_profile
+from pipedream_hpc.runtime.comm.gpu_route import Route, choose_route
+from pipedream_hpc.runtime.execution.data import split_minibatch
+from pipedream_hpc.runtime.execution.passes import PassRunner
+from pipedream_hpc.runtime.execution.stage import Stage
+from pipedream_hpc.runtime.execution.worker import Worker
+from pipedream_hpc.runtime.launch.build import TrainSetup, build_running_stats, build_workers
+from pipedream_hpc.runtime.launch.deployment import Deployment, deploy
+from pipedream_hpc.runtime.launch.preflight import check_devices, check_launch
+from pipedream_hpc.runtime.launch.run_plan import RunSchedule, plan_as_run, run_schedule
+from pipedream_hpc.runtime.launch.wiring import Wiring, local_wiring, mpi_wiring
+from pipedream_hpc.runtime.weights.batchnorm import RunningStats
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train.
+
+    Attributes:
+        world: all ranks.
+        devices: what every rank computes on.
+        route: how boundary tensors travel between ranks.
+        deployment: plan, model and schedule.
+        setup: how stages are trained.
+        wiring: channels and all-reduces.
+        workers: of this process, by rank.
+        running_stats: what replicas average after a training pass.
+        passes: runs passes on the workers.
+        launch: a name that no other launch has, the same on all ranks.
+    """
+
+    world: World
+    devices: tuple[Device, ...]
+    route: Route
+    deployment: Deployment
+    setup: TrainSetup
+    wiring: Wiring
+    workers: list[Worker]
+    running_stats: list[RunningStats]
+    passes: PassRunner
+    launch: str
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The replicas of stages in this process, by rank."""
+        return [stage for worker in self.workers for stage in worker.stages.values()]
+
+
+def plan_for(
+    graph: LayerGraph, plan: Plan | str | Path | int, schedule: RunSchedule, recompute: bool | None
+) -> tuple[Plan, str]:
+    """Return the plan as it is run, and its name in messages.
+
+    Args:
+        graph: the captured model.
+        plan: what the user gave.
+        schedule: the run's.
+        recompute: run forwards again; None for what the plan says.
+
+    Raises:
+        PipedreamError: there is no such plan, or it does not go with model or schedule.
+    """
+
+    def counted() -> Profile:
+        profile = count(graph)  # the graph was captured with one microbatch
+        return scale_profile(profile, minibatch=profile.minibatch * schedule.n_microbatches)
+
+    request = parse_plan(plan)
+    name = "the plan" if isinstance(plan, Plan) else str(plan) if isinstance(request, Plan) else f"plan {plan}"
+    resolved = resolve_plan(request, counted, schedule=schedule.name)
+    return plan_as_run(resolved, name, schedule, recompute), name
+
+
+def start(
+    model: nn.Module | ModelFactory,
+    example_inputs: Any,
+    plan: Plan | str | Path | int,
+    schedule_config: ScheduleConfig,
+    setup: TrainSetup,
+    run_config: RunConfig,
+) -> Run:
+    """Start a run. Collective.
+
+    Args:
+        model: the user's, or a function that builds it.
+        example_inputs: one minibatch of inputs.
+        plan: what the user gave.
+        schedule_config: which schedule runs it.
+        setup: how stages are trained; the device is chosen here.
+        run_config: where it computes.
+
+    Raises:
+        PipedreamError: the plan does not fit the model or the ranks, or ranks do not run the same.
+    """
+    if setup.config.clip_grad_over == "model" and setup.config.clip_grad_norm is None:
+        raise PipedreamError("clip_grad_over='model' clips nothing without a norm: give clip_grad_norm as well")
+    world, limit_s = join(), run_config.stall_limit_s
+    own = choose(run_config.device, world)
+    devices = check_devices(world, own, limit_s=limit_s)
+    route = choose_route(world, own, limit_s=limit_s)
+    setup = TrainSetup(setup.loss_fn, setup.optimizer, setup.config, own.torch)
+    schedule = run_schedule(schedule_config, setup.config, parse_plan(plan))
+    microbatch = split_minibatch(example_inputs, schedule.n_microbatches)[0]
+    graph = capture(model, microbatch, setup.config.leaf_modules, setup.autocast)
+    as_run, name = plan_for(graph, plan, schedule, setup.config.recompute)
+    deployment = deploy(as_run, name, graph, schedule, world)
+    training = deployment.schedule.of(deployment.layout, _shortest(schedule), deployment.edges)
+    if setup.config.compile_backend and any(training.splits(stage) for stage in range(len(training.layout))):
+        raise PipedreamError(
+            f"compiled stages run backwards whole, but {schedule.name} splits them: choose another schedule, or "
+            "leave compile_backend out"
+        )
+    launch = check_launch(world, deployment, setup.config, limit_s=limit_s)
+    cores = bind_rank(world, deployment.ranks) if deployment.ranks > 1 or world.size > 1 else Cores()
+    wiring = (
+        mpi_wiring(
+            world,
+            training,
+            deployment.edge_tensors,
+            limit_s,
+            ordered=setup.config.deterministic,
+            route=route,
+            cores=cores,
+        )
+        if world.size > 1
+        else local_wiring(training, deployment.edge_tensors, own.torch)
+    )
+    workers = build_workers(deployment, training, wiring, setup)
+    if own.torch.type == "cpu":
+        keep_freed_memory()
+    stages = [stage for worker in workers for stage in worker.stages.values()]
+    running_stats = build_running_stats(stages, training.layout, wiring)
+    passes = PassRunner(
+        world, workers, running_stats, wiring.losses, limit_s, wiring.common_epoch_ns, wiring.set_position
+    )
+    return Run(world, devices, route, deployment, setup, wiring, workers, running_stats, passes, launch)
+
+
+def _shortest(schedule: RunSchedule) -> int:
+    """Return minibatches for a schedule that shows what its stages need: 0 is enough, but of a written one."""
+    return 0 if schedule.written is None else schedule.written.minibatches

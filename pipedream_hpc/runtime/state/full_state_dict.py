@@ -1,0 +1,54 @@
+"""Full state dict: gather the whole model's weights from the stages of all ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+from pipedream_hpc.cluster.world import World
+from pipedream_hpc.model.graph import LayerGraph
+from pipedream_hpc.runtime.weights.stage_state import StageState
+
+
+def full_state_dict(world: World, graph: LayerGraph, stages: Iterable[StageState]) -> dict[str, torch.Tensor]:
+    """Return the newest weights and buffers of the whole model on the CPU, under the model's own names.
+
+    Collective. Rank 0 gets the whole model, other ranks an empty dict.
+
+    Args:
+        world: all ranks.
+        graph: the captured model.
+        stages: the stages that this process holds.
+    """
+    own: dict[str, torch.Tensor] = {}
+    for stage in stages:
+        if stage.replica == 0:
+            stage.stash.use_newest()
+            state = stage.module.state_dict()
+            own.update((name, value.detach().to("cpu", copy=True)) for name, value in state.items())
+    if world.comm is not None and world.size > 1:
+        gathered = world.comm.gather(own, root=0)
+        own = {name: value for state in gathered or () for name, value in state.items()}
+    return _complete(graph, own) if world.rank == 0 else {}
+
+
+def _complete(graph: LayerGraph, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add the tensors that no stage uses, and all names of weights with several."""
+    for name, names in _aliases(graph).items():
+        known = next((each for each in names if each in own), None)
+        if name not in own and known is not None:
+            own[name] = own[known]
+    full = {name: own.get(name, value) for name, value in graph.module.state_dict().items()}
+    unused = [name for name, value in full.items() if value.is_meta]
+    made = graph.recipe.make_tensors(unused) if graph.recipe and unused else {}
+    return {**full, **{name: value.detach() for name, value in made.items()}}
+
+
+def _aliases(graph: LayerGraph) -> dict[str, list[str]]:
+    """Return all names of each parameter, by each of its names."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in graph.module.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return {name: group for group in names.values() for name in group}

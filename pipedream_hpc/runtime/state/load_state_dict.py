@@ -1,0 +1,159 @@
+"""Load weights and buffers by the user's own names into the stages of this process."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.graph import LayerGraph
+from pipedream_hpc.runtime.weights.stage_state import StageState
+
+
+class _Source(Protocol):
+    """Tensors by name, read one by one."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+class _Dict:
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise PipedreamError(f"'{name}' in the state dict is {type(tensor).__name__}, not a tensor")
+        self._tensors = tensors
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+
+class _File:
+    """A safetensors file, of which only what is asked for is read."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        try:
+            self._file = stack.enter_context(safe_open(path, framework="pt"))
+        except FileNotFoundError:
+            raise PipedreamError(f"{path}: no such file: give a safetensors file, or a dict of tensors") from None
+        except (SafetensorError, OSError) as error:
+            raise PipedreamError(f"{path}: cannot be read as a safetensors file: {error}") from None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        names = self._file.keys()
+        return {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
+
+def load_full_state_dict(
+    graph: LayerGraph,
+    stages: Sequence[StageState],
+    weights: Mapping[str, torch.Tensor] | str | Path,
+    *,
+    check_only: bool = False,
+) -> None:
+    """Set the newest weights and the buffers of `stages`; optimizers keep their state.
+
+    A weight with several names may be given under any of them. dtypes are converted as torch's copy_ does.
+
+    Args:
+        graph: the captured model.
+        stages: of this process.
+        weights: tensors by the user's own names, or a safetensors file, of which only these stages' tensors are read.
+        check_only: change nothing.
+
+    Raises:
+        PipedreamError: a name is missing or unknown, or a shape differs; nothing is changed then.
+    """
+    with ExitStack() as stack:
+        source: _Source
+        if isinstance(weights, str | Path):
+            source, where = _File(Path(weights), stack), str(weights)
+        elif isinstance(weights, Mapping):
+            source, where = _Dict(weights), "the state dict"
+        else:
+            raise PipedreamError(
+                f"load_state_dict takes a dict of tensors or a safetensors file, not {type(weights).__name__}"
+            )
+        given_as = _given_names(graph, source.shapes(), where)
+        if check_only:
+            return
+        for stage in stages:
+            _load_stage(stage, source, given_as)
+        _load_unused(graph, source, given_as)
+
+
+def state_dict_problem(graph: LayerGraph, weights: Mapping[str, torch.Tensor] | str | Path) -> str | None:
+    """Return in one sentence why `weights` cannot be loaded into the model; None if they can."""
+    try:
+        load_full_state_dict(graph, (), weights, check_only=True)
+    except PipedreamError as error:
+        return str(error)
+    return None
+
+
+def _given_names(graph: LayerGraph, given: Mapping[str, tuple[int, ...]], where: str) -> dict[str, str]:
+    """Return the name under which each of the model's tensors is given; refuse what does not fit the model."""
+    model = graph.module
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of[id(parameter)].append(name)
+    given_as = {name: name for name in expected if name in given}
+    for names in names_of.values():
+        found = next((name for name in names if name in given), None)
+        if found is not None:
+            given_as.update((name, found) for name in names if name not in given)
+    missing, unknown = sorted(expected.keys() - given_as.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        parts = [f"{what} {_named(names)}" for what, names in (("lacks", missing), ("has unknown", unknown)) if names]
+        raise PipedreamError(f"{where} {' and '.join(parts)}: load the state dict of this model")
+    for name, other in given_as.items():
+        if given[other] != expected[name]:
+            raise PipedreamError(
+                f"'{other}' in {where} has shape {given[other]}, but the model's has {expected[name]}: load the state "
+                "dict of this model"
+            )
+    return given_as
+
+
+def _load_stage(stage: StageState, source: _Source, given_as: Mapping[str, str]) -> None:
+    stage.stash.use_newest()
+    parameters = {name for name, _ in stage.module.named_parameters(remove_duplicate=False)}
+    own = stage.module.state_dict()
+    # A weight with several names in the stage is read once.
+    stage.stash.load_state({name: source.read(given_as[name]) for name, _ in stage.module.named_parameters()})
+    with torch.no_grad():
+        for name, buffer in own.items():
+            if name not in parameters:
+                buffer.copy_(source.read(given_as[name]))
+
+
+def _load_unused(graph: LayerGraph, source: _Source, given_as: Mapping[str, str]) -> None:
+    """Set what no stage uses, in the user's own model; a model given as a function has no values to set."""
+    if graph.recipe is not None:
+        return
+    nodes = [node for layer in graph.layers for node in layer.nodes]
+    used = {str(node.target) for node in nodes if node.op == "call_module"}
+    used |= {str(each.target) for node in nodes for each in (node, *node.all_input_nodes) if each.op == "get_attr"}
+    with torch.no_grad():
+        for name, value in graph.module.state_dict().items():
+            if not any(name == target or name.startswith(f"{target}.") for target in used):
+                value.copy_(source.read(given_as[name]))
+
+
+def _named(names: Iterable[str]) -> str:
+    first, *rest = names
+    return f"'{first}'" + (f" and {len(rest)} more" if rest else "")

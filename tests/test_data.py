@@ -1,0 +1,201 @@
+"""Reading the user's data: the same order on every rank and under every plan, without reading unneeded samples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, WeightedRandomSampler
+
+from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.runtime.execution.data import MicrobatchLoader, Reader
+
+
+class Numbers(Dataset[Any]):
+    """Sample n is n and a random number; counts reads of each sample."""
+
+    def __init__(self, count: int = 24) -> None:
+        self.count, self.read = count, [0] * count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.read[index] += 1
+        return torch.tensor([float(index), float(torch.rand(()))]), torch.tensor(index)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter([(torch.tensor([float(n), 0.0]), torch.tensor(n)) for n in range(24)])
+
+    def __len__(self) -> int:
+        return 24
+
+
+LOADERS: dict[str, Callable[[Dataset[Any]], Any]] = {
+    "in order": lambda data: DataLoader(data, 4),
+    "shuffled": lambda data: DataLoader(data, 4, shuffle=True),
+    "with a generator": lambda data: DataLoader(data, 4, shuffle=True, generator=torch.Generator().manual_seed(5)),
+    "weighted": lambda data: DataLoader(data, 4, sampler=WeightedRandomSampler([1.0] * 24, 24)),
+    "distributed sampler": lambda data: DataLoader(data, 4, sampler=DistributedSampler(data, 1, 0)),
+    "a stream": lambda _: DataLoader(Stream(), 4),
+    "one by one": lambda data: DataLoader(data, batch_size=None, sampler=[[0], [1], [2], [3], [4], [5]][0] * 6),
+    "a list": lambda data: [(torch.tensor([[float(n), 0.0]]), torch.tensor([n])) for n in range(6)],
+}
+
+
+def microbatches(loader: Any, readers: list[Reader], epoch: int = 0, length: int = 6) -> dict[int, Any]:
+    """Read a pass: number, input and target of each microbatch that a reader has."""
+    batches = MicrobatchLoader(loader, epoch=epoch, seed=0, readers=readers, input_names=["x"], length=length)
+    own = [microbatch for microbatch in range(length) if any(reader.has(microbatch) for reader in readers)]
+    return {
+        microbatch: (batches.input(microbatch, 0).tolist(), batches.target(microbatch).tolist()) for microbatch in own
+    }
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_replicas_together_read_what_one_reads(name: str) -> None:
+    for epoch in (0, 1):
+        one = microbatches(LOADERS[name](Numbers()), [Reader(0, 1)], epoch)
+        for replicas in (2, 3):
+            each = [microbatches(LOADERS[name](Numbers()), [Reader(r, replicas)], epoch) for r in range(replicas)]
+            assert {microbatch: value for read in each for microbatch, value in read.items()} == one
+
+
+def test_epochs_differ() -> None:
+    loader = LOADERS["shuffled"](Numbers())
+    assert microbatches(loader, [Reader(0, 1)], 0) != microbatches(loader, [Reader(0, 1)], 1)
+
+
+def test_a_replica_reads_its_own_samples_and_the_first_minibatch() -> None:
+    data = Numbers()
+    microbatches(DataLoader(data, 4), [Reader(1, 3)])
+    #  minibatch          0         1         2         3         4         5
+    assert data.read == [1] * 4 + [1] * 4 + [0] * 4 + [0] * 4 + [1] * 4 + [0] * 4
+
+
+def test_the_order_is_the_one_that_torch_draws() -> None:
+    torch.manual_seed(3)
+    expected = [target.tolist() for _, target in LOADERS["with a generator"](Numbers())]
+    found = microbatches(LOADERS["with a generator"](Numbers()), [Reader(0, 1)])
+    assert [target for _, target in found.values()] == expected
+
+
+class Derived(DataLoader[Any]):
+    """Not torch's own class, so every minibatch is read."""
+
+
+@pytest.mark.parametrize("generator", [None, 5])
+def test_a_subclass_reads_in_the_same_order(generator: int | None) -> None:
+    def read(kind: type[DataLoader[Any]]) -> list[Any]:
+        own = None if generator is None else torch.Generator().manual_seed(generator)
+        loader = kind(Numbers(), 4, shuffle=True, generator=own)
+        return [microbatches(loader, [Reader(0, 1)], epoch) for epoch in (0, 1)]
+
+    assert read(Derived) == read(DataLoader)
+
+
+def test_a_loader_that_ends_early_is_refused() -> None:
+    batches = MicrobatchLoader(
+        DataLoader(Numbers(8), 4), epoch=0, seed=0, readers=[Reader(0, 1)], input_names=["x"], length=6
+    )
+    batches.input(0, 0)
+    batches.input(1, 0)
+    with pytest.raises(PipedreamError, match="the loader ended after 2 minibatches of 6: make len"):
+        batches.input(2, 0)
+
+
+def stream() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """An endless iterator without a length: minibatch n is n."""
+    return ((torch.full((2, 1), float(n)), torch.tensor([n, n])) for n in itertools.count())
+
+
+def test_a_stream_is_advanced_by_exactly_the_minibatches_of_the_pass_on_every_rank() -> None:
+    """Minibatches 0 to 4, then 5 to 6; replica 1 skips minibatches 4 and 5, and replica 0 skips the rest."""
+    read = []
+    for replica in (0, 1):
+        endless = stream()
+        for epoch, length in enumerate((5, 2)):
+            read.append(
+                [target[0] for _, target in microbatches(endless, [Reader(replica, 2)], epoch, length).values()]
+            )
+        assert next(endless)[1].tolist() == [7, 7]
+    assert read == [[0, 2, 4], [5], [1, 3], [6]]
+
+
+def test_a_stream_is_advanced_on_a_rank_that_has_no_microbatch_of_the_pass() -> None:
+    endless = stream()
+    batches = MicrobatchLoader(endless, epoch=0, seed=0, readers=[Reader(2, 3)], input_names=["x"], length=2)
+    assert batches.fingerprint() is not None
+    assert next(endless)[1].tolist() == [2, 2]
+
+
+def test_a_pass_may_be_shorter_than_the_loader() -> None:
+    assert list(microbatches(LOADERS["a stream"](Numbers()), [Reader(0, 1)], length=2)) == [0, 1]
+    assert list(microbatches(LOADERS["in order"](Numbers()), [Reader(0, 1)], length=2)) == [0, 1]
+
+
+def test_a_stream_that_ends_early_is_refused_on_a_rank_that_skips_the_end() -> None:
+    short = iter([(torch.ones(2, 1), torch.zeros(2))] * 3)
+    with pytest.raises(PipedreamError, match="the loader ended after 3 minibatches of 4"):
+        microbatches(short, [Reader(0, 2)], length=4)
+
+
+@pytest.mark.parametrize(
+    ("minibatch", "words"),
+    [
+        (7, "epoch 3, minibatch 1: the loader yielded int instead of an .input, target. pair"),
+        (({"y": torch.ones(2, 1)}, torch.ones(2)), "minibatch 1: the inputs of the loader have no 'x', .*, but y"),
+        (((), torch.ones(2)), "minibatch 1: the model takes input 'x', but the loader yielded 0 inputs"),
+        ((torch.ones(1, 1), torch.ones(1)), "minibatch 1: 1 samples cannot be split into 2 microbatches"),
+        ((torch.ones(2, 1), torch.ones(3)), "minibatch 1: tensors of 2 and 3 samples cannot be split into 2"),
+    ],
+)
+def test_messages_name_epoch_and_minibatch(minibatch: Any, words: str) -> None:
+    """Two microbatches per minibatch; the second minibatch, microbatches 2 and 3, is wrong."""
+    loader = [(torch.ones(2, 1), torch.ones(2)), minibatch]
+    n_microbatches = 1 if "yielded 0" in words else 2
+    batches = MicrobatchLoader(
+        loader,
+        epoch=3,
+        seed=0,
+        readers=[Reader(0, 1)],
+        input_names=["x"],
+        length=2,
+        n_microbatches=n_microbatches,
+        example=[torch.ones(2, 1)],
+    )
+    batches.input(0, 0)
+    with pytest.raises(PipedreamError, match=words):
+        batches.input(n_microbatches, 0)
+
+
+def test_a_first_minibatch_unlike_the_example_is_refused() -> None:
+    batches = MicrobatchLoader(
+        [(torch.ones(2, 3), torch.ones(2))],
+        epoch=0,
+        seed=0,
+        readers=[Reader(0, 1)],
+        input_names=["x"],
+        length=1,
+        example=[torch.ones(2, 1)],
+    )
+    words = r"epoch 0, minibatch 0: input 'x' has shape \(2, 3\) and .* example_inputs has shape \(2, 1\)"
+    with pytest.raises(PipedreamError, match=words):
+        batches.fingerprint()
+
+
+def test_workers_of_a_loader_on_ranks() -> None:
+    """Each rank's worker process is started by a fork server; the losses are those of one process."""
+    finished = ranks.python(2, "with_workers.py", timeout=120)
+    alone = ranks.python(0, "with_workers.py", timeout=120)
+    assert (finished.status, alone.status) == (0, 0), finished.output + alone.output
+    assert "started by forkserver" in finished.output
+    losses = [line for line in alone.output.splitlines() if line.startswith("losses")]
+    assert len(losses) == 1
+    assert losses[0] in finished.output
