@@ -55,6 +55,7 @@ def pipeline_of(
     model: nn.Module | None = None,
     optimizer: OptimizerFactory = chains.OPTIMIZERS["sgd"],
     example: torch.Tensor | None = None,
+    schedule: str | None = None,
 ) -> Pipeline:
     return Pipeline(
         chains.rich_model() if model is None else model,
@@ -62,6 +63,7 @@ def pipeline_of(
         optimizer=optimizer,
         example_inputs=chains.example() if example is None else example,
         plan=stages,
+        schedule=schedule,
     )
 
 
@@ -116,8 +118,10 @@ def test_random_numbers_and_buffers(name: str, launched: dict[str, Report]) -> N
         assert on_ranks.weights["2.num_batches_tracked"] == 18  # buffers have no versions
 
 
-def test_one_stage_is_plain_training_with_batchnorm() -> None:
-    """One stage has no staleness, so an ordinary training loop is its reference."""
+@pytest.mark.parametrize("schedule", ["model-parallel", "1f1b-flush", "gpipe", "zb-h1"])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_a_schedule_without_staleness_is_plain_training_with_batchnorm(stages: int, schedule: str) -> None:
+    """The reference is an ordinary training loop over the user's own module; every minibatch is one microbatch."""
     model, plain = chains.rich_model(), chains.rich_model()
     for each in (model, plain):
         for module in each.modules():
@@ -125,7 +129,7 @@ def test_one_stage_is_plain_training_with_batchnorm() -> None:
                 module.p = 0.0  # the plain loop draws other masks
             if isinstance(module, nn.ReLU):
                 module.inplace = False  # dropout with p = 0 returns its input, which autograd keeps
-    pipeline = pipeline_of(1, model, chains.OPTIMIZERS["adam"])
+    pipeline = pipeline_of(stages, model, chains.OPTIMIZERS["adam"], schedule=schedule)
     batches = chains.minibatches(12, last=5)
     pipeline.fit(batches, epochs=2)
     optimizer = chains.OPTIMIZERS["adam"](plain.parameters())
