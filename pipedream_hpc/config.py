@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pipedream_hpc.errors import PipedreamError
@@ -47,7 +48,8 @@ class ScheduleConfig:
 
     Attributes:
         name: one of `schedule.registry.NAMES`, or the file of a written schedule; None for the plan's own.
-        n_microbatches: microbatches per minibatch, for schedules that cut minibatches; None for the plan's number.
+        n_microbatches: microbatches per minibatch, for schedules that cut minibatches; None for the plan's number
+            with the plan's own schedule, and 1 with another.
         chunks: stages per rank, for the interleaved schedule.
 
     Raises:
@@ -147,9 +149,10 @@ class TrainConfig:
         _at_least_one("gradient_accumulation_steps", self.gradient_accumulation_steps)
         _one_of("precision", self.precision, (*PRECISIONS, None))
         _one_of("clip_grad_over", self.clip_grad_over, ("stage", "model"))
-        norm = self.clip_grad_norm
-        if norm is not None and not 0 < norm < math.inf:
-            raise PipedreamError(f"clip_grad_norm should be a positive number, or None for no clipping, not {norm}")
+        if self.clip_grad_norm is not None and not _is_positive(self.clip_grad_norm):
+            raise PipedreamError(
+                f"clip_grad_norm should be a positive number, or None for no clipping, not {self.clip_grad_norm!r}"
+            )
         if not isinstance(self.seed, int):
             raise PipedreamError(f"seed should be an integer, not {self.seed!r}")
         if self.lr_scheduler is not None and not callable(self.lr_scheduler):
@@ -197,8 +200,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
-        if not 0 < self.stall_limit_s < math.inf:
-            raise PipedreamError(f"stall_limit_s should be a positive number of seconds, not {self.stall_limit_s}")
+        if not _is_positive(self.stall_limit_s):
+            raise PipedreamError(f"stall_limit_s should be a positive number of seconds, not {self.stall_limit_s!r}")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
 
 
 def _at_least_one(name: str, value: Any) -> None:

@@ -52,7 +52,7 @@ COUNT = "should be an integer of at least 1, not"
                 value,
                 "clip_grad_norm should be a positive number, or None for no clipping",
             )
-            for value in (0, -1.0, math.inf, math.nan)
+            for value in (0, -1.0, math.inf, math.nan, "1", True)
         ),
         (TrainConfig, "seed", 1.5, "seed should be an integer, not 1.5"),
         (TrainConfig, "lr_scheduler", 0.9, "lr_scheduler is float; it should be a function of the optimizer"),
@@ -60,7 +60,7 @@ COUNT = "should be an integer of at least 1, not"
         (RunConfig, "device", "tpu", "device should be one of 'auto', 'cpu', 'cuda', not 'tpu'"),
         *(
             (RunConfig, "stall_limit_s", value, "stall_limit_s should be a positive number of seconds, not")
-            for value in (0, -1, math.inf, math.nan)
+            for value in (0, -1, math.inf, math.nan, "30", True)
         ),
     ],
 )

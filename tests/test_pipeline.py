@@ -189,9 +189,10 @@ def test_more_or_fewer_steps_than_there_can_be_are_refused(loader: Any, steps: i
         pipeline_of().fit(loader, steps=steps)
 
 
-def test_no_epochs_are_refused() -> None:
-    with pytest.raises(PipedreamError, match="epochs should be at least 1, not 0"):
-        pipeline_of().fit(chains.minibatches(1), epochs=0)
+@pytest.mark.parametrize("epochs", [0, -1, 1.5, "2"])
+def test_epochs_that_are_no_count_are_refused(epochs: Any) -> None:
+    with pytest.raises(PipedreamError, match=f"epochs should be an integer of at least 1, not {epochs!r}"):
+        pipeline_of().fit(chains.minibatches(1), epochs=epochs)
 
 
 # --- metrics --------------------------------------------------------------------------------------

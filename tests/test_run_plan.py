@@ -289,3 +289,12 @@ def test_stale_figures_do_not_matter_under_another_schedule() -> None:
 def test_the_schedule_when_none_is_named(request_of: Callable[[], Any], expected: tuple[str, int]) -> None:
     chosen = run_schedule(ScheduleConfig(), TrainConfig(), request_of())
     assert (chosen.name, chosen.n_microbatches) == expected
+
+
+@pytest.mark.parametrize(
+    ("named", "n_microbatches"),
+    [("gpipe", 4), ("1f1b-flush", 1), ("zb-h1", 1), ("1f1b", 1), ("vertical-sync", 1)],
+)
+def test_naming_the_schedule_of_the_plan_keeps_its_microbatches(named: str, n_microbatches: int) -> None:
+    plan = as_run(planned(1, 1), ScheduleConfig("gpipe", 4))[0]
+    assert run_schedule(ScheduleConfig(named), TrainConfig(), plan).n_microbatches == n_microbatches

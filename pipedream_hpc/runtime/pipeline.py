@@ -43,7 +43,7 @@ from pipedream_hpc.runtime.state.full_state_dict import full_state_dict
 from pipedream_hpc.runtime.state.load_state_dict import load_full_state_dict, state_dict_problem
 from pipedream_hpc.runtime.state.memory_report import MemoryReport, ProcessPeak, memory_report
 from pipedream_hpc.schedule import registry
-from pipedream_hpc.schedule.actions import OptimizerStep, Schedule
+from pipedream_hpc.schedule.actions import OptimizerStep
 from pipedream_hpc.schedule.trace import Span, Trace
 from pipedream_hpc.schedule.verifier import verify_around
 from pipedream_hpc.schedule.written import Written
@@ -242,8 +242,8 @@ class Pipeline:
         Raises:
             PipedreamError: as `train`.
         """
-        if epochs < 1:
-            raise PipedreamError(f"epochs should be at least 1, not {epochs}")
+        if not isinstance(epochs, int) or epochs < 1:
+            raise PipedreamError(f"epochs should be an integer of at least 1, not {epochs!r}")
         loss = float("nan")
         for _ in range(epochs):
             total = _length(loader, steps)
@@ -393,7 +393,7 @@ class Pipeline:
 
     def memory_reports(self) -> list[MemoryReport]:
         """Return the memory of every rank, planned and measured, after training. Collective; the same on all ranks."""
-        run, schedule = self._run, self._example_schedule()
+        run, schedule = self._run, self._run.deployment.example_training()
         peak = self._peak if len(run.workers) == 1 else None
         own = []
         for worker in run.workers:
@@ -438,7 +438,7 @@ class Pipeline:
             tensors = self._run.deployment.edge_tensors
             stages = [(stage.state, stage.channels) for stage in self.stages]
             packs = not self._run.route.staged
-            self._peak.begin(core_bytes(stages, self._example_schedule(), tensors, packs=packs))
+            self._peak.begin(core_bytes(stages, self._run.deployment.example_training(), tensors, packs=packs))
         schedule = self._run.deployment.training(total)
         return self._pass(loader, total, schedule, f"epoch {self._epoch}", publish=publish)
 
@@ -528,11 +528,6 @@ class Pipeline:
         return microbatch_loader(
             self._run.deployment, self.stages, loader, self._run.setup, epoch=self._epoch, length=total
         )
-
-    def _example_schedule(self) -> Schedule:
-        """Return a schedule of the training that shows what its stages need."""
-        written = self._run.deployment.schedule.written
-        return self._run.deployment.training(0 if written is None else written.minibatches)
 
     def _checkpoints_in(self, folder: str | Path) -> Checkpoints:
         facts = self._run.deployment.checkpoint_facts(self.train_config)

@@ -124,21 +124,16 @@ class PassRunner:
             self.microbatches_trained += schedule.total_microbatches
         return means
 
-    def _actions(self, schedule: Schedule) -> Iterator[Ran]:
+    def _actions(self, schedule: Schedule, before_waiting: Callable[[], None] | None = None) -> Iterator[Ran]:
         if self._world.size > 1:
-            return carry_out(self._workers[0], schedule)
+            return carry_out(self._workers[0], schedule, before_waiting=before_waiting)
         return emulate(self._workers, schedule)
 
     def _published(self, schedule: Schedule) -> Iterator[Ran]:
         """Carry out the actions; publish the loss of every microbatch that the output stage has run."""
         publisher = LossPublisher(self._losses, self.microbatches_run)
-        before = publisher.flush if publisher.waits_for_device(self._workers) else None
-        ran = (
-            carry_out(self._workers[0], schedule, before_waiting=before)
-            if self._world.size > 1
-            else emulate(self._workers, schedule)
-        )
-        for worker, action in ran:
+        before_waiting = publisher.flush if publisher.waits_for_device(self._workers) else None
+        for worker, action in self._actions(schedule, before_waiting):
             if isinstance(action, Forward) and worker.stages[action.stage].is_last:
                 publisher.add(*worker.stages[action.stage].loss_meter.last)
             yield worker, action

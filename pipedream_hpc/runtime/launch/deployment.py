@@ -81,6 +81,10 @@ class Deployment:
         """
         return self.schedule.of(self.layout, minibatches, self.edges)
 
+    def example_training(self) -> registry.AnySchedule | Written:
+        """Return the shortest schedule of training that shows what its stages need."""
+        return self.training(self.schedule.fewest_minibatches)
+
     def evaluation(self, minibatches: int) -> registry.AnySchedule:
         """Return the schedule of an evaluation."""
         return registry.make("forward-only", self.layout, minibatches * self.n_microbatches, edges=self.edges)

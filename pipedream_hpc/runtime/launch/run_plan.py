@@ -18,15 +18,13 @@ from pipedream_hpc.config import ScheduleConfig, TrainConfig
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.planning.memory import MemoryParts, MemoryRule
 from pipedream_hpc.planning.plan import Edge, Plan, StagePlan
+from pipedream_hpc.planning.resolve import PlanRequest
 from pipedream_hpc.schedule import registry
 from pipedream_hpc.schedule.actions import Layout, Schedule, ScheduleError
 from pipedream_hpc.schedule.interleaved import folded
 from pipedream_hpc.schedule.replay import channels
 from pipedream_hpc.schedule.text import format_schedule, read_schedule
 from pipedream_hpc.schedule.written import Written
-
-#: What planning.resolve.parse_plan returns.
-PlanRequest = Plan | tuple[int, ...] | int
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,11 @@ class RunSchedule:
     def cuts_minibatches(self) -> bool:
         """Whether stages run microbatches that are parts of a minibatch."""
         return registry.cuts_minibatches(self.name) if self.written is None else self.written.n_microbatches > 1
+
+    @property
+    def fewest_minibatches(self) -> int:
+        """The fewest minibatches for which its schedule shows what stages need: 0, or those of a written schedule."""
+        return 0 if self.written is None else self.written.minibatches
 
     @property
     def fingerprint(self) -> str:
@@ -112,7 +115,7 @@ def run_schedule(config: ScheduleConfig, train_config: TrainConfig, request: Pla
         return RunSchedule(name, 1, config.chunks, steps, exchange)
     n_microbatches = config.n_microbatches
     if n_microbatches is None:
-        n_microbatches = planned.n_microbatches if planned is not None and config.name is None else 1
+        n_microbatches = planned.n_microbatches if planned is not None and name == planned.schedule else 1
     return RunSchedule(name, n_microbatches, config.chunks, steps, exchange)
 
 
@@ -154,7 +157,7 @@ def plan_as_run(plan: Plan, name: str, schedule: RunSchedule, recompute: bool | 
         # As it was planned: the run may cut minibatches into another number of microbatches.
         own = RunSchedule(plan.schedule, plan.n_microbatches, schedule.chunks)
         _check_in_flight(plan, name, own.of(own.layout(plan), 0))
-    run = schedule.of(schedule.layout(plan), 0 if schedule.written is None else schedule.written.minibatches)
+    run = schedule.of(schedule.layout(plan), schedule.fewest_minibatches)
     stages = (_as_run(stage, index, plan, run, schedule, recompute) for index, stage in enumerate(plan.stages))
     return dataclasses.replace(
         plan, schedule=schedule.name, n_microbatches=schedule.n_microbatches, stages=tuple(stages)

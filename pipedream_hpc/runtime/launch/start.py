@@ -27,7 +27,7 @@ from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.model.recipe import ModelFactory
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.profile import Profile
-from pipedream_hpc.planning.resolve import parse_plan, resolve_plan
+from pipedream_hpc.planning.resolve import PlanRequest, parse_plan, resolve_plan
 from pipedream_hpc.planning.scale import scale_profile
 from pipedream_hpc.runtime.comm.gpu_route import Route, choose_route
 from pipedream_hpc.runtime.execution.data import split_minibatch
@@ -76,14 +76,13 @@ class Run:
         return [stage for worker in self.workers for stage in worker.stages.values()]
 
 
-def plan_for(
-    graph: LayerGraph, plan: Plan | str | Path | int, schedule: RunSchedule, recompute: bool | None
-) -> tuple[Plan, str]:
-    """Return the plan as it is run, and its name in messages.
+def plan_for(graph: LayerGraph, request: PlanRequest, name: str, schedule: RunSchedule, recompute: bool | None) -> Plan:
+    """Return the plan as it is run.
 
     Args:
         graph: the captured model.
-        plan: what the user gave.
+        request: the plan that the user asked for.
+        name: its name in messages.
         schedule: the run's.
         recompute: run forwards again; None for what the plan says.
 
@@ -95,10 +94,8 @@ def plan_for(
         profile = count(graph)  # the graph was captured with one microbatch
         return scale_profile(profile, minibatch=profile.minibatch * schedule.n_microbatches)
 
-    request = parse_plan(plan)
-    name = "the plan" if isinstance(plan, Plan) else str(plan) if isinstance(request, Plan) else f"plan {plan}"
     resolved = resolve_plan(request, counted, schedule=schedule.name)
-    return plan_as_run(resolved, name, schedule, recompute), name
+    return plan_as_run(resolved, name, schedule, recompute)
 
 
 def start(
@@ -129,12 +126,14 @@ def start(
     devices = check_devices(world, own, limit_s=limit_s)
     route = choose_route(world, own, limit_s=limit_s)
     setup = TrainSetup(setup.loss_fn, setup.optimizer, setup.config, own.torch)
-    schedule = run_schedule(schedule_config, setup.config, parse_plan(plan))
+    request = parse_plan(plan)
+    name = "the plan" if isinstance(plan, Plan) else str(plan) if isinstance(request, Plan) else f"plan {plan}"
+    schedule = run_schedule(schedule_config, setup.config, request)
     microbatch = split_minibatch(example_inputs, schedule.n_microbatches)[0]
     graph = capture(model, microbatch, setup.config.leaf_modules, setup.autocast)
-    as_run, name = plan_for(graph, plan, schedule, setup.config.recompute)
+    as_run = plan_for(graph, request, name, schedule, setup.config.recompute)
     deployment = deploy(as_run, name, graph, schedule, world)
-    training = deployment.schedule.of(deployment.layout, _shortest(schedule), deployment.edges)
+    training = deployment.example_training()
     if setup.config.compile_backend and any(training.splits(stage) for stage in range(len(training.layout))):
         raise PipedreamError(
             f"compiled stages run backwards whole, but {schedule.name} splits them: choose another schedule, or "
@@ -164,8 +163,3 @@ def start(
         world, workers, running_stats, wiring.losses, limit_s, wiring.common_epoch_ns, wiring.set_position
     )
     return Run(world, devices, route, deployment, setup, wiring, workers, running_stats, passes, launch)
-
-
-def _shortest(schedule: RunSchedule) -> int:
-    """Return minibatches for a schedule that shows what its stages need: 0 is enough, but of a written one."""
-    return 0 if schedule.written is None else schedule.written.minibatches
