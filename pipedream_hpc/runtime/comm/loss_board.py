@@ -64,9 +64,9 @@ class _LocalLossBoard:
 class _MpiLossBoard:
     """The core's board."""
 
-    def __init__(self, progress: Progress, rank: int, stall_limit_s: float) -> None:
+    def __init__(self, progress: Progress, stall_limit_s: float) -> None:
         self._board = load_comm().LossBoard(progress, CAPACITY)
-        self._rank, self._stall_limit_s = rank, stall_limit_s
+        self._stall_limit_s = stall_limit_s
 
     def publish(self, microbatch: int, loss: float, samples: int) -> None:
         self._board.publish(microbatch, loss, samples)
@@ -81,6 +81,6 @@ def local_loss_board() -> LossBoard:
     return _LocalLossBoard()
 
 
-def mpi_loss_board(progress: Progress, rank: int, stall_limit_s: float) -> LossBoard:
+def mpi_loss_board(progress: Progress, stall_limit_s: float) -> LossBoard:
     """Create the board of one rank."""
-    return _MpiLossBoard(progress, rank, stall_limit_s)
+    return _MpiLossBoard(progress, stall_limit_s)

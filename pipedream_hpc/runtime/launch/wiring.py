@@ -156,7 +156,7 @@ def mpi_wiring(
             comm.Free()  # the all-reduce has duplicates of its own
             group.Free()
 
-    losses = mpi_loss_board(progress, world.rank, stall_limit_s)
+    losses = mpi_loss_board(progress, stall_limit_s)
     atexit.register(progress.close)  # registered after mpi4py's own finalizer, so it runs before MPI ends
     return Wiring(own, all_reduce, losses, common_epoch_ns, progress.set_position, progress.close)
 
