@@ -18,14 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Protocol, TypeVar
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Protocol, TypeVar
 
 from pipedream_hpc.errors import PipedreamError
 
+if TYPE_CHECKING:  # pydantic takes a quarter of a second to import, which a rank that reads no file need not wait for
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
 #: Configuration that pydantic reads from each dataclass: no implicit conversions, no unknown fields.
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+STRICT: ConfigDict = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
 
 class Document(Protocol):
@@ -135,6 +136,8 @@ def parse(cls: type[D], body: dict[str, Any], path: str | Path) -> D:
     Raises:
         PipedreamError: a field is unknown, missing, of the wrong type or invalid.
     """
+    from pydantic import ValidationError
+
     try:
         # Via JSON text: only then does pydantic's strict mode accept lists as tuples.
         document: D = _adapter(cls).validate_json(json.dumps(body))
@@ -145,6 +148,8 @@ def parse(cls: type[D], body: dict[str, Any], path: str | Path) -> D:
 
 @cache
 def _adapter(cls: type[D]) -> TypeAdapter[D]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(cls)
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 BIN = Path(sys.prefix) / "bin"
 PROGRAMS = Path(__file__).parent / "programs"
+T = TypeVar("T")
 
 ENVIRONMENT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",  # containers run as root
@@ -30,6 +37,74 @@ class Finished:
     status: int
     output: str
     ended: float
+
+
+class Team:
+    """Ranks that are launched once and then serve many tests; a launch of four takes seconds.
+
+    Args:
+        count: number of ranks.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._folder, self._tasks = Path(tempfile.mkdtemp(prefix="team-")), 0
+        self._output = (self._folder / "output").open("w+")
+        launcher = [BIN / "mpirun", "-n", count, "--oversubscribe", "--bind-to", "none"]
+        self._process = subprocess.Popen(
+            [str(word) for word in (*launcher, sys.executable, PROGRAMS / "serve.py", self._folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,
+        )
+        atexit.register(self.end)
+
+    @property
+    def ended(self) -> bool:
+        """Whether a task that failed, or hung, has ended the ranks."""
+        return self._process.poll() is not None
+
+    def call(self, function: Callable[[Any], T], argument: Any, timeout: float) -> T:
+        """Call a function of a module in tests on every rank; return what it returns on rank 0."""
+        task, result = (self._folder / f"{name}-{self._tasks}" for name in ("task", "result"))
+        self._tasks += 1
+        task.with_suffix(".new").write_bytes(pickle.dumps((function, argument)))
+        task.with_suffix(".new").rename(task)
+        deadline = time.monotonic() + timeout
+        while not result.exists():
+            if self.ended or time.monotonic() > deadline:
+                how = f"ended with status {self._process.poll()}" if self.ended else f"still running after {timeout} s"
+                self.end()
+                self._output.seek(0)
+                raise AssertionError(f"{how}: {function.__module__}.{function.__name__}\n{self._output.read()}")
+            time.sleep(0.005)
+        returned: T = pickle.loads(result.read_bytes())
+        return returned
+
+    def end(self) -> None:
+        """End the ranks. The launcher ends them when it is told to terminate, but not when it is killed."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+_teams: dict[int, Team] = {}
+
+
+def call(count: int, function: Callable[[Any], T], argument: Any, timeout: float = 240) -> T:
+    """Call function(argument) on `count` ranks that serve all tests; return what it returns on rank 0.
+
+    The function is in a module of tests/ or tests/programs/. If it raises, the ranks end, and the test fails with what
+    they printed.
+    """
+    if count not in _teams or _teams[count].ended:
+        _teams[count] = Team(count)
+    return _teams[count].call(function, argument, timeout)
 
 
 def without_launcher(*command: object, timeout: float = 120) -> Finished:

@@ -86,8 +86,8 @@ def test_on_ranks(tmp_path: Path) -> None:
     whole = Training((2, 1), train_config=decay, model="rich", epochs=(7,) * 4, last=3)
     half = replace(whole, epochs=(7, 7), checkpoints=str(tmp_path / "kept"))
     for done in (0, 2):
-        (resumed,) = training.on_ranks(3, [replace(half, resumed=done)], tmp_path)
-    (expected,) = training.on_ranks(0, [whole], tmp_path)
+        (resumed,) = training.launched(3, [replace(half, resumed=done)], tmp_path)
+    (expected,) = training.launched(0, [whole], tmp_path)
     assert_bitwise(resumed.weights, expected.weights)
     assert resumed.losses == expected.losses[2:]
 
@@ -183,7 +183,7 @@ def test_frozen_weights_are_restored_in_every_version(tmp_path: Path, monkeypatc
 
 def test_a_folder_that_one_rank_does_not_see(tmp_path: Path) -> None:
     """Training does not start, and the checkpoint stays."""
-    training.on_ranks(2, [Training(2, checkpoints=str(tmp_path / "0"))], tmp_path)
+    training.launched(2, [Training(2, checkpoints=str(tmp_path / "0"))], tmp_path)
     (tmp_path / "apart").write_bytes(pickle.dumps([Training(2, checkpoints=str(tmp_path / "{rank}"), resumed=1)]))
     finished = ranks.python(2, "train_chain.py", tmp_path / "apart", tmp_path / "never")
     assert finished.status == 2, finished.output

@@ -7,7 +7,6 @@ import dataclasses
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import chains
@@ -136,8 +135,7 @@ def test_one_process_computes_the_bits_of_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_ranks_compute_the_bits_of_one_process(count: int, tmp_path: Path) -> None:
-    """One launch trains all cases for this number of ranks."""
+def test_ranks_compute_the_bits_of_one_process(count: int) -> None:
     chosen = {name: case for name, case in CASES.items() if sum(case.replicas) == count}
     expected = {name: in_one_process(name) for name in chosen}
     if count == 2:
@@ -145,7 +143,7 @@ def test_ranks_compute_the_bits_of_one_process(count: int, tmp_path: Path) -> No
         gpipe = "gpipe sgd 1-1-1-1 n_microbatches=4"
         chosen["interleaved"] = replace(CASES[gpipe], schedule=ScheduleConfig("interleaved", 4, chunks=2))
         expected["interleaved"] = in_one_process(gpipe)
-    for name, report in zip(chosen, training.on_ranks(count, list(chosen.values()), tmp_path), strict=True):
+    for name, report in zip(chosen, training.on_ranks(count, list(chosen.values())), strict=True):
         assert_bitwise(report.weights, expected[name].weights, name)
         assert report.losses == expected[name].losses, name
 
@@ -171,10 +169,10 @@ def test_naive_pipelining_computes_neither_stale_nor_plain_gradients() -> None:
         assert any(not torch.equal(value, other[name]) for name, value in naive.weights.items())
 
 
-def test_replicas_stay_equal_where_mpi_chooses_the_order_of_sums(tmp_path: Path) -> None:
+def test_replicas_stay_equal_where_mpi_chooses_the_order_of_sums() -> None:
     """The run compares the replicas itself, at the end of each epoch."""
     case = training_of("1f1b", "sgd", "3")
-    training.on_ranks(3, [replace(case, train_config=replace(case.train_config, deterministic=False))], tmp_path)
+    training.on_ranks(3, [replace(case, train_config=replace(case.train_config, deterministic=False))])
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_in_one_process_a_file_trains_the_bits_of_the_named_schedule(name: str, 
 
 def test_on_ranks_a_file_trains_the_bits_of_the_named_schedule(tmp_path: Path) -> None:
     trainings = [from_file(tmp_path, case) for case in CASES.values()]
-    for name, report in zip(CASES, training.on_ranks(3, trainings, tmp_path), strict=True):
+    for name, report in zip(CASES, training.on_ranks(3, trainings), strict=True):
         expected = training.in_one_process(CASES[name])
         assert_bitwise(report.weights, expected.weights, name)
         assert report.scores == expected.scores, name

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 import chains
 import pytest
 import ranks
 import torch
+import train_zoo
 from zoo import ZOO, seed_masks
 
 from pipedream_hpc.verification import reference
 from pipedream_hpc.verification.reference import ReferenceConfig
-
-sys.path.insert(0, str(Path(__file__).parent / "programs"))
-import train_zoo
 
 SETTINGS = {"epochs": [5, 4], "last": 3, "optimizer": "sgd"}
 
@@ -75,13 +70,10 @@ def test_one_process_matches_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize("on_ranks", [3, 4])
-def test_ranks_give_the_bits_of_one_process(on_ranks: int, tmp_path: Path) -> None:
+def test_ranks_give_the_bits_of_one_process(on_ranks: int) -> None:
     chosen = [training for training in CASES.values() if sum(map(int, training["plan"].split("-"))) == on_ranks]
-    trainings = [{**training, "out": str(tmp_path / f"{index}.pt")} for index, training in enumerate(chosen)]
-    finished = ranks.python(on_ranks, "train_zoo.py", json.dumps(trainings), timeout=240)
-    assert finished.status == 0, finished.output
-    for index, training in enumerate(chosen):
-        report, expected = torch.load(tmp_path / f"{index}.pt"), train_zoo.train(training)
+    for training, report in zip(chosen, ranks.call(on_ranks, train_zoo.train_all, chosen), strict=True):
+        expected = train_zoo.train(training)
         assert report["ranks"] == on_ranks, "the job ran on that many ranks"
         different = [
             key for key, value in expected["weights"].items() if not torch.equal(report["weights"][key], value)

@@ -129,8 +129,21 @@ def in_one_process(training: Training) -> Report:
     return train(training)
 
 
-def on_ranks(count: int, trainings: Sequence[Training], folder: Path, timeout: float = 240) -> list[Report]:
-    """Return the reports of one launch on `count` ranks, in order; 0 for a process without a launcher."""
+def train_all(trainings: Sequence[Training]) -> list[Report]:
+    """Train one after the other on the ranks that were started."""
+    torch.set_num_threads(1)
+    return [train(each) for each in trainings]
+
+
+def on_ranks(count: int, trainings: Sequence[Training], timeout: float = 240) -> list[Report]:
+    """Return the reports of trainings on `count` ranks, in order."""
+    reports = ranks.call(count, train_all, list(trainings), timeout)
+    assert {report.ranks for report in reports} <= {count}, "the ranks really ran"
+    return reports
+
+
+def launched(count: int, trainings: Sequence[Training], folder: Path, timeout: float = 240) -> list[Report]:
+    """Return the reports of trainings in a launch of their own, in order; 0 for a process without a launcher."""
     source, target = folder / f"trainings-{count}", folder / f"reports-{count}"
     source.write_bytes(pickle.dumps(list(trainings)))
     finished = ranks.python(count, "train_chain.py", source, target, timeout=timeout)

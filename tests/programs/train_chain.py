@@ -7,8 +7,6 @@ import pickle
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import training
 
@@ -16,9 +14,8 @@ from pipedream_hpc.cluster.world import join
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     trainings, reports = map(Path, sys.argv[1:])
-    found = [training.train(each) for each in pickle.loads(trainings.read_bytes())]
+    found = training.train_all(pickle.loads(trainings.read_bytes()))
     if join().is_root:
         reports.write_bytes(pickle.dumps(found))
 

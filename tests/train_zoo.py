@@ -1,29 +1,20 @@
-"""Train models of tests/zoo.py and write reports.
+"""Train models of tests/zoo.py.
 
-python train_zoo.py '[{"name": "resnet", "plan": "1-1", "epochs": [5], "last": 3, "optimizer": "sgd", "out": "x.pt"}]'
-
-Each training may have `schedule` and `train_config` (fields of ScheduleConfig and TrainConfig).
+A training is a dict such as {"name": "resnet", "plan": "1-1", "epochs": [5], "last": 3, "optimizer": "sgd"}, and may
+have `schedule` and `train_config` (fields of ScheduleConfig and TrainConfig).
 """
 
-import json
-import sys
-from pathlib import Path
-
-import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import chains
+import torch
 from zoo import ZOO
 
 from pipedream_hpc import Pipeline, RunConfig, ScheduleConfig, TrainConfig
 
 
-def main() -> None:
+def train_all(trainings: list[dict]) -> list[dict]:
+    """Run trainings one after the other; return their reports."""
     torch.set_num_threads(1)
-    for training in json.loads(sys.argv[1]):
-        report = train(training)
-        if report["rank"] == 0:
-            torch.save(report, training["out"])
+    return [train(training) for training in trainings]
 
 
 def train(training: dict) -> dict:
@@ -49,7 +40,3 @@ def train(training: dict) -> dict:
             "weights": pipeline.state_dict(),
             "stage_of": pipeline.stage_of_parameters(),
         }
-
-
-if __name__ == "__main__":
-    main()
