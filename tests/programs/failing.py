@@ -3,7 +3,7 @@
 raise, kill, sleep    in the loss function of the output stage, in minibatch 4
 absent                rank 2 never begins the epoch
 large                 minibatch 3 is larger than the example
-data, length          rank 3 reads other data, or fewer minibatches
+data, length          the last rank reads other data, or fewer minibatches
 example, schedule     rank 1 has another example, or another schedule
 left                  the loop over steps is left in minibatch 2
 anything else         nothing but what PLAN does
@@ -31,6 +31,7 @@ def stamp() -> None:
 
 def main() -> None:
     how, *rest = sys.argv[1:]
+    launched = int(os.environ["OMPI_COMM_WORLD_SIZE"])
     minibatches = 0
 
     def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -61,13 +62,13 @@ def main() -> None:
         loss_fn=loss_fn,
         optimizer=chains.OPTIMIZERS["sgd"],
         example_inputs=example,
-        plan=rest[0] if rest else 4,
+        plan=rest[0] if rest else launched,
         schedule=schedule,
         run_config=RunConfig(stall_limit_s=3),
     )
-    if how == "data" and pipeline.rank == 3:
+    if how == "data" and pipeline.rank == launched - 1:
         batches = chains.minibatches(20)[::-1]
-    if how == "length" and pipeline.rank == 3:
+    if how == "length" and pipeline.rank == launched - 1:
         batches = chains.minibatches(19)
     if how == "absent" and pipeline.rank == 2:
         time.sleep(3600)
