@@ -37,7 +37,7 @@ class Job:
     """What `pipedream profile`, `pipedream train` and `pipedream verify` run.
 
     Attributes:
-        model: any module that torch.fx can trace; or, for one that is too large for every rank, a function without
+        model: any module, which is trained in place; or, for one that is too large for every rank, a function without
             arguments that builds it, so that each rank keeps the weights of its own stages only::
 
                 def job(args):

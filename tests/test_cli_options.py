@@ -30,6 +30,7 @@ GIVEN = {
     "compile_backend": "eager",
     "deterministic": False,
     "seed": 7,
+    "check_model": False,
     "device": "cpu",
     "stall_limit_s": 12.5,
     "trace": False,  # train records by default

@@ -53,9 +53,10 @@ class TimedModule(nn.Module):
 
 def measured(model: nn.Module, clock: FakeClock, loss: Any = None) -> tuple[list[float], list[float]]:
     example = torch.ones(2, 3)
-    clocked = ClockedModel(capture(model, example, leaf_modules=[TimedModule]), loss, clock=HostClock(clock))
+    graph = capture(model, example, leaf_modules=[TimedModule])
+    clocked = ClockedModel(graph, loss, clock=HostClock(clock))
     for _ in range(2):
-        clocked.run((example,))
+        clocked.run(graph.inputs.like(example))
     return clocked.forward_s, clocked.backward_s
 
 

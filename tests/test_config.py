@@ -73,7 +73,7 @@ def test_refused_in_one_sentence(config: Any, field: str, value: Any, words: str
 def test_what_is_accepted() -> None:
     assert ScheduleConfig("gpipe", 4, 2) == ScheduleConfig(name="gpipe", n_microbatches=4, chunks=2)
     scheduler = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)
-    config = TrainConfig(2, "bf16", True, 1.0, "model", True, "eager", False, -3, scheduler, [nn.GRU])  # type: ignore[arg-type]
+    config = TrainConfig(2, "bf16", True, 1.0, "model", True, "eager", False, -3, False, scheduler, [nn.GRU])  # type: ignore[arg-type]
     assert config.leaf_modules == (nn.GRU,)
     assert config.lr_scheduler is scheduler
     assert RunConfig("cpu", 1, True) == RunConfig(device="cpu", stall_limit_s=1, trace=True)
@@ -187,6 +187,8 @@ def test_without_flags_the_jobs_own_values_stay() -> None:
         ("--deterministic", "train_config", "deterministic", True),
         ("--no-deterministic", "train_config", "deterministic", False),
         ("--seed 0", "train_config", "seed", 0),
+        ("--check-model", "train_config", "check_model", True),
+        ("--no-check-model", "train_config", "check_model", False),
         ("--device cpu", "run_config", "device", "cpu"),
         ("--stall-limit-s 5", "run_config", "stall_limit_s", 5.0),
         ("--trace", "run_config", "trace", True),

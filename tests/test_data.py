@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, WeightedRandomSampler
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader, Reader
 
 
@@ -49,12 +50,17 @@ LOADERS: dict[str, Callable[[Dataset[Any]], Any]] = {
 }
 
 
+#: One input, x.
+ONE = Arguments((torch.ones(4, 2),), {}, ("x",))
+
+
 def microbatches(loader: Any, readers: list[Reader], epoch: int = 0, length: int = 6) -> dict[int, Any]:
     """Read a pass: number, input and target of each microbatch that a reader has."""
-    batches = MicrobatchLoader(loader, epoch=epoch, seed=0, readers=readers, input_names=["x"], length=length)
+    batches = MicrobatchLoader(loader, epoch=epoch, seed=0, readers=readers, length=length)
     own = [microbatch for microbatch in range(length) if any(reader.has(microbatch) for reader in readers)]
     return {
-        microbatch: (batches.input(microbatch, 0).tolist(), batches.target(microbatch).tolist()) for microbatch in own
+        microbatch: (batches.arguments(microbatch).args[0].tolist(), batches.target(microbatch).tolist())
+        for microbatch in own
     }
 
 
@@ -102,12 +108,12 @@ def test_a_subclass_reads_in_the_same_order(generator: int | None) -> None:
 
 def test_a_loader_that_ends_early_is_refused() -> None:
     batches = MicrobatchLoader(
-        DataLoader(Numbers(8), 4), epoch=0, seed=0, readers=[Reader(0, 1)], input_names=["x"], length=6
+        DataLoader(Numbers(8), 4), epoch=0, seed=0, readers=[Reader(0, 1)], example=ONE, length=6
     )
-    batches.input(0, 0)
-    batches.input(1, 0)
+    batches.arguments(0)
+    batches.arguments(1)
     with pytest.raises(PipedreamError, match="the loader ended after 2 minibatches of 6: make len"):
-        batches.input(2, 0)
+        batches.arguments(2)
 
 
 def stream() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -130,7 +136,7 @@ def test_a_stream_is_advanced_by_exactly_the_minibatches_of_the_pass_on_every_ra
 
 def test_a_stream_is_advanced_on_a_rank_that_has_no_microbatch_of_the_pass() -> None:
     endless = stream()
-    batches = MicrobatchLoader(endless, epoch=0, seed=0, readers=[Reader(2, 3)], input_names=["x"], length=2)
+    batches = MicrobatchLoader(endless, epoch=0, seed=0, readers=[Reader(2, 3)], example=ONE, length=2)
     assert batches.fingerprint() is not None
     assert next(endless)[1].tolist() == [2, 2]
 
@@ -151,7 +157,7 @@ def test_a_stream_that_ends_early_is_refused_on_a_rank_that_skips_the_end() -> N
     [
         (7, "epoch 3, minibatch 1: the loader yielded int instead of an .input, target. pair"),
         (({"y": torch.ones(2, 1)}, torch.ones(2)), "minibatch 1: the inputs of the loader have no 'x', .*, but y"),
-        (((), torch.ones(2)), "minibatch 1: the model takes input 'x', but the loader yielded 0 inputs"),
+        (((), torch.ones(2)), r"minibatch 1: the loader yielded 0 inputs, but example_inputs has 1 \(x\)"),
         ((torch.ones(1, 1), torch.ones(1)), "minibatch 1: 1 samples cannot be split into 2 microbatches"),
         ((torch.ones(2, 1), torch.ones(3)), "minibatch 1: tensors of 2 and 3 samples cannot be split into 2"),
     ],
@@ -165,14 +171,13 @@ def test_messages_name_epoch_and_minibatch(minibatch: Any, words: str) -> None:
         epoch=3,
         seed=0,
         readers=[Reader(0, 1)],
-        input_names=["x"],
         length=2,
         n_microbatches=n_microbatches,
-        example=[torch.ones(2, 1)],
+        example=ONE,
     )
-    batches.input(0, 0)
+    batches.arguments(0)
     with pytest.raises(PipedreamError, match=words):
-        batches.input(n_microbatches, 0)
+        batches.arguments(n_microbatches)
 
 
 def test_a_first_minibatch_unlike_the_example_is_refused() -> None:
@@ -181,9 +186,8 @@ def test_a_first_minibatch_unlike_the_example_is_refused() -> None:
         epoch=0,
         seed=0,
         readers=[Reader(0, 1)],
-        input_names=["x"],
         length=1,
-        example=[torch.ones(2, 1)],
+        example=Arguments((torch.ones(2, 1),), {}, ("x",)),
     )
     words = r"epoch 0, minibatch 0: input 'x' has shape \(2, 3\) and .* example_inputs has shape \(2, 1\)"
     with pytest.raises(PipedreamError, match=words):

@@ -61,12 +61,13 @@ def build() -> Model:
 def stages_of(graph: LayerGraph, *, optimizer: Any = None, master_weights: bool = False) -> list[StageState]:
     """Cut after the norm: two stages with two weight versions each."""
     partition = Partition(graph, [[0, 1], [2, 3]])
-    modules = [partition.stage_module(index).module for index in range(2)]
+    modules = [partition.stage_module(index) for index in range(2)]
     materialize(graph, modules)
     states = []
-    for index, module in enumerate(modules):
-        stash = WeightStash(module, 2, optimizer or partial(torch.optim.SGD, lr=0.1), master_weights=master_weights)
-        states.append(StageState(index, 0, module, stash, StageOptimizer(stash.optimizer)))
+    for index, part in enumerate(modules):
+        factory = optimizer or partial(torch.optim.SGD, lr=0.1)
+        stash = WeightStash(part.module, 2, factory, master_weights=master_weights, entries=part.entries)
+        states.append(StageState(index, 0, part.module, stash, StageOptimizer(stash.optimizer)))
     return states
 
 

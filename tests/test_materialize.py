@@ -130,7 +130,7 @@ def test_every_layer_has_the_weights_of_the_whole_model(name: str, little_memory
     seen = set()
     for index in range(len(graph.layers)):
         stage = partition.stage_module(index)
-        materialize(graph, [stage.module])
+        materialize(graph, [stage])
         for key, value in stage.module.state_dict().items():
             assert torch.equal(value, expected[key]), key
             seen.add(key)
@@ -176,8 +176,8 @@ def test_each_rank_holds_only_its_own_stage(tmp_path: Path) -> None:
         # Weight versions, gradients of two minibatches, and temporaries for creating the largest tensor.
         needed = own["own"] * (own["versions"] + 2) + (96 << 20)
         assert own["grown"] < needed, f"rank {rank}: {own['grown'] >> 20} MiB, of {needed >> 20} MiB needed"
-        # A built model stays in memory in addition to the versions of the stage.
-        assert built["grown"] > own["grown"] + whole // 2, f"{built['grown'] >> 20} and {own['grown'] >> 20} MiB"
+        # Of a built model the other stages' weights stay in memory.
+        assert built["grown"] > own["grown"] + whole // 4, f"{built['grown'] >> 20} and {own['grown'] >> 20} MiB"
 
 
 def test_a_function_that_reads_earlier_tensors_is_warned_about_and_still_correct(little_memory: None) -> None:
@@ -191,7 +191,7 @@ def test_a_function_that_reads_earlier_tensors_is_warned_about_and_still_correct
     with pytest.warns(UserWarning, match="every rank holds the whole model while it is built: it reads a tensor"):
         graph = capture(build, torch.zeros(2, 8))
     stage = Partition(graph, [list(range(len(graph.layers)))]).stage_module(0)
-    materialize(graph, [stage.module])
+    materialize(graph, [stage])
     assert all(torch.equal(value, build().state_dict()[key]) for key, value in stage.module.state_dict().items())
 
 

@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pipedream_hpc.core import load_weights
+from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.clock import HostClock, StreamClock, clock_of
 from pipedream_hpc.model.precision import autocast
+from pipedream_hpc.model.recipe import tensors_of
+from pipedream_hpc.model.stage_module import move_tensors
 from pipedream_hpc.runtime.comm.allreduce import LocalGroup
 from pipedream_hpc.runtime.comm.staged_allreduce import CopyStream, StagedAllReduce
 from pipedream_hpc.runtime.comm.tensor_view import CPU, memory_on, tensor_over
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader, Reader
 from pipedream_hpc.runtime.execution.loss_meter import LossMeter
-from pipedream_hpc.runtime.launch.build import move_buffers
 from pipedream_hpc.runtime.weights import stash as stash_module
 from pipedream_hpc.runtime.weights.grad_allreduce import BucketLayout, GradAllReduce
 from pipedream_hpc.runtime.weights.optimizer_step import _clip_on_device
@@ -247,6 +249,7 @@ def test_the_copy_stream_waits_for_the_compute_stream_and_the_other_way_round(mo
 
 
 def test_minibatches_are_copied_to_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = Arguments((torch.zeros(4, 2), torch.ones(4, 3)), {}, ("x", "y"))
     moved: list[tuple[torch.Size, str]] = []
 
     def to_device(value: Any, device: torch.device) -> Any:
@@ -256,16 +259,14 @@ def test_minibatches_are_copied_to_the_device_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("pipedream_hpc.runtime.execution.data.to_device", to_device)
     data = [((torch.zeros(4, 2), torch.ones(4, 3)), {"of": torch.zeros(4)})]
-    batches = MicrobatchLoader(
-        data, epoch=0, seed=0, readers=[Reader(0, 1)], input_names=["x", "y"], length=1, device=GPU
-    )
+    batches = MicrobatchLoader(data, epoch=0, seed=0, readers=[Reader(0, 1)], example=two, length=1, device=GPU)
     for _ in range(2):
-        batches.input(0, 1)
+        batches.arguments(0)
         batches.target(0)
-    assert moved == [((4, 3), "cuda:0"), ((4,), "cuda:0")], "not the input that no stage here reads"
+    assert moved == [((4, 2), "cuda:0"), ((4, 3), "cuda:0"), ((4,), "cuda:0")], "each once"
     moved.clear()
-    batches = MicrobatchLoader(data, epoch=0, seed=0, readers=[Reader(0, 1)], input_names=["x", "y"], length=1)
-    assert batches.input(0, 1) is data[0][0][1], "on the CPU the loader's own tensor"
+    batches = MicrobatchLoader(data, epoch=0, seed=0, readers=[Reader(0, 1)], example=two, length=1)
+    assert batches.arguments(0).args[1] is data[0][0][1], "on the CPU the loader's own tensor"
     assert moved == []
 
 
@@ -275,7 +276,7 @@ def test_buffers_and_constants_move_together_and_shared_ones_stay_shared() -> No
     module.constant = constant
     module[1].register_buffer("same", constant)
     weights = list(module.parameters())
-    move_buffers(module, torch.device("meta"))
+    move_tensors(list(tensors_of(module)), torch.device("meta"))
     assert all(buffer.is_meta for buffer in module.buffers())
     assert module.constant.is_meta
     assert module.constant is module[1].same

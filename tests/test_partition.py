@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_flatten
 
 from pipedream_hpc import zoo
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.capture import arguments_of, capture
+from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.graph import LayerGraph
-from pipedream_hpc.model.partition import Partition, writable
+from pipedream_hpc.model.partition import Partition
+from pipedream_hpc.model.stage_module import writable
 
 
 def tokens(vocabulary: int, length: int) -> torch.Tensor:
@@ -140,7 +141,7 @@ def built(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
             module.p = 0.0
         if isinstance(module, nn.LSTM):
             module.dropout = 0.0
-    return model, arguments_of(example)
+    return model, example if isinstance(example, tuple) else (example,)
 
 
 def weighted_sum(output: Any) -> torch.Tensor:
@@ -170,10 +171,10 @@ def run_in_stages(
             sent[source, index, value.name].detach().clone().requires_grad_(value.needs_gradient)
             for source, value in stage.stage_inputs
         ]
-        given = [*(arguments[number].clone() for number in stage.inputs), *leaves]
+        given = list(leaves)
         for position in stage.written_inputs:
             given[position] = writable(given[position]) if given[position].requires_grad else given[position]
-        returned = stage.run(given)
+        returned, output = stage.run(graph.inputs.like(arguments) if stage.reads_inputs else None, given)
         for (source, target), values in partition.edges.items():
             if source == index:
                 for value in values:
@@ -181,10 +182,8 @@ def run_in_stages(
                     assert (tuple(tensor.shape), tensor.dtype) == (value.shape, value.dtype)
                     assert tensor.requires_grad == value.needs_gradient
                     sent[source, target, value.name] = tensor
-        stage_outputs.append(dict(zip((value.name for value in stage.stage_outputs), returned, strict=False)))
+        stage_outputs.append(dict(zip((value.name for value in stage.stage_outputs), returned, strict=True)))
         stage_inputs.append(leaves)
-        if stage.is_last:
-            output = returned[-1]
     returning: dict[tuple[int, str], list[torch.Tensor]] = {}
     gradients: dict[str, torch.Tensor] = {}
     for index in reversed(range(len(modules))):
@@ -260,7 +259,7 @@ def test_a_shared_weight_belongs_to_its_first_stage_and_is_sent_to_the_others() 
     graph = capture(model, arguments)
     partition = Partition(graph, [[0], list(range(1, len(graph.layers)))])
     (first, second) = (partition.stage_module(0), partition.stage_module(1))
-    assert [value.name for value in partition.edges[0, 1]] == ["embedding_weight", "embedding"]
+    assert [value.name for value in partition.edges[0, 1]] == ["embedding.weight", "embedding"]
     assert [name for name, _ in first.module.named_parameters()] == ["embedding.weight"]
     assert [name for name, _ in second.module.named_parameters()] == ["inner.weight", "inner.bias"]
 
@@ -284,9 +283,8 @@ class Arguments(nn.Module):
 
 
 def test_example_inputs_as_tuples_and_mappings() -> None:
-    assert len(capture(Arguments(), FLOATS).inputs) == 1
-    graph = capture(Arguments(), {"mask": FLOATS, "x": FLOATS})
-    assert [node.target for node in graph.inputs] == ["x", "mask"]
+    assert capture(Arguments(), FLOATS).input_names == ["x"]
+    assert capture(Arguments(), {"mask": FLOATS, "x": FLOATS}).input_names == ["mask", "x"]
     with pytest.raises(
         PipedreamError, match=r"Arguments.forward takes 1 to 3 inputs \(x, scale, mask\), but example_inputs has 4"
     ):

@@ -10,6 +10,7 @@ import torch
 
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.runtime.comm.loss_board import CAPACITY, local_loss_board
 from pipedream_hpc.runtime.execution import passes
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader, Reader
@@ -34,7 +35,9 @@ def loader(value: float = 0.0, *, reads: bool = True) -> MicrobatchLoader:
     """Return a pass over two equal minibatches."""
     data = [(torch.full((2, 1), value), torch.zeros(2))] * 2
     readers = [Reader(0, 1)] if reads else []
-    return MicrobatchLoader(data, epoch=0, seed=0, readers=readers, input_names=["x"], length=2)
+    return MicrobatchLoader(
+        data, epoch=0, seed=0, readers=readers, example=Arguments((torch.ones(2, 1),), {}, ("x",)), length=2
+    )
 
 
 def seen(value: float, **options: Any) -> dict[str, Any]:

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from pipedream_hpc.model.capture import capture
-from pipedream_hpc.model.materialize import materialize
 from pipedream_hpc.model.partition import Partition
-from pipedream_hpc.model.randomness import preserve_rng_state, seed_for, seed_layers, set_seed
+from pipedream_hpc.model.randomness import preserve_rng_state, seed_for, seed_modules, seeding, set_seed
 
 
 class Drawing(nn.Module):
@@ -27,41 +26,35 @@ class Drawing(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=0.5 if self.training else 0.0)
 
 
-def stage(seed: int, names: list[str]) -> nn.Module:
-    """Return the module of the only stage, whose layers reseed from (seed, name); `names` gets them in order."""
+def run(seed: int, noise: int, *, training: bool = True) -> tuple[torch.Tensor, list[str]]:
+    """Run the only stage after other random numbers were drawn; return the output, and the names of what was seeded."""
     graph = capture(Drawing(), torch.zeros(2, 3, 4))
-    module = Partition(graph, [list(range(len(graph.layers)))]).stage_module(0).module
-    materialize(graph, [module])
+    stage = Partition(graph, [list(range(len(graph.layers)))]).stage_module(0)
+    undo = seed_modules(graph.module, graph.notes)
+    names: list[str] = []
 
     def reseed(name: str) -> None:
         names.append(name)
         set_seed(seed_for(seed, 7, name))
 
-    seed_layers(module, reseed)
-    return module
-
-
-def run(module: nn.Module, noise: int) -> torch.Tensor:
-    """Run the module after other random numbers were drawn."""
+    stage.train(training)
     torch.manual_seed(noise)
-    output = module(torch.arange(24.0).view(2, 3, 4) / 24)
-    return output[0] if isinstance(output, tuple) else output
+    with seeding(reseed):
+        _, output = stage.run(graph.inputs.like(torch.arange(24.0).view(2, 3, 4) / 24), [])
+    undo()
+    return output, names
 
 
 def test_draws_do_not_depend_on_what_was_drawn_before() -> None:
-    names: list[str] = []
-    first, other = stage(0, names), stage(1, [])
-    assert torch.equal(run(first, 1), run(first, 2))
-    assert not torch.equal(run(first, 1), run(other, 1)), "but on the seed"
-    assert len(names) == 3 * len(set(names)), "every draw has a name of its own, the same in every run"
-    assert len(set(names)) == 4
+    (first, names), (again, _), (other, _) = run(0, 1), run(0, 2), run(1, 1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other), "but on the seed"
+    assert names == ["layer", "function 0", "function 1", "function 2"], "every draw has a name of its own"
 
 
-def test_an_evaluation_draws_nothing_although_the_model_was_captured_in_training() -> None:
-    names: list[str] = []
-    module = stage(0, names).eval()
-    assert torch.equal(run(module, 1), run(Drawing().eval(), 2))
-    assert names == []
+def test_an_evaluation_draws_nothing() -> None:
+    output, _ = run(0, 1, training=False)
+    assert torch.equal(output, Drawing().eval()(torch.arange(24.0).view(2, 3, 4) / 24))
 
 
 def test_seeds_differ_by_everything_they_are_made_of() -> None:

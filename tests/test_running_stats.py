@@ -17,9 +17,15 @@ def module() -> nn.Sequential:
     return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False))
 
 
+def tracked(module: nn.Module) -> list[torch.Tensor]:
+    """Return the buffers of the layers that track running statistics."""
+    layers = [each for each in module.modules() if getattr(each, "track_running_stats", False)]
+    return [buffer for layer in layers for buffer in layer.buffers()]
+
+
 def shared(modules: list[nn.Module]) -> list[RunningStats]:
     group = LocalGroup()
-    stats = [RunningStats(each) for each in modules]
+    stats = [RunningStats(tracked(each)) for each in modules]
     for each in stats:
         each.share(group.join(each.buckets), len(modules))
     return stats
@@ -69,9 +75,9 @@ def test_a_single_replica_and_a_stage_without_statistics() -> None:
     alone = module()
     alone(torch.randn(4, 3))
     before = copy.deepcopy(alone.state_dict())
-    average([RunningStats(alone)])
+    average([RunningStats(tracked(alone))])
     assert all(torch.equal(value, before[name]) for name, value in alone.state_dict().items())
-    assert RunningStats(nn.Linear(2, 2)).buckets == []
+    assert RunningStats(tracked(nn.Linear(2, 2))).buckets == []
 
 
 @pytest.mark.parametrize("error", [False, True])
@@ -79,7 +85,7 @@ def test_a_repeated_forward_changes_no_statistics(error: bool) -> None:
     layer = nn.BatchNorm1d(2)
     before, buffers = copy.deepcopy(layer.state_dict()), dict(layer.named_buffers())
     try:
-        with keep_running_stats(layer):
+        with keep_running_stats([layer]):
             layer(torch.randn(4, 2))
             if error:
                 raise RuntimeError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -138,11 +139,11 @@ class Deep(Overwritten):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(4)])
-        self.runs = 0
+        self.runs: list[int] = []
         self.layers[0].register_forward_hook(self.count)
 
     def count(self, *_: Any) -> None:
-        self.runs += 1
+        self.runs.append(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(checkpoint(self.layers, x, use_reentrant=False))
@@ -263,7 +264,8 @@ def pipeline_of(
     model: nn.Module, example: torch.Tensor, plan: str, schedule: ScheduleConfig, config: TrainConfig | None = None
 ) -> Pipeline:
     """Create the pipeline, of stages in this process."""
-    options = config or TrainConfig()
+    # Some of these models mix samples, on purpose: the check would refuse to cut their minibatches.
+    options = dataclasses.replace(config or TrainConfig(), check_model=False)
     return Pipeline(
         model,
         loss_fn=nn.functional.cross_entropy,
@@ -378,7 +380,7 @@ def test_backward_input_computes_no_gradient_that_can_wait() -> None:
     layers.zero_grad()
     x.grad = None
 
-    split_backward = SplitBackward(layers, lambda leaf: True)
+    split_backward = SplitBackward(layers.modules(), lambda leaf: True)
     with split_backward.recording(5):
         y = layers(x)
     split_backward.backward_input(5, lambda: y.sum().backward())
@@ -393,18 +395,18 @@ def test_backward_input_computes_no_gradient_that_can_wait() -> None:
 
 def test_checkpointed_layers_run_their_forward_only_once_more() -> None:
     layer = Deep()
-    split_backward, x = SplitBackward(layer, lambda leaf: True), torch.randn(2, WIDTH, requires_grad=True)
+    split_backward, x = SplitBackward(layer.modules(), lambda leaf: True), torch.randn(2, WIDTH, requires_grad=True)
     with split_backward.recording(0):
         y = layer(x)
     split_backward.backward_input(0, lambda: y.sum().backward())
     assert len(split_backward.early_gradients(0)) == 8, "all but weight and bias of the layer that is not checkpointed"
     assert len(list(split_backward.backward_weight(0))) == 10
-    assert layer.runs == 2
+    assert len(layer.runs) == 2
 
 
 def test_nothing_is_kept_of_a_microbatch_after_its_backward() -> None:
     layer = nn.Linear(4, 3)
-    split_backward = SplitBackward(layer, lambda leaf: True)
+    split_backward = SplitBackward(layer.modules(), lambda leaf: True)
     x = torch.ones(2, 4, requires_grad=True)
     with split_backward.recording(0):
         y = layer(x)
@@ -421,7 +423,7 @@ def test_nothing_is_kept_of_a_microbatch_after_its_backward() -> None:
 
 def test_a_module_that_differentiates_twice_is_refused() -> None:
     layer = nn.Linear(4, 3)
-    split_backward = SplitBackward(layer, lambda leaf: True)
+    split_backward = SplitBackward(layer.modules(), lambda leaf: True)
     x = torch.ones(2, 4, requires_grad=True)
     with split_backward.recording(0):
         y = layer(x)

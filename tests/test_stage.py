@@ -153,8 +153,8 @@ class Driven:
         graph = capture(model, torch.zeros(SAMPLES, WIDTH), (type(middle),))
         partition = Partition(graph, [[0], [1], [2]])
         part = partition.stage_module(1)
-        materialize(graph, [part.module])
-        stash = WeightStash(part.module, slabs, partial(torch.optim.SGD, lr=RATE))
+        materialize(graph, [part])
+        stash = WeightStash(part.module, slabs, partial(torch.optim.SGD, lr=RATE), entries=part.entries)
         self.stage = Stage(
             1,
             0,
@@ -169,7 +169,7 @@ class Driven:
             ),
             nn.functional.mse_loss,
             seed=0,
-            split_backward=SplitBackward(part.module, stash.trains) if split else None,
+            split_backward=SplitBackward(part.modules, stash.trains) if split else None,
             recompute=recompute,
             precision=nullcontext,
         )

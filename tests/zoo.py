@@ -97,10 +97,12 @@ def seed_masks(model: nn.Module, microbatch: int) -> None:
             module.register_forward_pre_hook(_seed_hook(name, microbatch))
 
 
-def _seed_hook(name: str, microbatch: int) -> Callable[[nn.Module, Any], Any]:
-    def seed(_: nn.Module, inputs: Any) -> Any:
-        torch.manual_seed(seed_for(0, microbatch, name))
-        # The mask of an element depends on the memory layout.
-        return tuple(each.contiguous() if isinstance(each, torch.Tensor) else each for each in inputs)
+def _seed_hook(name: str, microbatch: int) -> Callable[[nn.Module, Any], None]:
+    calls = 0
+
+    def seed(_: nn.Module, inputs: Any) -> None:
+        nonlocal calls
+        torch.manual_seed(seed_for(0, microbatch, f"{name}@{calls}" if calls else name))
+        calls += 1
 
     return seed

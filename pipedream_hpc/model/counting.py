@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from torch.utils._pytree import tree_flatten
-
 from pipedream_hpc.model.graph import Layer, LayerGraph
 from pipedream_hpc.planning.profile import SPLITTABLE_KINDS, LayerProfile, Profile
 
@@ -30,7 +27,7 @@ def count(graph: LayerGraph, model: str = "") -> Profile:
 
 def minibatch_size(graph: LayerGraph) -> int:
     """Return the number of samples in the example inputs: the first dimension of the first tensor."""
-    tensors = [leaf for leaf in tree_flatten(graph.example_inputs)[0] if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    tensors = [tensor for tensor in graph.inputs.tensors() if tensor.dim()]
     return int(tensors[0].shape[0]) if tensors else 1
 
 

@@ -1,54 +1,215 @@
-"""LayerGraph: a captured model."""
+"""LayerGraph: a captured model, as the calls that its forward makes and how tensors flow between them.
+
+::
+
+    class Model(nn.Module):                    calls                  outputs (call, index)
+        def forward(self, x, mask):
+            h = self.embed(x)                  0  module embed        (0, 0)
+            h = self.block(h, mask)            1  module block        (1, 0)
+            return self.head(h + 1)            2  function add        (2, 0)
+                                               3  module head         (3, 0)
+
+What is computed from the model's arguments alone, such as a mask, is no call of the graph: every stage that needs it
+computes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.utils._pytree import tree_flatten
+from torch import nn
 
+from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.recipe import ModelRecipe
 
-Kind = Literal["tensor", "int", "float", "bool", "size"]
+#: One tensor that a call puts out: (number of the call, number of the output).
+Key = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Value:
-    """One output of an operation that other operations may use.
+    """One tensor that a call puts out, for the example inputs.
 
     Attributes:
-        name: name of the operation; the outputs of an operation with several are numbered, as in `chunk#1`.
-        kind: a tensor, or a Python number or size, which crosses a cut as a tensor too.
-        shape: shape for the example inputs.
-        dtype: dtype in which it is sent; int64 or float64 for numbers.
+        name: name of the call; the outputs of a call with several are numbered, as in `chunk#1`.
+        shape: its shape.
+        dtype: its dtype.
         needs_gradient: whether it depends on a trained weight, so that a gradient comes back for it.
         layer: name of the layer that produces it.
+        order: its dimensions from the slowest to the fastest in memory; None for a contiguous tensor. It is sent in
+            this order, and has the same strides where it arrives.
     """
 
     name: str
-    kind: Kind
     shape: tuple[int, ...]
     dtype: torch.dtype
     needs_gradient: bool
     layer: str = ""
+    order: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes for the example inputs."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    @property
+    def sent_shape(self) -> tuple[int, ...]:
+        """Shape in which it is sent."""
+        return self.shape if self.order is None else tuple(self.shape[dimension] for dimension in self.order)
+
+    @property
+    def order_back(self) -> tuple[int, ...] | None:
+        """What undoes `order`."""
+        if self.order is None:
+            return None
+        return tuple(self.order.index(dimension) for dimension in range(len(self.order)))
+
+
+def memory_order(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Return a tensor's dimensions from the slowest to the fastest in memory; None if it is in the usual order."""
+    if tensor.layout is not torch.strided or tensor.is_contiguous() or 0 in tensor.stride():
+        return None
+    strides = tensor.stride()
+    order = tuple(sorted(range(tensor.dim()), key=lambda dimension: (-strides[dimension], dimension)))
+    return None if order == tuple(range(tensor.dim())) else order
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a tensor is found when a call returns.
+
+    Attributes:
+        where: "returned", or "argument" if the call wrote into a tensor that it was given.
+        position: its number among the tensors that are returned or given.
+        key: which tensor of the graph it is.
+    """
+
+    where: str
+    position: int
+    key: Key
+
+
+@dataclass(frozen=True)
+class Returned:
+    """Stands for a tensor in the recorded return value of a call.
+
+    Attributes:
+        key: which tensor of the graph it is; None for one that was computed from the model's arguments alone.
+        argument: its number among the call's arguments, if it is one of them itself.
+    """
+
+    key: Key | None
+    argument: int | None
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module or function.
+
+    Attributes:
+        number: its position in the forward.
+        name: qualified name of the module; or name of the function, numbered from the second on, as in `add_1`.
+        module: the module; None for a function.
+        function: the function; None for a module.
+        owner: qualified name of the module whose forward makes the call.
+        sources: the tensors of earlier calls that it takes, in the order of the arguments.
+        parameters: qualified names of the parameters that it uses.
+        takes_inputs: whether it takes something that was computed from the model's arguments alone.
+        found: where its outputs are found.
+        values: its outputs, for the example inputs.
+        returned: its return value, with a Returned in place of each tensor.
+        memory: identities of the storages of its outputs.
+        writes: identities of the storages that it writes into.
+        flops: floating-point operations, counted and not measured.
+        entered: names of the modules that run in it, once for each call of them.
+        draws: whether a function draws random numbers.
+    """
+
+    number: int
+    name: str
+    module: nn.Module | None = None
+    function: Callable[..., Any] | None = None
+    owner: str = ""
+    sources: tuple[Key, ...] = ()
+    parameters: tuple[str, ...] = ()
+    takes_inputs: bool = False
+    found: tuple[Found, ...] = ()
+    values: tuple[Value, ...] = ()
+    returned: Any = None
+    memory: frozenset[int] = frozenset()
+    writes: frozenset[int] = frozenset()
+    flops: int = 0
+    entered: tuple[str, ...] = ()
+    draws: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Class of the module, or name of the function."""
+        return type(self.module).__name__ if self.module is not None else self.name.rstrip("_0123456789")
+
+
+@dataclass(eq=False)
+class Scope:
+    """One call of a module that was opened: its own forward ran, and the calls in it were recorded.
+
+    Attributes:
+        name: qualified name of the module.
+        module: the module.
+        items: the calls in it, and the calls of modules that were opened in turn, in order.
+        sources: the tensors of earlier calls that it is given.
+        found: where tensors of these calls are found when it returns.
+        returned: its return value, with a Returned in place of each tensor.
+    """
+
+    name: str
+    module: nn.Module
+    items: list[Call | Scope] = field(default_factory=list)
+    sources: tuple[Key, ...] = ()
+    found: tuple[Found, ...] = ()
+    returned: Any = None
+
+    def calls(self) -> Iterator[Call]:
+        """Yield all calls in it."""
+        for item in self.items:
+            if isinstance(item, Call):
+                yield item
+            else:
+                yield from item.calls()
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one run of the forward did, in training or in evaluation mode.
+
+    Attributes:
+        root: the call of the model itself.
+        calls: all calls, in order.
+        output: the tensors of calls that the model returns.
+        returned_parameters: qualified names of parameters that the model itself returns.
+    """
+
+    root: Scope
+    calls: tuple[Call, ...]
+    output: tuple[Key, ...]
+    returned_parameters: tuple[str, ...] = ()
+
+    def value(self, key: Key) -> Value:
+        """Return an output of a call."""
+        return self.calls[key[0]].values[key[1]]
+
 
 @dataclass(frozen=True)
 class Layer:
-    """Operations that always stay in one stage.
+    """Calls that always stay in one stage.
 
     Attributes:
-        name: qualified name of its module, or of the operation when it is a function.
+        name: qualified name of its module, or of the function.
         kind: class of the module, or name of the function.
-        nodes: the operations, in execution order.
+        calls: the calls, in execution order.
         parameters: qualified names of the parameters it uses.
         parameter_bytes: bytes of the trained ones.
         output_bytes: bytes of the outputs that later layers use, for the example inputs.
@@ -59,13 +220,85 @@ class Layer:
 
     name: str
     kind: str
-    nodes: tuple[fx.Node, ...]
+    calls: tuple[Call, ...]
     parameters: tuple[str, ...]
     parameter_bytes: int
     output_bytes: int
     output_shape: tuple[int, ...] | None
     output_dtype: torch.dtype | None
     flops: int
+
+
+@dataclass(frozen=True)
+class Modes:
+    """The modes of a model's modules.
+
+    Attributes:
+        frozen: modules that the user has set to evaluation mode in a model that trains, such as a frozen BatchNorm.
+    """
+
+    frozen: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Modes:
+        """Return those of a model as the user has left it."""
+        return cls(tuple(module for module in model.modules() if model.training and not module.training))
+
+    def set(self, model: nn.Module, training: bool) -> None:
+        """Set the model to training or evaluation, by its own train()."""
+        model.train(training)
+        if training:
+            for module in self.frozen:
+                module.training = False
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Restore the modes of all modules when the block ends."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+@dataclass
+class Notes:
+    """What a recording has seen besides the calls.
+
+    Attributes:
+        random: modules whose own code draws random numbers of torch.
+        random_functions: those of them in which functions draw, and that are always opened.
+        drawing: the functions that draw.
+        python_random: modules whose own code draws random numbers of Python or NumPy.
+        writes_buffers: names of buffers that are written, or replaced, in a forward.
+        sets_attributes: modules whose attributes are set in a forward -> the names.
+        writes_inputs: whether the model writes into its arguments.
+    """
+
+    random: set[str] = field(default_factory=set)
+    random_functions: set[str] = field(default_factory=set)
+    drawing: set[Any] = field(default_factory=set)
+    python_random: set[str] = field(default_factory=set)
+    writes_buffers: set[str] = field(default_factory=set)
+    sets_attributes: dict[str, set[str]] = field(default_factory=dict)
+    writes_inputs: bool = False
+
+    def merge(self, other: Notes) -> None:
+        """Add what another recording has seen."""
+        self.random |= other.random
+        self.random_functions |= other.random_functions
+        self.drawing |= other.drawing
+        self.python_random |= other.python_random
+        self.writes_buffers |= other.writes_buffers
+        for name, attributes in other.sets_attributes.items():
+            self.sets_attributes.setdefault(name, set()).update(attributes)
+        self.writes_inputs |= other.writes_inputs
+
+    def stateful(self) -> set[str]:
+        """Return the names of modules whose forward changes their state."""
+        return {name.rpartition(".")[0] for name in self.writes_buffers} | set(self.sets_attributes)
 
 
 @dataclass(frozen=True)
@@ -76,69 +309,34 @@ class LayerGraph:
         module: the model, which owns the weights.
         layers: the layers in a topological order.
         edges: (producer, consumer) pairs of layer numbers.
-        inputs: the model's arguments, as placeholders of the graph.
-        output: the model's return value, in terms of graph nodes.
-        example_inputs: shapes and dtypes of the arguments, as tensors on the meta device.
+        training: the forward in training mode, which the layers are made of.
+        evaluation: the forward in evaluation mode.
+        inputs: the model's arguments: shapes and dtypes, as tensors on the meta device.
+        modes: how the model is set to training and to evaluation.
+        notes: what else the forward does.
+        device: what the forward was recorded for.
+        shapes: by mode: returns the outputs of all calls for given arguments, without computing them.
+        closed: modules that cannot be cut, and why.
         recipe: creates the weights of a model that was given as a function; None for a built model.
     """
 
     module: nn.Module
     layers: tuple[Layer, ...]
     edges: tuple[tuple[int, int], ...]
-    inputs: tuple[fx.Node, ...]
-    output: Any
-    example_inputs: tuple[Any, ...]
+    training: Recording
+    evaluation: Recording
+    inputs: Arguments
+    modes: Modes
+    notes: Notes
+    device: torch.device
+    shapes: Mapping[bool, Callable[[Sequence[Any], Mapping[str, Any]], Sequence[Sequence[Value]]]]
+    closed: Mapping[str, str] = field(default_factory=dict)
     recipe: ModelRecipe | None = None
 
-
-def values_of(node: fx.Node) -> list[Value | None]:
-    """Return the outputs of a node, leaf by leaf; None for a constant that cannot be sent."""
-    leaves, _ = flatten(node.meta["value"])
-    flags = node.meta["needs_gradient"]
-    layer = node.meta.get("layer", "")
-    found: list[Value | None] = []
-    for index, leaf in enumerate(leaves):
-        name = node.name if len(leaves) == 1 else f"{node.name}#{index}"
-        if isinstance(leaf, torch.Tensor):
-            found.append(Value(name, "tensor", tuple(leaf.shape), leaf.dtype, flags[index], layer))
-        elif isinstance(leaf, torch.Size):
-            found.append(Value(name, "size", (len(leaf),), torch.int64, False, layer))
-        elif isinstance(leaf, bool):
-            found.append(Value(name, "bool", (), torch.int64, False, layer))
-        elif isinstance(leaf, int):
-            found.append(Value(name, "int", (), torch.int64, False, layer))
-        elif isinstance(leaf, float):
-            found.append(Value(name, "float", (), torch.float64, False, layer))
-        else:
-            found.append(None)
-    return found
-
-
-def flatten(value: Any) -> tuple[list[Any], Any]:
-    """Return the leaves and the structure of a nested value; a torch.Size is one leaf."""
-    return tree_flatten(value, is_leaf=lambda each: isinstance(each, torch.Size))
-
-
-def is_input(node: fx.Node) -> bool:
-    """Return whether a node is an argument of the model or an attribute, and so follows no operation."""
-    return node.op in ("placeholder", "get_attr")
-
-
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Return the tensors in nested tuples, lists and dicts."""
-    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
-
-
-def parameters_of(model: nn.Module, node: fx.Node) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters that an operation uses, with their qualified names."""
-    if node.op == "call_module":
-        for inner, parameter in model.get_submodule(str(node.target)).named_parameters():
-            yield f"{node.target}.{inner}", parameter
-    for source in (node, *node.all_input_nodes):
-        if source.op == "get_attr":
-            value = get_attribute(model, str(source.target))
-            if isinstance(value, nn.Parameter):
-                yield str(source.target), value
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the model's arguments."""
+        return list(self.inputs.named())
 
 
 def get_attribute(model: nn.Module, target: str) -> Any:

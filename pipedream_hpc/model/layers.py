@@ -1,123 +1,134 @@
-"""Group the operations of a traced model into layers, which always stay in one stage.
+"""Group the calls of a captured model into layers, which always stay in one stage.
 
-Every operation that is a module, has weights or combines several tensors starts a layer. Cheap operations join the
-layer they follow, and so do operations that only read sizes::
+Every call of a module, of a function with weights or of one that combines several tensors starts a layer. Cheap
+functions join the layer they follow::
 
     conv ── relu ──┬── conv+relu ── conv ──┬── add+relu ── pool
                    └───────────────────────┘
     layers   0  1         2           3           4          5        edges 0-1 1-2 2-3 3-4 1-4 4-5
 
-A layer always ends where a single tensor is live between two operations, so a plain chain has one layer per module.
+A layer always ends where a single tensor is live between two calls, so a plain chain has one layer per module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from itertools import takewhile
 
-import torch
-from torch import fx, nn
+from torch import nn
 
-from pipedream_hpc.model.graph import Layer, is_input, parameters_of, tensors_in, values_of
+from pipedream_hpc.model.graph import Call, Layer, Recording
 
 
 def group_into_layers(
-    model: nn.Module, graph: fx.Graph, flops: Mapping[fx.Node, int]
+    model: nn.Module, recording: Recording, stateful: Collection[str]
 ) -> tuple[tuple[Layer, ...], tuple[tuple[int, int], ...]]:
     """Return the layers in a topological order, and the edges between them.
 
     Args:
-        model: the traced model.
-        graph: its graph, with shapes propagated (see shapes).
-        flops: floating-point operations of every node.
+        model: the captured model.
+        recording: its forward in training mode.
+        stateful: qualified names of modules whose forward changes their state; all calls of such a module are in one
+            layer.
     """
-    groups = _Grouping(graph).run()
-    layers = [_layer(model, nodes, sum(flops[n] for n in nodes), _output_nodes(nodes)) for nodes in groups]
+    groups = _Grouping(recording, stateful).run()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    layers = [_layer(model, recording, calls, parameters) for calls in groups]
+    if layers and recording.returned_parameters:
+        # A weight that the model itself returns is the output stage's, unless a call uses it.
+        used = {id(parameters[name]) for layer in layers for name in layer.parameters}
+        returned = [name for name in recording.returned_parameters if id(parameters[name]) not in used]
+        layers[-1] = _with_parameters(layers[-1], returned, parameters)
     return _with_unique_names(layers), _edges(groups)
 
 
 class _Grouping:
-    """Groups operations into layers, by union-find."""
+    """Groups calls into layers, by union-find."""
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self._nodes = [node for node in graph.nodes if not is_input(node) and node.op != "output"]
-        self._place = {node: index for index, node in enumerate(self._nodes)}
-        self._leader = list(range(len(self._nodes)))  # of each node's group
+    def __init__(self, recording: Recording, stateful: Collection[str]) -> None:
+        self._calls, self._stateful = recording.calls, stateful
+        self._leader = list(range(len(self._calls)))  # of each call's group
+        self._sources = [sorted({number for number, _ in call.sources}) for call in self._calls]
+        self._users: list[list[int]] = [[] for _ in self._calls]
+        for call in self._calls:
+            for source in self._sources[call.number]:
+                self._users[source].append(call.number)
+        self._returned = {number for number, _ in recording.output}
 
-    def run(self) -> list[tuple[fx.Node, ...]]:
-        """Return the operations of every layer, in a topological order of the layers."""
+    def run(self) -> list[tuple[Call, ...]]:
+        """Return the calls of every layer, in a topological order of the layers."""
         self._join_written()
-        blocks = self._blocks()
-        for block in blocks:
+        self._join_stateful()
+        for block in self._blocks():
             self._join_cheap(block)
-        groups: dict[int, list[fx.Node]] = {}
-        for index, node in enumerate(self._nodes):
-            groups.setdefault(self._find(index), []).append(node)
-        return self._ordered([tuple(nodes) for nodes in groups.values()])
+        groups: dict[int, list[Call]] = {}
+        for call in self._calls:
+            groups.setdefault(self._find(call.number), []).append(call)
+        return self._ordered([tuple(calls) for calls in groups.values()])
 
-    def _blocks(self) -> list[list[fx.Node]]:
-        """Return the runs of operations between points where a single float tensor is live."""
+    def _blocks(self) -> list[list[int]]:
+        """Return the runs of calls between points where a single float tensor is live."""
         blocks, current = [], []
-        pending: dict[fx.Node, int] = {}  # live value -> uses still to come
-        for node in self._nodes:
-            for source in node.all_input_nodes:
+        pending: dict[int, int] = {}  # live call -> uses still to come
+        for call in self._calls:
+            for source in self._sources[call.number]:
                 if source in pending:
                     pending[source] -= 1
                     if not pending[source]:
                         del pending[source]
-            pending[node] = len(node.users)
-            current.append(node)
-            value = node.meta["value"]
-            if list(pending) == [node] and isinstance(value, torch.Tensor) and value.is_floating_point():
+            pending[call.number] = len(self._users[call.number]) + (call.number in self._returned)
+            current.append(call.number)
+            single = len(call.values) == 1 and call.values[0].dtype.is_floating_point
+            if list(pending) == [call.number] and single:
                 blocks.append(current)
                 current = []
         return [*blocks, current] if current else blocks
 
-    def _join_cheap(self, block: list[fx.Node]) -> None:
-        computing = [node for node in block if _moves_data(node)]
-        if len(computing) == 1:
-            self._join(block)
-            return
-        for node in block:
-            sources = [source for source in node.all_input_nodes if not is_input(source)]
-            if not sources:
-                # Made of arguments and constants only: it joins its first user.
-                user = min((self._place[user] for user in node.users if user in self._place), default=None)
-                if not _moves_data(node) or not any(s.op == "placeholder" for s in node.all_input_nodes):
-                    self._join([node, self._nodes[user]] if user is not None else [node])
-                continue
-            tensors = [source for source in sources if tensors_in(source.meta["value"])]
-            if not _moves_data(node):
-                self._join([node, (tensors or sources)[-1]])
-            elif len(tensors) == 1 and _is_cheap(node) and self._only_follower(node, tensors[0]):
-                self._join([node, tensors[0]])
-
-    def _only_follower(self, node: fx.Node, source: fx.Node) -> bool:
-        """Return whether `node` is the only user of `source`, besides operations that only read sizes."""
-        return all(user is node or not _moves_data(user) for user in source.users if user.op != "output")
+    def _join_cheap(self, block: list[int]) -> None:
+        if len(block) == 1:
+            return  # between two single tensors: a layer of its own
+        for number in block:
+            call, sources = self._calls[number], self._sources[number]
+            if sources and not self._users[number] and number not in self._returned:
+                self._join([number, sources[-1]])  # only its shape is used
+            elif not sources:
+                # Made of weights and constants only: it joins its first user.
+                if call.module is None and not call.takes_inputs and self._users[number]:
+                    self._join([number, self._users[number][0]])
+            elif len(sources) == 1 and _is_cheap(call) and self._users[sources[0]] == [number]:
+                self._join([number, sources[0]])
 
     def _join_written(self) -> None:
-        """Join the operations that read a tensor before and after it is written in place.
+        """Join the calls that read a tensor before and after it is written in place.
 
-        This is not needed where every operation has a single user: then no one can observe the difference.
+        This is not needed where every call has a single user: then no one can observe the difference.
         """
-        writers = [node for node in self._nodes if node.meta["writes"]]
-        for writer in writers:
-            for memory in writer.meta["writes"]:
-                seen = [node for node in self._nodes[: self._place[writer]] if memory in node.meta["memory"]]
-                if any(len(node.users) > 1 for node in seen):
-                    first = self._place[seen[0]]
-                    self._join(self._nodes[first : self._place[writer] + 1])
+        for writer in self._calls:
+            for memory in writer.writes:
+                seen = [call.number for call in self._calls[: writer.number] if memory in call.memory]
+                if any(len(self._users[number]) > 1 for number in seen):
+                    self._join(range(seen[0], writer.number + 1))
 
-    def _ordered(self, groups: list[tuple[fx.Node, ...]]) -> list[tuple[fx.Node, ...]]:
+    def _join_stateful(self) -> None:
+        """Join all calls of a module whose forward changes its state: the state is in one stage."""
+        calls_of: dict[str, list[int]] = {}
+        for call in self._calls:
+            if call.module is not None and call.name in self._stateful:
+                calls_of.setdefault(call.name, []).append(call.number)
+        for numbers in calls_of.values():
+            if len(numbers) > 1:
+                self._join(range(numbers[0], numbers[-1] + 1))
+
+    def _ordered(self, groups: list[tuple[Call, ...]]) -> list[tuple[Call, ...]]:
         """Return the groups in a topological order; groups that need each other are merged until there is one."""
         while True:
-            of = {node: index for index, nodes in enumerate(groups) for node in nodes}
+            of = {call.number: index for index, calls in enumerate(groups) for call in calls}
             needs: list[set[int]] = [set() for _ in groups]
-            for node in self._nodes:
-                needs[of[node]].update(of[s] for s in node.all_input_nodes if s in of and of[s] != of[node])
+            for call in self._calls:
+                needs[of[call.number]].update(of[s] for s in self._sources[call.number] if of[s] != of[call.number])
             order: list[int] = []
-            left = sorted(range(len(groups)), key=lambda index: self._place[groups[index][0]])
+            left = sorted(range(len(groups)), key=lambda index: groups[index][0].number)
             while left:
                 free = next((index for index in left if not needs[index] & set(left)), None)
                 if free is None:
@@ -126,7 +137,7 @@ class _Grouping:
                 order.append(free)
             if not left:
                 return [groups[index] for index in order]
-            together = sorted((node for index in left for node in groups[index]), key=self._place.__getitem__)
+            together = sorted((call for index in left for call in groups[index]), key=lambda call: call.number)
             groups = [groups[index] for index in order] + [tuple(together)]
 
     def _find(self, index: int) -> int:
@@ -135,8 +146,8 @@ class _Grouping:
             index = self._leader[index]
         return index
 
-    def _join(self, nodes: Sequence[fx.Node]) -> None:
-        first, *others = (self._find(self._place[node]) for node in nodes)
+    def _join(self, numbers: Sequence[int]) -> None:
+        first, *others = (self._find(number) for number in numbers)
         for other in others:
             self._leader[self._find(other)] = first = self._find(first)
 
@@ -148,82 +159,73 @@ _CHEAP = frozenset(
         *("softmax", "log_softmax", "dropout", "masked_fill", "masked_fill_", "neg", "exp", "log", "sqrt", "rsqrt"),
         *("add", "sub", "mul", "div", "truediv", "pow", "mean", "sum", "float", "to", "type_as", "clone", "detach"),
         *("view", "reshape", "flatten", "permute", "transpose", "t", "contiguous", "squeeze", "unsqueeze", "expand"),
-        *("chunk", "split", "getitem"),
+        *("chunk", "split", "getitem", "iadd", "imul", "add_", "mul_", "radd", "rmul", "rsub"),
     )
 )
 
 
-def _is_cheap(node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return False
-    return not any(source.op == "get_attr" for source in node.all_input_nodes) and _function_name(node) in _CHEAP
+def _is_cheap(call: Call) -> bool:
+    return call.module is None and not call.parameters and call.kind in _CHEAP
 
 
-def _function_name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", str(node.target))
-
-
-def _moves_data(node: fx.Node) -> bool:
-    """Return whether an operation produces tensors; the others select one of several, or read sizes."""
-    if not tensors_in(node.meta["value"]):
-        return False
-    picks = node.op == "call_function" and _function_name(node) == "getitem"
-    return not (picks and any(not isinstance(s.meta["value"], torch.Tensor) for s in node.all_input_nodes[:1]))
-
-
-def _edges(groups: Sequence[tuple[fx.Node, ...]]) -> tuple[tuple[int, int], ...]:
-    of = {node: index for index, nodes in enumerate(groups) for node in nodes}
+def _edges(groups: Sequence[tuple[Call, ...]]) -> tuple[tuple[int, int], ...]:
+    of = {call.number: index for index, calls in enumerate(groups) for call in calls}
     pairs = {
-        (of[source], of[node])
-        for node in of
-        for source in node.all_input_nodes
-        if source in of and of[source] != of[node]
+        (of[source], index)
+        for index, calls in enumerate(groups)
+        for call in calls
+        for source, _ in call.sources
+        if of[source] != index
     }
     return tuple(sorted(pairs))
 
 
-def _output_nodes(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """Return the operations of a layer that other layers or the model's output use."""
-    own = set(nodes)
-    return [node for node in nodes if any(user not in own for user in node.users)]
-
-
-def _layer(model: nn.Module, nodes: tuple[fx.Node, ...], flops: int, outputs: list[fx.Node]) -> Layer:
-    modules = [str(node.target) for node in nodes if node.op == "call_module"]
-    anchor = next((node for node in nodes if _moves_data(node)), nodes[-1])
+def _layer(model: nn.Module, recording: Recording, calls: tuple[Call, ...], named: Mapping[str, nn.Parameter]) -> Layer:
+    modules = [call.name for call in calls if call.module is not None]
     if len(modules) == 1:
         name, kind = modules[0], type(model.get_submodule(modules[0])).__name__
+        name = name or kind
     else:
         # A block is named after the deepest module that contains all of it, a function after itself.
         columns = zip(*(target.split(".") for target in modules), strict=False)
         prefix = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, columns)]
-        name = ".".join(prefix) or anchor.name
-        kind = type(model.get_submodule(name)).__name__ if prefix else anchor.name.rstrip("_0123456789")
-    parameters = {name: parameter for node in nodes for name, parameter in parameters_of(model, node)}
-    values = [value for node in outputs for value in values_of(node) if value is not None]
-    tensors = [value for value in values if value.kind == "tensor"]
-    single = tensors[0] if len(tensors) == 1 else None
-    return Layer(
+        name = ".".join(prefix) or calls[0].name
+        kind = type(model.get_submodule(name)).__name__ if prefix else calls[0].kind
+    own = {call.number for call in calls}
+    shown = {key for call in recording.calls if call.number not in own for key in call.sources if key[0] in own}
+    shown.update(key for key in recording.output if key[0] in own)
+    values = [recording.value(key) for key in sorted(shown)]
+    single = values[0] if len(values) == 1 else None
+    layer = Layer(
         name=name,
         kind=kind,
-        nodes=nodes,
-        parameters=tuple(parameters),
-        parameter_bytes=sum(p.nbytes for p in {id(p): p for p in parameters.values()}.values() if p.requires_grad),
-        output_bytes=sum(value.nbytes for value in tensors),
+        calls=calls,
+        parameters=(),
+        parameter_bytes=0,
+        output_bytes=sum(value.nbytes for value in values),
         output_shape=None if single is None else single.shape,
         output_dtype=None if single is None else single.dtype,
-        flops=flops,
+        flops=sum(call.flops for call in calls),
     )
+    return _with_parameters(layer, [name for call in calls for name in call.parameters], named)
+
+
+def _with_parameters(layer: Layer, names: Sequence[str], named: Mapping[str, nn.Parameter]) -> Layer:
+    """Return the layer with these parameters as well."""
+    every = tuple(dict.fromkeys([*layer.parameters, *names]))
+    distinct = {id(named[name]): named[name] for name in every}
+    nbytes = sum(parameter.nbytes for parameter in distinct.values() if parameter.requires_grad)
+    return dataclasses.replace(layer, parameters=every, parameter_bytes=nbytes)
 
 
 def _with_unique_names(layers: list[Layer]) -> tuple[Layer, ...]:
     """Number the layers of a module that is called more than once, as in `fc@2`."""
     seen: dict[str, int] = {}
+    named = []
     for layer in layers:
-        name = layer.name
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] > 1:
-            object.__setattr__(layer, "name", f"{name}@{seen[name]}")
-        for node in layer.nodes:
-            node.meta["layer"] = layer.name
-    return tuple(layers)
+        seen[layer.name] = seen.get(layer.name, 0) + 1
+        name = layer.name if seen[layer.name] == 1 else f"{layer.name}@{seen[layer.name]}"
+        for call in layer.calls:
+            call.values = tuple(dataclasses.replace(value, layer=name) for value in call.values)
+        named.append(dataclasses.replace(layer, name=name))
+    return tuple(named)

@@ -1,7 +1,7 @@
 """Partition a captured model into stages.
 
-The module of a stage takes those arguments of the model that it uses and the values it gets from earlier stages. It
-returns the values that later stages use; the last stage also returns the model's output::
+The module of a stage takes the model's arguments and the values it gets from earlier stages. It returns the values
+that later stages use; the last stage also returns the model's output::
 
     input ──► stage 0 ──┬── a ──► stage 1 ──── b ────► stage 2 ──► output
                         └────────────── a ──────────────┘
@@ -17,72 +17,18 @@ version per minibatch.
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import torch
-from torch import fx, nn
-from torch.utils._pytree import tree_unflatten
+from torch import nn
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.graph import (
-    LayerGraph,
-    Value,
-    flatten,
-    get_attribute,
-    is_input,
-    parameters_of,
-    values_of,
-)
-from pipedream_hpc.model.randomness import RANDOM
+from pipedream_hpc.model.graph import Call, Key, LayerGraph, Recording, Value
+from pipedream_hpc.model.stage_module import StageModule
 from pipedream_hpc.planning.plan import Edge
 
-
-@dataclass(frozen=True)
-class StageModule:
-    """The module of one stage, and what it takes and returns.
-
-    Attributes:
-        module: takes the inputs, then the stage inputs (use `run`); returns a tuple of the stage outputs, followed by
-            the model's output in the last stage.
-        inputs: numbers of the model's arguments that the stage takes.
-        stage_inputs: (source stage, value) for every value from an earlier stage, by stage, then in model order.
-        stage_outputs: values that later stages use, in model order.
-        is_last: whether it is the last stage, which returns the model's output.
-        written_inputs: positions among inputs and stage inputs that the stage writes into in place.
-        borrowed_weights: position of a stage input that is a weight of another stage -> the (parameter dict, name)
-            pairs under which the modules of this stage hold it.
-    """
-
-    module: fx.GraphModule
-    inputs: tuple[int, ...]
-    stage_inputs: tuple[tuple[int, Value], ...]
-    stage_outputs: tuple[Value, ...]
-    is_last: bool
-    written_inputs: frozenset[int]
-    borrowed_weights: dict[int, tuple[tuple[dict[str, Any], str], ...]] = field(default_factory=dict)
-
-    def run(self, arguments: Sequence[Any], call: Callable[..., Any] | None = None) -> tuple[Any, ...]:
-        """Call the module; its submodules hold the borrowed weights during the call.
-
-        Args:
-            arguments: the inputs, then the stage inputs.
-            call: called instead of the module, such as a compiled form of it.
-        """
-        for position, holders in self.borrowed_weights.items():
-            for parameters, name in holders:
-                parameters[name] = arguments[position]
-        try:
-            returned: tuple[Any, ...] = (self.module if call is None else call)(*arguments)
-        finally:
-            for holders in self.borrowed_weights.values():
-                for parameters, name in holders:
-                    parameters[name] = None
-        return returned
+#: What crosses a boundary: a tensor of the graph, or a weight by its qualified name.
+Crossing = Key | str
 
 
 class Partition:
@@ -93,6 +39,7 @@ class Partition:
         stages: the layer numbers of every stage.
 
     Attributes:
+        graph: the captured model.
         edges: the values that are sent over every edge between two stages.
 
     Raises:
@@ -100,68 +47,89 @@ class Partition:
     """
 
     def __init__(self, graph: LayerGraph, stages: Sequence[Sequence[int]]) -> None:
-        self._graph, self._last = graph, len(stages) - 1
-        self._stage_of = self._assign_nodes(stages)
-        self._order = {node: i for i, node in enumerate(n for layer in graph.layers for n in layer.nodes)}
-        self._owner, self._users = self._assign_weights()
-        self._crossing = self._find_crossing()
-        self.edges: dict[Edge, tuple[Value, ...]] = {}
-        for edge, nodes in sorted(self._crossing.items()):
-            self.edges[edge] = tuple(value for node in self._in_order(nodes) for value in self._values(node))
+        self.graph, self._last = graph, len(stages) - 1
+        stage_of_layer = self._assign_layers(stages)
+        of_call = {call.number: stage_of_layer[n] for n, layer in enumerate(graph.layers) for call in layer.calls}
+        self._stage_of = {True: [of_call[call.number] for call in graph.training.calls]}
+        self._first_names = _first_names(graph.module)
+        self._home = self._assign_weights(stage_of_layer)
+        self._stage_of[False] = self._assign_evaluation()
+        self._crossing = {
+            mode: self._find_crossing(self._recording(mode), self._stage_of[mode]) for mode in (True, False)
+        }
+        self._check_evaluation()
+        self.edges: dict[Edge, tuple[Value, ...]] = {
+            edge: tuple(self._value(each, True) for each in crossing)
+            for edge, crossing in sorted(self._crossing[True].items())
+        }
 
-    def stage_module(self, stage: int, *, isolated: bool = True) -> StageModule:
-        """Create the module of a stage.
+    def stage_module(self, stage: int, *, whole: bool = True) -> StageModule:
+        """Create the module of a stage, of the modules of the user's model.
 
         Args:
             stage: number of the stage.
-            isolated: copy module objects and buffers; otherwise use those of the model.
+            whole: keep modules whole in which no boundary lies; otherwise open all that can be opened.
         """
-        return _Builder(self, stage, isolated).build()
+        return StageModule(self, stage, whole=whole)
 
     def parameters(self, stage: int) -> list[str]:
         """Return the qualified names of the weights that belong to a stage, each under its first name."""
-        first: dict[int, str] = {}
-        for layer in self._graph.layers:
-            for node in layer.nodes:
-                for name, parameter in parameters_of(self._graph.module, node):
-                    first.setdefault(id(parameter), name)
-        return [name for key, name in first.items() if self._owner[key][0] == stage]
+        return [name for name, home in self._home.items() if home == stage]
 
-    # -- used by _Builder ----------------------------------------------
+    # -- used to build stage modules ---------------------------------------------------------------------------------
 
-    @property
-    def graph(self) -> LayerGraph:
-        return self._graph
+    def first_name(self, name: str) -> str:
+        """Return the first name of a weight that may have several."""
+        return self._first_names[name]
 
-    def nodes(self, stage: int) -> list[fx.Node]:
-        """Return the operations of a stage, in model order."""
-        return [n for layer in self._graph.layers for n in layer.nodes if self._stage_of[n] == stage]
+    def stage_of(self, training: bool) -> list[int]:
+        """Return the stage of every call, in training or in evaluation mode."""
+        return self._stage_of[training]
 
-    def nodes_received(self, stage: int) -> list[tuple[int, fx.Node]]:
-        """Return (source stage, operation or weight) for everything that a stage receives."""
+    def received(self, stage: int, training: bool) -> list[tuple[int, Crossing]]:
+        """Return (source stage, what) for everything that a stage receives in training, and may receive here."""
         return [
-            (edge.source, node)
-            for edge, nodes in sorted(self._crossing.items())
+            (edge.source, each)
+            for edge, crossing in sorted(self._crossing[training].items())
             if edge.target == stage
-            for node in self._in_order(nodes)
+            for each in crossing
         ]
 
-    def nodes_sent(self, stage: int) -> list[fx.Node]:
-        """Return the operations and weights of a stage that later stages use."""
-        return self._in_order({n for edge, nodes in self._crossing.items() if edge.source == stage for n in nodes})
+    def sent(self, stage: int) -> list[Crossing]:
+        """Return what a stage sends to later stages in training."""
+        return _in_order(
+            {each for edge, found in self._crossing[True].items() if edge.source == stage for each in found}
+        )
+
+    def keys_of(self, crossing: Sequence[Crossing], training: bool) -> dict[Key, int]:
+        """Return the positions in `crossing`, what crosses in training, by the tensors of one mode's recording."""
+        position = {self.value(each).name: index for index, each in enumerate(crossing) if not isinstance(each, str)}
+        return {
+            (call.number, index): position[value.name]
+            for call in self._recording(training).calls
+            for index, value in enumerate(call.values)
+            if value.name in position
+        }
+
+    def home(self, name: str) -> int | None:
+        """Return the stage that a weight belongs to, by its first name; None if no call uses it."""
+        return self._home.get(name)
 
     def is_last(self, stage: int) -> bool:
         return stage == self._last
 
-    def owner_of(self, parameter: nn.Parameter) -> tuple[int, fx.Node | None]:
-        """Return the stage a weight belongs to, and the node that represents it where it is sent."""
-        return self._owner[id(parameter)]
+    def value(self, what: Crossing) -> Value:
+        """Return shape and dtype of what crosses a boundary in training."""
+        return self._value(what, True)
 
-    # ------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------------------------
 
-    def _assign_nodes(self, stages: Sequence[Sequence[int]]) -> dict[fx.Node, int]:
-        """Return the stage of every operation, after checking the stages."""
-        layers = self._graph.layers
+    def _recording(self, training: bool) -> Recording:
+        return self.graph.training if training else self.graph.evaluation
+
+    def _assign_layers(self, stages: Sequence[Sequence[int]]) -> dict[int, int]:
+        """Return the stage of every layer, after checking the stages."""
+        layers = self.graph.layers
         stage_of: dict[int, int] = {}
         for stage, numbers in enumerate(stages):
             for number in numbers:
@@ -171,56 +139,68 @@ class Partition:
         missing = [layer.name for number, layer in enumerate(layers) if number not in stage_of]
         if missing:
             raise PipedreamError(f"no stage has layer '{missing[0]}'")
-        for producer, consumer in self._graph.edges:
+        for producer, consumer in self.graph.edges:
             if stage_of[producer] > stage_of[consumer]:
                 raise PipedreamError(
                     f"layer '{layers[consumer].name}' in stage {stage_of[consumer]} needs layer "
                     f"'{layers[producer].name}', which is in the later stage {stage_of[producer]}"
                 )
-        return {node: stage_of[number] for number, layer in enumerate(layers) for node in layer.nodes}
+        return stage_of
 
-    def _assign_weights(self) -> tuple[dict[int, tuple[int, fx.Node | None]], dict[int, set[int]]]:
-        """Return the owner of every weight, and the stages that use it; both by the identity of the parameter."""
-        owner: dict[int, tuple[int, fx.Node | None]] = {}
-        users: dict[int, set[int]] = defaultdict(set)
-        names: dict[int, str] = {}
-        for layer in self._graph.layers:
-            for node in layer.nodes:
-                for name, parameter in parameters_of(self._graph.module, node):
-                    users[id(parameter)].add(self._stage_of[node])
-                    names.setdefault(id(parameter), name)
-        scratch = fx.Graph()
-        for key, stages in users.items():
-            weight: fx.Node | None = None
-            if len(stages) > 1:
-                weight = scratch.get_attr(names[key])
-                parameter = get_attribute(self._graph.module, names[key])
-                weight.meta.update(
-                    value=parameter.detach().to("meta"),
-                    needs_gradient=[parameter.requires_grad],
-                    layer=names[key],
-                    memory=set(),
-                )
-                self._stage_of[weight] = min(stages)
-                self._order[weight] = -len(names) + len(owner)  # weights come first
-            owner[key] = (min(stages), weight)
-        return owner, users
+    def _assign_weights(self, stage_of_layer: Mapping[int, int]) -> dict[str, int]:
+        """Return the stage that every weight belongs to, by the first name: the first stage that uses it."""
+        home: dict[str, int] = {}
+        for number, layer in enumerate(self.graph.layers):
+            for name in layer.parameters:
+                first = self._first_names[name]
+                home[first] = min(home.get(first, stage_of_layer[number]), stage_of_layer[number])
+        return home
 
-    def _find_crossing(self) -> dict[Edge, set[fx.Node]]:
-        """Return the operations and weights that cross every edge."""
-        crossing: dict[Edge, set[fx.Node]] = defaultdict(set)
-        for layer in self._graph.layers:
-            for node in layer.nodes:
-                for source in node.all_input_nodes:
-                    if not is_input(source) and self._stage_of[source] != self._stage_of[node]:
-                        crossing[Edge(self._stage_of[source], self._stage_of[node])].add(source)
-        for source in returned_nodes(self._graph.output):
-            if not is_input(source) and self._stage_of[source] != self._last:
-                crossing[Edge(self._stage_of[source], self._last)].add(source)
-        for key, (home, weight) in self._owner.items():
-            for stage in self._users[key] - {home}:
-                assert weight is not None
-                crossing[Edge(home, stage)].add(weight)
+    def _assign_evaluation(self) -> list[int]:
+        """Return the stage of every call in evaluation mode: that of the same call in training."""
+        training, evaluation = self.graph.training.calls, self.graph.evaluation.calls
+        if len(training) == len(evaluation) and all(map(_same_call, training, evaluation)):
+            return self._stage_of[True]
+        numbered: dict[tuple[str, int], int] = {}
+        counts: dict[str, int] = defaultdict(int)
+        for call in training:
+            if call.module is not None:
+                numbered[call.name, counts[call.name]] = self._stage_of[True][call.number]
+                counts[call.name] += 1
+        counts.clear()
+        stages: list[int] = []
+        for call in evaluation:
+            needed = [stages[number] for number, _ in call.sources]
+            needed += [
+                self._home[self._first_names[name]] for name in call.parameters if self._first_names[name] in self._home
+            ]
+            stage = max(needed, default=0)
+            if call.module is not None:
+                same = numbered.get((call.name, counts[call.name]))
+                counts[call.name] += 1
+                stage = stage if same is None else max(stage, same)
+            stages.append(stage)
+        return stages
+
+    def _find_crossing(self, recording: Recording, stage_of: Sequence[int]) -> dict[Edge, list[Crossing]]:
+        """Return what crosses every edge, in the order of the message: weights first."""
+        crossing: dict[Edge, set[Crossing]] = defaultdict(set)
+        for call in recording.calls:
+            stage = stage_of[call.number]
+            for key in call.sources:
+                if stage_of[key[0]] != stage:
+                    crossing[Edge(stage_of[key[0]], stage)].add(key)
+            for name in call.parameters:
+                home = self._home.get(self._first_names[name], stage)
+                if home != stage:
+                    crossing[Edge(home, stage)].add(self._first_names[name])
+        for key in recording.output:
+            if stage_of[key[0]] != self._last:
+                crossing[Edge(stage_of[key[0]], self._last)].add(key)
+        for name in recording.returned_parameters:
+            home = self._home.get(self._first_names[name], self._last)
+            if home != self._last:
+                crossing[Edge(home, self._last)].add(self._first_names[name])
         # Every stage has an edge from an earlier stage and an edge to a later one, even if no tensor crosses it:
         # schedules order the stages by their messages.
         for stage in range(1, self._last + 1):
@@ -229,190 +209,70 @@ class Partition:
         for stage in range(self._last):
             if not any(edge.source == stage for edge in crossing):
                 crossing[Edge(stage, stage + 1)] = set()
-        return dict(crossing)
+        return {edge: _in_order(found) for edge, found in crossing.items()}
 
-    def _in_order(self, nodes: set[fx.Node]) -> list[fx.Node]:
-        return sorted(nodes, key=lambda node: (self._order.get(node, -1), node.name))
-
-    def _values(self, node: fx.Node) -> list[Value]:
-        return [value for value in values_of(node) if value is not None]
-
-
-class _Builder:
-    """Creates the module of one stage."""
-
-    def __init__(self, partition: Partition, stage: int, isolated: bool) -> None:
-        self._partition, self._stage = partition, stage
-        self._root = _isolated_copy(partition.graph.module) if isolated else partition.graph.module
-        self._graph = fx.Graph()
-        self._copies: dict[fx.Node, Any] = {}
-
-    def build(self) -> StageModule:
-        partition, graph = self._partition, self._graph
-        is_last = partition.is_last(self._stage)
-        nodes = partition.nodes(self._stage)
-        returned = returned_nodes(partition.graph.output) if is_last else []
-        used = {source for node in nodes for source in node.all_input_nodes} | set(returned)
-        inputs = tuple(index for index, node in enumerate(partition.graph.inputs) if node in used)
-        memories: list[set[int]] = []
-        for index in inputs:
-            node = partition.graph.inputs[index]
-            self._copies[node] = graph.placeholder(node.name)
-            memories.append(node.meta["memory"])
-        stage_inputs, weights = self._add_stage_inputs(memories, len(inputs))
-        for node in nodes:
-            self._copies[node] = graph.node_copy(node, self._copy_of)
-        self._mark_random_functions(nodes)
-        stage_outputs, sent = self._add_stage_outputs()
-        output = (fx.map_arg(partition.graph.output, self._copy_of),) if is_last else ()
-        graph.output((*sent, *output))
-        module = fx.GraphModule(self._root, graph)
-        borrowed = {position: self._take_holders(module, node) for position, node in weights.items()}
-        written = {memory for node in nodes for memory in node.meta["writes"]}
-        written_inputs = frozenset(position for position, memory in enumerate(memories) if memory & written)
-        return StageModule(module, inputs, tuple(stage_inputs), tuple(stage_outputs), is_last, written_inputs, borrowed)
-
-    def _copy_of(self, node: fx.Node) -> Any:
-        """Return the copy of a node in the graph of this stage."""
-        if node.op == "get_attr" and node not in self._copies:
-            # The operations of an earlier stage have fetched this weight; fetch it here, or take the one received.
-            value = get_attribute(self._partition.graph.module, str(node.target))
-            if isinstance(value, nn.Parameter):
-                home, sent = self._partition.owner_of(value)
-                if sent is not None and home != self._stage:
-                    return self._copies[sent]
-            self._copies[node] = self._graph.get_attr(str(node.target))
-        return self._copies[node]
-
-    def _add_stage_inputs(
-        self, memories: list[set[int]], position: int
-    ) -> tuple[list[tuple[int, Value]], dict[int, fx.Node]]:
-        """Add a placeholder for every received value; return the values, and the weights by position.
-
-        Args:
-            memories: storages of the arguments so far; those of the stage inputs are appended.
-            position: number of arguments so far.
-        """
-        graph = self._graph
-        stage_inputs: list[tuple[int, Value]] = []
-        weights: dict[int, fx.Node] = {}
-        for source, node in self._partition.nodes_received(self._stage):
-            copies: list[Any] = []
-            leaves, structure = flatten(node.meta["value"])
-            for leaf, value in zip(leaves, values_of(node), strict=True):
-                if value is None:
-                    copies.append(leaf)
+    def _check_evaluation(self) -> None:
+        """Refuse a model that passes more between its stages in evaluation than in training."""
+        if self._stage_of[False] is self._stage_of[True]:
+            return
+        for edge, found in self._crossing[False].items():
+            if edge.source > edge.target:
+                raise self._evaluation_error(found[0], edge)
+            for each in found:
+                if isinstance(each, str):
                     continue
-                if node.op == "get_attr":
-                    weights[position] = node
-                received: Any = graph.placeholder(f"from_{source}_{value.name}".replace("#", "_").replace(".", "_"))
-                stage_inputs.append((source, value))
-                memories.append(node.meta["memory"])
-                position += 1
-                if value.kind != "tensor":
-                    received = graph.call_function(_from_tensor, (received, value.kind))
-                copies.append(received)
-            single = len(copies) == 1 and leaves[0] is node.meta["value"]
-            self._copies[node] = copies[0] if single else graph.call_function(_unflatten(structure), tuple(copies))
-        return stage_inputs, weights
+                if self._in_training(edge, each) is None:
+                    raise self._evaluation_error(each, edge)
 
-    def _add_stage_outputs(self) -> tuple[list[Value], list[fx.Node]]:
-        """Return the values that are sent, and the nodes of this stage's graph that compute them."""
-        graph, stage_outputs, sent = self._graph, [], []
-        for node in self._partition.nodes_sent(self._stage):
-            here = self._copy_of(node)
-            leaves, _ = flatten(node.meta["value"])
-            single = len(leaves) == 1 and leaves[0] is node.meta["value"]
-            items = None if single else graph.call_function(_leaves, (here,))
-            for index, value in enumerate(values_of(node)):
-                if value is None:
-                    continue
-                item = here if items is None else graph.call_function(operator.getitem, (items, index))
-                if value.kind != "tensor":
-                    item = graph.call_function(_to_tensor, (item, value.kind))
-                stage_outputs.append(value)
-                sent.append(item)
-        return stage_outputs, sent
+    def _in_training(self, edge: Edge, what: Crossing) -> Crossing | None:
+        """Return what crosses `edge` in training in place of what crosses it in evaluation."""
+        if isinstance(what, str):
+            return what if what in self._crossing[True].get(edge, ()) else None
+        name = self.graph.evaluation.value(what).name
+        for each in self._crossing[True].get(edge, ()):
+            if not isinstance(each, str) and self.graph.training.value(each).name == name:
+                return each
+        return None
 
-    def _take_holders(self, module: fx.GraphModule, node: fx.Node) -> tuple[tuple[dict[str, Any], str], ...]:
-        """Find where this stage's modules hold a weight of another stage, and set these places to None."""
-        weight = get_attribute(self._partition.graph.module, str(node.target))
-        found = []
-        for owner in module.modules():
-            for name, parameter in owner._parameters.items():
-                if parameter is weight:
-                    found.append((owner._parameters, name))
-        for parameters, name in found:
-            parameters[name] = None
-        return tuple(found)
+    def _evaluation_error(self, what: Crossing, edge: Edge) -> PipedreamError:
+        name = what if isinstance(what, str) else self.graph.evaluation.value(what).name
+        return PipedreamError(
+            f"in evaluation mode the model needs '{name}' of stage {edge.source} in stage {edge.target}, but not in "
+            "training: keep the module that differs whole with TrainConfig(leaf_modules=[its class]), or cut elsewhere"
+        )
 
-    def _mark_random_functions(self, nodes: Sequence[fx.Node]) -> None:
-        """Store the name in the whole model on every function that draws random numbers."""
-        for node in nodes:
-            if node.op == "call_function" and getattr(node.target, "__name__", "") in RANDOM:
-                self._copies[node].meta["random"] = node.name
+    def _value(self, what: Crossing, training: bool) -> Value:
+        if not isinstance(what, str):
+            return self._recording(training).value(what)
+        parameter = _parameter(self.graph.module, what)
+        return Value(what, tuple(parameter.shape), parameter.dtype, parameter.requires_grad, what)
 
 
-def returned_nodes(returned: Any) -> list[fx.Node]:
-    """Return the operations in the return value of a model."""
-    found: list[fx.Node] = []
-
-    def note(node: fx.Node) -> fx.Node:
-        found.append(node)
-        return node
-
-    fx.map_arg(returned, note)
-    return found
-
-
-def _isolated_copy(model: nn.Module) -> nn.Module:
-    """Copy the module objects and buffers; the parameters stay those of the model."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    return copy.deepcopy(model, memo)
-
-
-def _leaves(value: Any) -> list[Any]:
-    return flatten(value)[0]
-
-
-def _unflatten(structure: Any) -> Callable[..., Any]:
-    def rebuild(*leaves: Any) -> Any:
-        return tree_unflatten(list(leaves), structure)
-
-    return rebuild
-
-
-def _to_tensor(value: Any, kind: str) -> torch.Tensor:
-    return torch.tensor(
-        list(value) if kind == "size" else value, dtype=torch.float64 if kind == "float" else torch.int64
+def _same_call(one: Call, other: Call) -> bool:
+    return (one.name, one.module, one.sources, one.parameters) == (
+        other.name,
+        other.module,
+        other.sources,
+        other.parameters,
     )
 
 
-def _from_tensor(tensor: torch.Tensor, kind: str) -> Any:
-    """Return the number or torch.Size that was sent as a tensor."""
-    if kind == "size":
-        return torch.Size(tensor.tolist())
-    return {"int": int, "float": float, "bool": bool}[kind](tensor.item())
+def _in_order(found: set[Crossing]) -> list[Crossing]:
+    names = sorted(each for each in found if isinstance(each, str))
+    return [*names, *sorted(each for each in found if not isinstance(each, str))]
 
 
-def writable(leaf: torch.Tensor) -> torch.Tensor:
-    """Return an alias of `leaf` that a stage may write into; see _WritableAlias."""
-    alias: torch.Tensor = _WritableAlias.apply(leaf)  # type: ignore[no-untyped-call, unused-ignore]
-    return alias
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Return the first name of every parameter by each of its names."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
 
 
-class _WritableAlias(torch.autograd.Function):
-    """Lets a stage write into its input in place.
-
-    A stage input is a leaf, so that its gradient can be sent back, and autograd forbids writing into leaves and their
-    views. The alias is an ordinary tensor over the same memory. Backward is the identity.
-    """
-
-    @staticmethod
-    def forward(ctx: object, leaf: torch.Tensor) -> torch.Tensor:
-        alias = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
-        return alias.set_(leaf.untyped_storage(), leaf.storage_offset(), leaf.shape, leaf.stride())
-
-    @staticmethod
-    def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    owner, _, key = name.rpartition(".")
+    found = model.get_submodule(owner)._parameters[key]
+    assert found is not None
+    return found

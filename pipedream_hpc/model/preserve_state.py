@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +15,12 @@ from pipedream_hpc.model.randomness import preserve_rng_state
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Run the block in training mode, then restore modes, borrowed weights, gradients, buffers and generators."""
-    modes = {module: module.training for module in model.modules()}
-    held = {module: dict(module._parameters) for module in model.modules()}
+    """Run the block in training mode, then restore the model and the generators.
+
+    Modes, weights that modules refer to, gradients, buffers, attributes and hooks are as they were.
+    """
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    kept = ModuleState(model)
     with preserve_rng_state(_device_of(model)):
         try:
             model.train()
@@ -25,15 +28,84 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
                 parameter.grad = None
             yield
         finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for module, parameters in held.items():
-                module._parameters.update(parameters)
+            kept.restore()
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
-            with torch.no_grad():
-                for buffer, before in buffers.items():
-                    buffer.copy_(before)
+
+
+#: Attributes of a module whose contents are restored: of all others the object itself is.
+_CONTAINERS = (dict, list, set)
+
+
+class ModuleState:
+    """All that the modules of a model hold, and the values of their buffers.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = dict(model.named_modules())
+        self._attributes = {name: dict(vars(module)) for name, module in self._modules.items()}
+        # Hooks, buffers, weights and the like are in containers of the module.
+        self._contents = [
+            (value, copy.copy(value))
+            for attributes in self._attributes.values()
+            for key, value in attributes.items()
+            if isinstance(value, _CONTAINERS) and (key.startswith("_") or not isinstance(value, nn.Module))
+        ]
+        self._values = {
+            id(buffer): (name, buffer, buffer.clone(), _version(buffer))
+            for name, buffer in model.named_buffers()
+            if not buffer.is_meta
+        }
+
+    def changed_attributes(self) -> dict[str, dict[str, Any]]:
+        """Return the attributes that have been set since, by module, with what they were before."""
+        changed = {}
+        for name, module in self._modules.items():
+            before = self._attributes[name]
+            found = {
+                key: before[key] for key, value in vars(module).items() if key in before and before[key] is not value
+            }
+            found.pop("_compiled_call_impl", None)
+            if found:
+                changed[name] = found
+        return changed
+
+    def changed_buffers(self) -> set[str]:
+        """Return the names of buffers that have been written or replaced since."""
+        written = {name for name, buffer, _, version in self._values.values() if _version(buffer) != version}
+        for name, module in self._modules.items():
+            before: Any = next(copied for value, copied in self._contents if value is module._buffers)
+            written |= {
+                f"{name}.{key}" if name else key for key, each in module._buffers.items() if before.get(key) is not each
+            }
+        return written
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for name, module in self._modules.items():
+            now: Any = vars(module)
+            before = self._attributes[name]
+            for key in [key for key in now if key not in before and key != "_compiled_call_impl"]:
+                del now[key]
+            now.update((key, value) for key, value in before.items() if key != "_compiled_call_impl")
+        for value, copied in self._contents:
+            if isinstance(value, list):
+                value[:] = copied
+            else:
+                value.clear()
+                value.update(copied)
+        with torch.no_grad():
+            for _, buffer, saved, version in self._values.values():
+                # BatchNorm writes its statistics without counting a version.
+                if _version(buffer) != version or not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _device_of(model: nn.Module) -> torch.device:

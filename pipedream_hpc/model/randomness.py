@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-from collections.abc import Callable, Iterator
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import torch
-from torch import fx, nn
+from torch import nn
+
+from pipedream_hpc.model.calls import call_unwatched, unwatched
+from pipedream_hpc.model.graph import Notes
 
 
 def seed_for(*what: object) -> int:
@@ -40,86 +45,143 @@ def preserve_rng_state(device: torch.device) -> Iterator[None]:
         yield
 
 
-#: Names of functions that draw random numbers.
-RANDOM = frozenset(
-    {
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-        "scaled_dot_product_attention",
-        "rrelu",
-        "rand_like",
-        "randn_like",
-        "bernoulli",
-    }
-)
+#: Seeds the generators for a draw with this name; None while no stage computes.
+_reseed: Callable[[str], None] | None = None
+#: How often each module has been called so far, of those whose draws are numbered.
+_calls: Counter[str] = Counter()
 
 
-def seed_layers(module: fx.GraphModule, reseed: Callable[[str], None]) -> None:
-    """Make every layer and function of a stage that draws random numbers reseed the generators first.
-
-    A dropout mask also depends on the memory layout of its input, which differs before and after a cut; so the input
-    is made contiguous.
+@contextmanager
+def seeding(reseed: Callable[[str], None] | None) -> Iterator[None]:
+    """Seed what modules and functions draw in the block, one by one, by their names: it does not depend on the plan.
 
     Args:
-        module: the module of a stage, as Partition.stage_module creates it.
-        reseed: called before every draw with the name of the layer or function in the whole model.
+        reseed: seeds the generators for a draw with a name; None to seed nothing.
+    """
+    global _reseed, _calls
+    before, counted = _reseed, _calls
+    _reseed, _calls = reseed, Counter()
+    try:
+        yield
+    finally:
+        _reseed, _calls = before, counted
+
+
+def count_calls(calls: Mapping[str, int]) -> None:
+    """Count calls of modules that another stage makes."""
+    _calls.update(calls)
+
+
+def seed_draw(number: int) -> None:
+    """Seed a draw by a function in an opened module, by the number of such draws before it in the forward."""
+    if _reseed is not None:
+        _reseed(f"function {number}")
+
+
+def run_drawing(number: int, run: Callable[[], Any]) -> tuple[Any, bool]:
+    """Run a function that may draw random numbers, seeded by the number of draws before; return whether it drew."""
+    before = torch.get_rng_state()
+    seed_draw(number)
+    seeded = torch.get_rng_state()
+    returned = run()
+    drew = not torch.equal(torch.get_rng_state(), seeded)
+    if not drew:
+        torch.set_rng_state(before)
+    return returned, drew
+
+
+class DrawsOnly:
+    """A watcher under which a model runs as it is, and draws the random numbers that its stages draw.
+
+    Args:
+        whole: identities of the modules that are kept whole.
+        drawing: functions that draw random numbers.
     """
 
-    def seeder(name: str) -> Callable[[nn.Module, Any], Any]:
-        def seed(layer: nn.Module, arguments: tuple[Any, ...]) -> Any:
-            if not layer.training:
-                return None
-            reseed(name)
-            return tuple(_contiguous(each) for each in arguments)
+    def __init__(self, whole: set[int], drawing: set[Any]) -> None:
+        self._whole, self._drawing, self._n_draws = whole, drawing, 0
 
-        return seed
+    def module(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if id(module) not in self._whole:
+            return call_unwatched(module, args, kwargs)
+        with unwatched():
+            return call_unwatched(module, args, kwargs)
 
-    for name, layer in module.named_modules():
-        # Recurrent and attention layers store their dropout probability as a float.
-        number = getattr(layer, "dropout", None)
-        if isinstance(layer, nn.modules.dropout._DropoutNd) or (isinstance(number, float) and number > 0):
-            layer.register_forward_pre_hook(seeder(name))
-    # torch.fx has recorded the value of `training=self.training` at capture; from now on the mode of the module
-    # decides.
-    found = [node for node in module.graph.nodes if "random" in node.meta]
-    for node in found:
-        node.target = _seeding(node.target, node.meta["random"], module, reseed)
-    if found:
-        module.recompile()
+    def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if function not in self._drawing:
+            return function(*args, **kwargs)
+        returned, drew = run_drawing(self._n_draws, lambda: function(*args, **kwargs))
+        self._n_draws += drew
+        return returned
 
 
-def _seeding(function: Any, name: str, module: nn.Module, reseed: Callable[[str], None]) -> Callable[..., Any]:
-    attention = function is nn.functional.scaled_dot_product_attention
-    parameters = None if attention else _signature(function)
+def seed_modules(model: nn.Module, notes: Notes) -> Callable[[], None]:
+    """Make every module whose own code draws random numbers seed the generators when it is called.
 
-    def drawing(*args: Any, **kwargs: Any) -> Any:
-        if module.training:
-            reseed(name)
-            args = tuple(_contiguous(each) for each in args)
-        elif attention:
-            args, kwargs = args[:4], {**kwargs, "attn_mask": (args[3:4] or (kwargs.get("attn_mask"),))[0]}
-            kwargs.pop("dropout_p", None)
-            return function(*args[:3], **kwargs)
-        if parameters is not None and "training" in parameters.parameters:
-            bound = parameters.bind(*args, **kwargs)
-            bound.arguments["training"] = module.training
-            return function(*bound.args, **bound.kwargs)
-        return function(*args, **kwargs)
+    Args:
+        model: the user's model.
+        notes: which modules draw.
 
-    return drawing
+    Returns:
+        a function that undoes it.
+    """
+    drawing = (notes.random - notes.random_functions) | notes.python_random
+    handles = []
+    for name, module in model.named_modules():
+        for registered in (module._forward_pre_hooks, module._forward_hooks):
+            # Those of an earlier pipeline of the same model: a call is seeded once.
+            for key in [key for key, hook in registered.items() if is_seeding(hook)]:
+                del registered[key]
+        if name not in drawing:
+            continue
+        inner = any(name.startswith(f"{other}.") or not other for other in drawing - {name})
+        hooks = _Hooks(name, restores=inner, python=name in notes.python_random)
+        handles.append(module.register_forward_pre_hook(hooks.before, prepend=True))
+        if hooks.restores or hooks.python:
+            handles.append(module.register_forward_hook(hooks.after, always_call=True))
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return undo
 
 
-def _contiguous(value: Any) -> Any:
-    """Return a tensor as contiguous, and anything else unchanged."""
-    return value.contiguous() if isinstance(value, torch.Tensor) else value
+def is_seeding(hook: Any) -> bool:
+    """Return whether a hook of a module is one of seed_modules."""
+    return isinstance(getattr(hook, "__self__", None), _Hooks)
 
 
-def _signature(function: Any) -> inspect.Signature | None:
-    try:
-        return inspect.signature(function)
-    except (TypeError, ValueError):
-        return None  # a builtin function has none
+class _Hooks:
+    """Seeds the generators for one module.
+
+    Args:
+        name: qualified name of the module.
+        restores: give the generators back as they were: code around it draws, too.
+        python: seed Python's and NumPy's generators as well.
+    """
+
+    def __init__(self, name: str, *, restores: bool, python: bool) -> None:
+        self._name, self.restores, self.python = name, restores, python
+        self._before: list[Any] = []
+
+    def before(self, module: nn.Module, arguments: Any) -> None:
+        if _reseed is None:
+            return
+        if self.restores or self.python:
+            self._before.append((torch.get_rng_state(), random.getstate(), numpy.random.get_state()))
+        number = _calls[self._name]
+        _calls[self._name] += 1
+        name = f"{self._name}@{number}" if number else self._name
+        _reseed(name)
+        if self.python:
+            seed = torch.initial_seed()
+            random.seed(seed)
+            numpy.random.seed(seed % 2**32)
+
+    def after(self, module: nn.Module, arguments: Any, returned: Any) -> None:
+        if self._before:
+            state, python, numbers = self._before.pop()
+            torch.set_rng_state(state)
+            random.setstate(python)
+            numpy.random.set_state(numbers)

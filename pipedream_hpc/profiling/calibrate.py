@@ -24,6 +24,7 @@ from pipedream_hpc.cluster.world import World
 from pipedream_hpc.job import Job
 from pipedream_hpc.model.counting import count
 from pipedream_hpc.model.graph import LayerGraph
+from pipedream_hpc.model.preserve_state import preserve_state
 from pipedream_hpc.model.randomness import preserve_rng_state
 from pipedream_hpc.planning.even import even_plan
 from pipedream_hpc.planning.profile import LayerProfile, Profile
@@ -91,24 +92,25 @@ def calibrate(
     training = deployment.training(len(data))
     setup = TrainSetup(job.loss_fn, job.optimizer, config, device)
     wiring = local_wiring(training, deployment.edge_tensors, device)
-    workers = build_workers(deployment, training, wiring, setup)
-    stages = [stage for worker in workers for stage in worker.stages.values()]
-    with preserve_rng_state(device):
-        loader = microbatch_loader(deployment, stages, data, setup, epoch=0, length=len(data))
-        for worker in workers:
-            worker.begin(
-                loader,
-                PassPosition("calibration"),
-                training=True,
-                first_microbatch=0,
-                first_trained=0,
-                score_fn=None,
-                trace=True,
-            )
-        for _ in emulate(workers, training):
-            pass
-        for worker in workers:
-            worker.end()
+    with preserve_state(graph.module):  # the stages are made of the model's own modules
+        workers = build_workers(deployment, training, wiring, setup)
+        stages = [stage for worker in workers for stage in worker.stages.values()]
+        with preserve_rng_state(device):
+            loader = microbatch_loader(deployment, stages, data, setup, epoch=0, length=len(data))
+            for worker in workers:
+                worker.begin(
+                    loader,
+                    PassPosition("calibration"),
+                    training=True,
+                    first_microbatch=0,
+                    first_trained=0,
+                    score_fn=None,
+                    trace=True,
+                )
+            for _ in emulate(workers, training):
+                pass
+            for worker in workers:
+                worker.end()
     return calibration_from([span for worker in workers for span in worker.spans(0)], len(stages))
 
 

@@ -21,12 +21,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
 
+from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.clock import Clock, HostClock
-from pipedream_hpc.model.graph import LayerGraph
+from pipedream_hpc.model.graph import Call, LayerGraph
 from pipedream_hpc.model.partition import Partition
 from pipedream_hpc.model.precision import Precision
+from pipedream_hpc.model.rerun import Step
+from pipedream_hpc.model.structure import tensors_of_value
 
 
 class ClockedModel:
@@ -52,32 +54,38 @@ class ClockedModel:
     ) -> None:
         self._loss_fn, self._clock, self._count = loss_fn, clock or HostClock(), len(graph.layers)
         self._precision = precision or nullcontext
-        self._stage = Partition(graph, [range(self._count)]).stage_module(0, isolated=False)
-        self._number = {layer.name: index for index, layer in enumerate(graph.layers)}
-        self._insert_marks()
+        self._stage = Partition(graph, [range(self._count)]).stage_module(0, whole=False)
+        self._layer_of = {call.number: index for index, layer in enumerate(graph.layers) for call in layer.calls}
+        self._last_calls = {layer.calls[-1].number for layer in graph.layers}
+        self._shown = {
+            key
+            for call in graph.training.calls
+            for key in call.sources
+            if self._layer_of[key[0]] != self._layer_of[call.number]
+        }
+        self._stage.train(True)
+        self._stage.watch_calls(self._after)
+        self._outputs: list[torch.Tensor] = []  # of the layer whose calls run
         self._forward: list[tuple[int, Any]] = []  # (layer, when its forward ended)
         self._backward: list[tuple[int, Any]] = []  # (layer, when its backward began)
         self._hooked: set[tuple[Any, int]] = set()
         self.forward_s = [0.0] * self._count
         self.backward_s = [0.0] * self._count
 
-    def run(self, arguments: Sequence[Any]) -> None:
+    def run(self, arguments: Arguments) -> None:
         """Run forward and backward of one minibatch; the gradients of the weights are discarded.
 
         Args:
-            arguments: the model's arguments, in the captured order.
+            arguments: the model's arguments.
         """
         self._forward, self._backward, self._hooked = [], [], set()
         began = self._clock.mark()
-        given = [arguments[index] for index in self._stage.inputs]
-        for position in self._stage.written_inputs:
-            given[position] = given[position].clone()
         with self._precision():
-            output = self._stage.run(given)[-1]
+            _, output = self._stage.run(arguments, [])
             if self._loss_fn is not None:
                 output = self._loss_fn(output)
         self._forward.append((self._count - 1, self._clock.mark()))
-        roots = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        roots = [leaf for leaf in tensors_of_value(output) if leaf.requires_grad]
         del output
         ended = None
         if roots:
@@ -106,26 +114,20 @@ class ClockedModel:
         for (layer, _), (since_s, until_s) in zip(self._backward, itertools.pairwise(times[count + 1 :]), strict=True):
             self.backward_s[layer] += until_s - since_s
 
-    def _insert_marks(self) -> None:
-        """Insert a call of `_mark` after the last operation of every layer, with the layer's outputs as arguments."""
-        graph = self._stage.module.graph
-        last = {node.meta["layer"]: node for node in graph.nodes if "layer" in node.meta}
-        for name, node in last.items():
-            outputs = [
-                each
-                for each in graph.nodes
-                if each.meta.get("layer") == name
-                and any(user.meta.get("layer") != name for user in each.users if user.target != self._mark)
-            ]
-            with graph.inserting_after(node):
-                graph.call_function(self._mark, (self._number[name], *outputs))
-        self._stage.module.recompile()
+    def _after(self, step: Step, outputs: Sequence[torch.Tensor]) -> None:
+        """Mark the end of a layer after its last call."""
+        assert isinstance(step.item, Call)
+        number = step.item.number
+        self._outputs += [each for found, each in zip(step.found, outputs, strict=True) if found.key in self._shown]
+        if number in self._last_calls:
+            self._mark(self._layer_of[number], self._outputs)
+            self._outputs = []
 
-    def _mark(self, layer: int, *outputs: Any) -> None:
+    def _mark(self, layer: int, outputs: Sequence[torch.Tensor]) -> None:
         """Record the end of a layer's forward, and hook the gradients of its outputs to record when they complete."""
         self._forward.append((layer, self._clock.mark()))
-        for value in tree_flatten(outputs)[0]:
-            if not isinstance(value, torch.Tensor) or value.grad_fn is None:
+        for value in outputs:
+            if value.grad_fn is None:
                 continue
             # A layer that returns its input has no backward of its own.
             place = value.grad_fn, value.output_nr

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,14 +25,14 @@ from pipedream_hpc.cluster.world import World
 from pipedream_hpc.job import Job
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.precision import autocast
-from pipedream_hpc.model.recipe import build_model
+from pipedream_hpc.model.recipe import build_model, tensors_of
+from pipedream_hpc.model.stage_module import move_tensors
 from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.profiling.calibrate import apply_calibration, calibrate
 from pipedream_hpc.profiling.profiler import average, measure, one_minibatch
 from pipedream_hpc.profiling.update_cost import add_update_times
 from pipedream_hpc.runtime.comm.tensor_view import CPU
 from pipedream_hpc.runtime.execution.data import to_device
-from pipedream_hpc.runtime.launch.build import move_buffers
 
 
 def measure_job(
@@ -94,22 +94,24 @@ def _moved_to(model: nn.Module, place: torch.device) -> Iterator[None]:
         yield
         return
     model.to(place)
-    move_buffers(model, place)
+    move_tensors(list(tensors_of(model)), place)
     try:
         yield
     finally:
         model.to(CPU)
-        move_buffers(model, CPU)
+        move_tensors(list(tensors_of(model)), CPU)
         torch.cuda.empty_cache()
 
 
 def _first_target(job: Job) -> Any:
     """Return the target of the job's first minibatch, for the loss; None if its size is not that of the example."""
     with torch.random.fork_rng(devices=[]):
-        pair = next(iter(job.train_loader), None)
-    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        minibatch = next(iter(job.train_loader), None)
+    if isinstance(minibatch, Mapping):
+        return job.example_inputs  # a mapping is inputs and target in one
+    if not isinstance(minibatch, list | tuple) or len(minibatch) != 2:
         return None
-    target = pair[1]
+    target = minibatch[1]
     sizes = [each.shape[0] for each in (job.example_inputs, target) if isinstance(each, torch.Tensor) and each.dim()]
     return target if len(sizes) == 2 and sizes[0] == sizes[1] else None
 

@@ -5,23 +5,24 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.capture import arguments_of
+from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.clock import clock_of
 from pipedream_hpc.model.counting import layer_profile, minibatch_size
-from pipedream_hpc.model.graph import Layer, LayerGraph, parameters_of
-from pipedream_hpc.model.partition import Partition, StageModule, writable
+from pipedream_hpc.model.graph import Layer, LayerGraph, get_attribute
+from pipedream_hpc.model.partition import Partition
 from pipedream_hpc.model.precision import Precision
 from pipedream_hpc.model.preserve_state import preserve_state
+from pipedream_hpc.model.stage_module import StageModule, writable
+from pipedream_hpc.model.structure import tensors_of_value
 from pipedream_hpc.planning.profile import SPLITTABLE_KINDS, Profile
 from pipedream_hpc.profiling.clocked import ClockedModel
 
@@ -108,22 +109,17 @@ def one_minibatch(
     return run
 
 
-def _checked_arguments(graph: LayerGraph, example_inputs: Any) -> tuple[Any, ...]:
+def _checked_arguments(graph: LayerGraph, example_inputs: Any) -> Arguments:
     """Return the arguments of the model; raise PipedreamError if they do not have the captured shapes."""
 
-    def described(value: Any) -> str:
-        tensors = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
-        return " and ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
+    def described(arguments: Arguments) -> str:
+        return " and ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in arguments.tensors())
 
-    arguments = (
-        tuple(example_inputs[str(node.target)] for node in graph.inputs)
-        if isinstance(example_inputs, Mapping)
-        else arguments_of(example_inputs)
-    )
-    if described(arguments) != described(graph.example_inputs):
+    arguments = graph.inputs.like(example_inputs)
+    if described(arguments) != described(graph.inputs):
         raise PipedreamError(
             f"example_inputs has shape {described(arguments)}, but the model was captured with "
-            f"{described(graph.example_inputs)}: use the same example_inputs for both"
+            f"{described(graph.inputs)}: use the same example_inputs for both"
         )
     return arguments
 
@@ -164,7 +160,7 @@ class _LayerMemory:
 
 def _measure_memory(
     graph: LayerGraph,
-    arguments: tuple[Any, ...],
+    arguments: Arguments,
     loss_fn: Callable[[Any], torch.Tensor] | None,
     precision: Precision | None,
 ) -> list[_LayerMemory]:
@@ -177,33 +173,36 @@ def _measure_memory(
     memory = []
     uses = Counter(id(each) for layer in graph.layers for each in _parameters(graph, layer))
     for index, layer in enumerate(graph.layers):
-        stage = partition.stage_module(index, isolated=False)
+        stage = partition.stage_module(index)
         # A layer that writes into its input gets a copy: the layer before may have stashed the value.
         stage_inputs = [
             values[value.name].detach().clone().requires_grad_(value.needs_gradient) for _, value in stage.stage_inputs
         ]
-        given = [*(arguments[index] for index in stage.inputs), *stage_inputs]
         for position in stage.written_inputs:
-            given[position] = writable(given[position]) if given[position].requires_grad else given[position].clone()
+            if stage_inputs[position].requires_grad:
+                stage_inputs[position] = writable(stage_inputs[position])
         with (precision or nullcontext)():
-            kept, used_once, returned = _run_and_measure(stage, given, loss_fn)
+            kept, used_once, returned = _run_and_measure(stage, arguments, stage_inputs, loss_fn)
         trained = [each for each in _parameters(graph, layer) if each.requires_grad]
         unsplit = [each for each in trained if id(each) not in used_once or uses[id(each)] > 1]
         memory.append(dataclasses.replace(kept, unsplit_bytes=sum(each.nbytes for each in unsplit)))
         values.update(
-            (value.name, output.detach()) for value, output in zip(stage.stage_outputs, returned, strict=False)
+            (value.name, output.detach()) for value, output in zip(stage.stage_outputs, returned, strict=True)
         )
     return memory
 
 
 def _parameters(graph: LayerGraph, layer: Layer) -> list[nn.Parameter]:
     """Return the parameters of a layer, each once."""
-    return list({id(each): each for node in layer.nodes for _, each in parameters_of(graph.module, node)}.values())
+    return list({id(each): each for each in (get_attribute(graph.module, name) for name in layer.parameters)}.values())
 
 
 def _run_and_measure(
-    stage: StageModule, given: list[Any], loss_fn: Callable[[Any], torch.Tensor] | None
-) -> tuple[_LayerMemory, set[int], tuple[Any, ...]]:
+    stage: StageModule,
+    arguments: Arguments,
+    stage_inputs: list[torch.Tensor],
+    loss_fn: Callable[[Any], torch.Tensor] | None,
+) -> tuple[_LayerMemory, set[int], list[Any]]:
     """Run a layer; return its memory, the ids of weights that one splittable module uses once, and its outputs."""
     inner_bytes = 0
     deferrable: set[int] = set()  # identities of weights whose gradient a split backward can defer
@@ -227,14 +226,13 @@ def _run_and_measure(
         if saves and len(given) == 1 and given[0].requires_grad and deferrable.isdisjoint(weights):
             deferrable.update(weights)
 
-    splittable = [module for module in stage.module.modules() if type(module).__name__ in SPLITTABLE_KINDS]
+    splittable = [module for module in stage.modules if type(module).__name__ in SPLITTABLE_KINDS]
     with ExitStack() as hooks, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         for module in splittable:
             hooks.callback(module.register_forward_hook(on_forward).remove)
-        returned = stage.run(given)
-        if stage.is_last and loss_fn is not None:
-            loss_fn(returned[-1])
-    uses = _count_uses([each for each in returned if isinstance(each, torch.Tensor)])
+        returned, output = stage.run(arguments, stage_inputs)
+        loss = loss_fn(output) if stage.is_last and loss_fn is not None else output
+    uses = _count_uses([each for each in (*returned, *tensors_of_value(loss)) if each is not None])
     used_once = {each for each in deferrable if uses[each] == 1}
     return _LayerMemory(sum(kept.values()), inner_bytes), used_once, returned
 

@@ -83,7 +83,7 @@ class Pipeline:
     or srun on as many ranks as the plan has, each process runs its own rank. The numbers are the same.
 
     Args:
-        model: any module that torch.fx can trace, built with the same seed on every rank; or a function
+        model: any module, built with the same seed on every rank, which is trained in place; or a function
             without arguments that builds it, so that each rank keeps the weights of its own stages only. The function
             is called twice and must build the same model.
         loss_fn: mean loss of a minibatch from (output, target).

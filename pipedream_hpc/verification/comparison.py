@@ -23,12 +23,11 @@ from torch.utils._pytree import tree_map
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Job
-from pipedream_hpc.model.capture import arguments_of, capture
+from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.partition import Partition
-from pipedream_hpc.model.randomness import seed_for, seed_layers, set_seed
+from pipedream_hpc.model.randomness import seed_for, seed_modules, seeding, set_seed
 from pipedream_hpc.runtime.execution.data import to_device
 from pipedream_hpc.runtime.execution.position import PassPosition
-from pipedream_hpc.runtime.launch.build import move_buffers
 from pipedream_hpc.runtime.pipeline import Pipeline
 from pipedream_hpc.schedule import registry
 from pipedream_hpc.verification import reference
@@ -151,28 +150,41 @@ def reference_events(
     events: list[Event] = []
     graph = capture(model, job.example_inputs, pipeline.train_config.leaf_modules)
     whole = Partition(graph, [range(len(graph.layers))]).stage_module(0)
+    seed_modules(model, graph.notes)
     current = 0
+
+    def reseed(name: str) -> None:
+        set_seed(seed_for(pipeline.train_config.seed, current, name))
+
+    class Whole(nn.Module):
+        """The model as one stage, so that functional_call finds its weights."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, inputs: Any) -> Any:
+            with seeding(reseed):
+                return whole.run(graph.inputs.like(inputs), [])[1]
 
     def before_forward(_: nn.Module, microbatch: int) -> None:
         nonlocal current
         current = microbatch
 
-    def forward(module: nn.Module, weights: Tensors, inputs: Any) -> Any:
-        arguments = [arguments_of(inputs)[index] for index in whole.inputs]
-        for position in whole.written_inputs:
-            arguments[position] = arguments[position].clone()
-        return functional_call(module, weights, tuple(arguments))[-1]
+    def forward(_: nn.Module, weights: Tensors, inputs: Any) -> Any:
+        named = {f"model.{name}": value for name, value in weights.items()}
+        return functional_call(wrapped, named, (inputs,))
 
-    seed_layers(whole.module, lambda name: set_seed(seed_for(pipeline.train_config.seed, current, name)))
-    whole.module.train()
+    wrapped = Whole()
+    whole.train(True)
     device = pipeline.devices[pipeline.rank].torch
     if device.type != "cpu":
         # Dropout masks and rounding are those of the device.
-        whole.module.to(device)
-        move_buffers(whole.module, device)
+        model.to(device)
+        whole.move_tensors(device)
         epochs = [tree_map(lambda each: to_device(each, device), batches) for batches in epochs]
     reference.train(
-        whole.module,
+        model,
         pipeline.stage_of_parameters(),
         epochs,
         job.loss_fn,

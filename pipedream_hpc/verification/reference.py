@@ -250,7 +250,9 @@ def _microbatches(
 ) -> list[tuple[Any, Any, float]]:
     """Return (inputs, target, weight of the loss) of each microbatch."""
     microbatches = []
-    for number, (inputs, target) in enumerate(batches):
+    for number, minibatch in enumerate(batches):
+        # A mapping is inputs and target in one.
+        inputs, target = (minibatch, minibatch) if isinstance(minibatch, Mapping) else minibatch
         in_round = min(
             gradient_accumulation_steps,
             len(batches) - number // gradient_accumulation_steps * gradient_accumulation_steps,

@@ -1,6 +1,6 @@
 """The networks of the PipeDream paper's evaluation at full size, each with a variant small enough for a test.
 
-Every network is a plain torch.nn.Module that torch.fx can trace. Built under ``with torch.device("meta")`` its weights
+Every network is a plain torch.nn.Module. Built under ``with torch.device("meta")`` its weights
 take no memory.
 """
 

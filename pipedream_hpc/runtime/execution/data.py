@@ -11,22 +11,23 @@ plan. Some schedules split each minibatch into microbatches; with others a micro
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.capture import arguments_of
+from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.randomness import seed_for, set_seed
+from pipedream_hpc.model.structure import map_tensors
 from pipedream_hpc.runtime.comm.tensor_view import CPU
 from pipedream_hpc.runtime.execution.dataloader import SKIPPED, minibatches
 from pipedream_hpc.runtime.state.checksum import checksum
-
-#: Index of the target among the tensors of a microbatch on the device, where inputs have their argument numbers.
-_TARGET = -1
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -88,12 +89,12 @@ class Reader:
 
 @dataclass
 class _Microbatch:
-    inputs: Sequence[Any]
+    arguments: Arguments
     target: Any
     samples: int
     weight: float
     readers: int  # readers that have not released it
-    on_device: dict[int, Any] = field(default_factory=dict)  # by argument number, and _TARGET
+    on_device: dict[str, Any] = field(default_factory=dict)  # "arguments" and "target"
 
 
 class MicrobatchLoader:
@@ -108,7 +109,6 @@ class MicrobatchLoader:
         epoch: number of the pass. Shuffling depends on the seed and the epoch only, so it is the same on all ranks.
         seed: seed of the run.
         readers: the replicas here that read.
-        input_names: names of the model's arguments, in their order.
         length: minibatches in the pass; the loader may have more.
         n_microbatches: microbatches per minibatch.
         gradient_accumulation_steps: minibatches whose losses share a round; 1 if the stages average over a round's
@@ -125,20 +125,18 @@ class MicrobatchLoader:
         epoch: int,
         seed: int,
         readers: Sequence[Reader],
-        input_names: Sequence[str],
         length: int,
         n_microbatches: int = 1,
         gradient_accumulation_steps: int = 1,
-        example: Sequence[Any] = (),
+        example: Arguments | None = None,
         device: torch.device = CPU,
     ) -> None:
         self._device = device
         self._epoch, self._seed = epoch, (seed, epoch)
         set_seed(seed_for("epoch", *self._seed))
-        set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-        self._readers, self._input_names, self._example = readers, input_names, example
+        set_epoch_of(loader, epoch)
+        self._runs_python = not isinstance(loader, list | tuple)
+        self._readers, self._example = readers, example
         self._n_microbatches, self._accumulation_steps = n_microbatches, gradient_accumulation_steps
         self._length = length
         # The next pass continues an iterator where this one stops, which must be the same place on every rank.
@@ -149,26 +147,15 @@ class MicrobatchLoader:
         self._taken = 0  # minibatches
         self._fingerprint: int | None = None
 
-    def input(self, microbatch: int, argument: int) -> Any:
-        """Return an argument of the model.
-
-        Args:
-            microbatch: number within the pass.
-            argument: number of the argument.
-        """
+    def arguments(self, microbatch: int) -> Arguments:
+        """Return the arguments of the model for a microbatch, given by its number within the pass."""
         found = self._get(microbatch)
-        if argument >= len(found.inputs):
-            raise PipedreamError(
-                f"{self._position(microbatch // self._n_microbatches)}: the model takes input "
-                f"'{self._input_names[argument]}', but the loader yielded {len(found.inputs)} inputs: let it yield "
-                "((input, ...), target) with the inputs of example_inputs"
-            )
-        return self._on_device(found, argument, found.inputs[argument])
+        return found.arguments if self._device.type == "cpu" else self._on_device(found, "arguments", found.arguments)
 
     def target(self, microbatch: int) -> Any:
         """Return the target of a microbatch, given by its number within the pass."""
         found = self._get(microbatch)
-        return self._on_device(found, _TARGET, found.target)
+        return self._on_device(found, "target", found.target)
 
     def samples(self, microbatch: int) -> int:
         """Return the number of samples of a microbatch."""
@@ -201,12 +188,12 @@ class MicrobatchLoader:
     def _position(self, minibatch: int) -> str:
         return f"epoch {self._epoch}, minibatch {minibatch}"
 
-    def _on_device(self, microbatch: _Microbatch, index: int, value: Any) -> Any:
+    def _on_device(self, microbatch: _Microbatch, name: str, value: Any) -> Any:
         if self._device.type == "cpu":
             return value
-        if index not in microbatch.on_device:
-            microbatch.on_device[index] = tree_map(lambda each: to_device(each, self._device), value)
-        return microbatch.on_device[index]
+        if name not in microbatch.on_device:
+            microbatch.on_device[name] = map_tensors(lambda each: to_device(each, self._device), value)
+        return microbatch.on_device[name]
 
     def _get(self, microbatch: int) -> _Microbatch:
         found = self._waiting.get(microbatch)
@@ -233,8 +220,10 @@ class MicrobatchLoader:
     def _take(self) -> bool:
         """Take the next minibatch from the loader; return whether there was one."""
         # Random augmentation must not depend on other random numbers drawn in this process.
-        set_seed(seed_for("data", *self._seed, self._taken))
-        minibatch = next(self._minibatches, None)
+        seed = seed_for("data", *self._seed, self._taken)
+        set_seed(seed)
+        with python_seed(seed) if self._runs_python else nullcontext():
+            minibatch = next(self._minibatches, None)
         if minibatch is None:
             return False
         if minibatch is not SKIPPED:
@@ -247,24 +236,21 @@ class MicrobatchLoader:
 
     def _add(self, minibatch: Any) -> None:
         """Check a minibatch, split it and keep the microbatches that are read here."""
-        try:
-            inputs, target = minibatch
-        except (TypeError, ValueError):
-            raise PipedreamError(
-                f"the loader yielded {type(minibatch).__name__} instead of an (input, target) pair"
-            ) from None
+        inputs, target = _inputs_and_target(minibatch)
         if self._taken == 0:
-            self._check(inputs)
+            self._check(self._arguments(inputs))
             self._fingerprint = checksum(_tensors(inputs))
         n_readers = self._reads(self._taken)
         if any(n_readers):
-            self._split_and_keep(self._taken * self._n_microbatches, n_readers, inputs, target)
+            self._split_and_keep(self._taken * self._n_microbatches, n_readers, self._arguments(inputs), target)
 
-    def _check(self, inputs: Any) -> None:
+    def _check(self, arguments: Arguments) -> None:
         """Check the first minibatch against the example; otherwise it would fail later, inside a layer."""
-        arguments = self._arguments(inputs)
-        for name, planned, argument in zip(self._input_names, self._example, arguments, strict=False):
-            for expected, actual in zip(_tensors(planned), _tensors(argument), strict=False):
+        if self._example is None:
+            return
+        planned, given = self._example.named(), arguments.named()
+        for name in planned:
+            for expected, actual in zip(_tensors(planned[name]), _tensors(given[name]), strict=False):
                 fits = actual.dim() == expected.dim() and all(
                     a <= b for a, b in zip(actual.shape[1:], expected.shape[1:], strict=True)
                 )
@@ -284,36 +270,69 @@ class MicrobatchLoader:
         # Every rank that reads checks the first one.
         return minibatch == 0 or any(self._reads(minibatch))
 
-    def _arguments(self, inputs: Any) -> tuple[Any, ...]:
-        if not isinstance(inputs, Mapping):
-            return arguments_of(inputs)
-        missing = [name for name in self._input_names if name not in inputs]
-        if missing:
-            raise PipedreamError(
-                f"the inputs of the loader have no '{missing[0]}', which the model takes, but {', '.join(inputs)}"
-            )
-        return tuple(inputs[name] for name in self._input_names)
+    def _arguments(self, inputs: Any) -> Arguments:
+        return self._example.like(inputs) if self._example is not None else Arguments((inputs,), {})
 
-    def _split_and_keep(self, first: int, n_readers: list[int], inputs: Any, target: Any) -> None:
-        microbatches = split_minibatch((self._arguments(inputs), target), self._n_microbatches)
-        sizes = [_n_samples(arguments) for arguments, _ in microbatches]
+    def _split_and_keep(self, first: int, n_readers: list[int], arguments: Arguments, target: Any) -> None:
+        microbatches = split_minibatch((arguments.args, arguments.kwargs, target), self._n_microbatches)
+        sizes = [_n_samples(args, kwargs) for args, kwargs, _ in microbatches]
         round_begin = self._taken // self._accumulation_steps * self._accumulation_steps
         in_round = min(self._accumulation_steps, max(self._length - round_begin, 1))
-        for index, (arguments, own_target) in enumerate(microbatches):
+        for index, (args, kwargs, own_target) in enumerate(microbatches):
             if n_readers[index]:
                 full = self._n_microbatches == 1 and in_round == 1
                 weight = 1.0 if full else sizes[index] / sum(sizes) / in_round
                 self._waiting[first + index] = _Microbatch(
-                    arguments, own_target, sizes[index], weight, n_readers[index]
+                    Arguments(args, kwargs, arguments.names), own_target, sizes[index], weight, n_readers[index]
                 )
+
+
+def _inputs_and_target(minibatch: Any) -> tuple[Any, Any]:
+    """Return the inputs and the target of a minibatch; a mapping, such as a tokenized batch, is both."""
+    if isinstance(minibatch, Mapping):
+        return minibatch, minibatch
+    if isinstance(minibatch, tuple | list) and len(minibatch) == 2:
+        return minibatch[0], minibatch[1]
+    what = type(minibatch).__name__
+    if isinstance(minibatch, tuple | list):
+        what = f"a {what} of {len(minibatch)}"
+    raise PipedreamError(
+        f"the loader yielded {what} instead of an (input, target) pair, or of a mapping of the model's arguments"
+    )
+
+
+def set_epoch_of(loader: Any, epoch: int) -> None:
+    """Tell everything of a loader that asks for it which epoch begins, as DistributedSampler does."""
+    sampler = getattr(loader, "sampler", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    told: set[int] = set()
+    parts = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(loader, "dataset", None))
+    for part in parts:
+        tell = getattr(part, "set_epoch", None)
+        if callable(tell) and id(part) not in told:
+            told.add(id(part))
+            tell(epoch)
+
+
+@contextmanager
+def python_seed(seed: int) -> Iterator[None]:
+    """Seed Python's and NumPy's generators for the block: every rank that reads draws the same."""
+    python, numbers = random.getstate(), numpy.random.get_state()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numbers)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
 
 
-def _n_samples(arguments: Any) -> int:
-    if isinstance(arguments, tuple) and arguments and isinstance(arguments[0], torch.Tensor) and arguments[0].dim():
-        return int(arguments[0].shape[0])
-    first = next(iter(_tensors(arguments)), None)
+def _n_samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    if args and isinstance(args[0], torch.Tensor) and args[0].dim():
+        return int(args[0].shape[0])
+    first = next(iter(_tensors((args, kwargs))), None)
     return int(first.shape[0]) if first is not None and first.dim() else 1

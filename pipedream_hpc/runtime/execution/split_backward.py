@@ -25,7 +25,7 @@ would run its forward again for each such graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,18 +119,20 @@ class SplitBackward:
     """The deferring layers of a stage, and what its microbatches have deferred.
 
     Args:
-        module: the stage; the forwards of its linear layers and convolutions are replaced.
+        modules: those of the stage; the forwards of linear layers and convolutions among them are replaced.
         trained: tells whether a parameter is trained in this stage, in any version. A weight borrowed from another
             stage is not: its gradient is sent there with the gradient of the stage's input.
     """
 
-    def __init__(self, module: nn.Module, trained: Callable[[nn.Parameter], bool]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], trained: Callable[[nn.Parameter], bool]) -> None:
         self._trained = trained
-        self._leaves = [leaf for leaf in module.parameters() if trained(leaf)]
+        modules = list(modules)
+        parameters = {leaf: None for layer in modules for leaf in layer._parameters.values() if leaf is not None}
+        self._leaves = [leaf for leaf in parameters if trained(leaf)]
         self._microbatches: dict[int, _Microbatch] = {}
         self._recording: _Microbatch | None = None  # its forward is running
         self._in_backward_input: _Microbatch | None = None
-        for layer in module.modules():
+        for layer in modules:
             if type(layer) in _PRODUCTS:
                 layer.forward = _Forward(self, layer, layer.forward)
 

@@ -44,18 +44,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import LossFn
+from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.graph import Value
-from pipedream_hpc.model.partition import StageModule, writable
 from pipedream_hpc.model.precision import Precision
-from pipedream_hpc.model.randomness import seed_for, seed_layers, set_seed
+from pipedream_hpc.model.randomness import seed_for, seeding, set_seed
+from pipedream_hpc.model.stage_module import StageModule, writable
 from pipedream_hpc.planning.plan import Edge
 from pipedream_hpc.runtime.comm.channels import ChannelKey, RecvChannel, StageChannels
 from pipedream_hpc.runtime.comm.tensor_view import clone_if_shared, is_shared
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader
+from pipedream_hpc.runtime.execution.loss_means import LossMeans
 from pipedream_hpc.runtime.execution.loss_meter import LossMeter
 from pipedream_hpc.runtime.execution.memory_probe import MemoryProbe
 from pipedream_hpc.runtime.execution.split_backward import SplitBackward
@@ -92,7 +95,7 @@ class MicrobatchState:
     """What a stage holds of one microbatch in flight.
 
     Attributes:
-        model_inputs: what the model itself takes from the data set.
+        arguments: the model's arguments; None if the stage does not need them.
         stage_inputs: received activations as autograd leaves, by source stage; an entry is removed when its gradients
             are sent, so that none is left when all are.
         output_gradients: received gradients of the stage outputs, by target stage.
@@ -100,18 +103,20 @@ class MicrobatchState:
         stage_outputs: tensors that later stages use; empty once backward has consumed them.
         loss: the loss; in the output stage only.
         loss_gradient: the gradient that backward starts with at the loss.
+        state: what the forward's modules had before they changed it (see StageModule.keep_state).
         split: whether BackwardInput and BackwardWeight replace Backward.
         backward_done: whether the gradients of all parameters are computed.
         sends_left: activations still to be sent; used in evaluation only.
     """
 
-    model_inputs: list[Any] = field(default_factory=list)
+    arguments: Arguments | None = None
     stage_inputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     output_gradients: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     held_slots: dict[tuple[Payload, int], RecvChannel] = field(default_factory=dict)
     stage_outputs: tuple[torch.Tensor, ...] = ()
     loss: torch.Tensor | None = None
     loss_gradient: torch.Tensor | None = None
+    state: list[Any] = field(default_factory=list)
     split: bool = False
     backward_done: bool = False
     sends_left: int = 0
@@ -139,6 +144,7 @@ class Stage:
         recompute: run the forward again before the backward instead of keeping activations (activation checkpointing).
         precision: factory of the context that forwards run in, such as autocast.
         compile_backend: backend of torch.compile that compiles the module; None for none.
+        n_microbatches: microbatches per minibatch.
     """
 
     def __init__(
@@ -158,14 +164,17 @@ class Stage:
         recompute: bool,
         precision: Precision,
         compile_backend: str | None = None,
+        n_microbatches: int = 1,
     ) -> None:
         self.index, self.replica = index, replica
+        #: `module` has the weights and buffers under the user's names; what runs are the user's own modules.
         self.stage_module, self.module = stage_module, stage_module.module
         self.stash, self.optimizer, self.grad_allreduce, self.channels = stash, optimizer, grad_allreduce, channels
         self.loss_fn, self.recomputes = loss_fn, recompute
         self.is_last = stage_module.is_last
         #: Whether it reads inputs or targets from the data set.
-        self.reads_data = bool(stage_module.inputs) or stage_module.is_last
+        self.reads_data = stage_module.reads_inputs or stage_module.is_last
+        self._loss_means = LossMeans(n_microbatches) if n_microbatches > 1 and self.is_last else None
         self.loss_meter, self.memory_probe = LossMeter(), MemoryProbe()
         self.watch: Watch | None = None
         self._seed, self._precision, self._split_backward = seed, precision, split_backward
@@ -175,6 +184,14 @@ class Stage:
         self._sent: dict[int, list[int]] = {}
         # By target stage: positions of the stage outputs whose gradients come back from there.
         self._gradients_of: dict[int, list[int]] = {}
+        # Orders of dimensions in memory: tensors travel in them, and get their strides back (see Value.order).
+        self._orders_back: dict[int, list[tuple[int, ...] | None]] = {
+            source: [] for source, _ in stage_module.stage_inputs
+        }
+        for source, value in stage_module.stage_inputs:
+            self._orders_back.setdefault(source, []).append(value.order_back)
+        self._orders = [value.order for value in stage_module.stage_outputs]
+        self._reorders = any(value.order for _, value in stage_module.stage_inputs) or any(self._orders)
         output_position = {value.name: number for number, value in enumerate(stage_module.stage_outputs)}
         for (source, target), values in edges.items():
             if target == index:
@@ -200,14 +217,10 @@ class Stage:
             """Make dropout and the like independent of the plan."""
             set_seed(seed_for(seed, self._trained_microbatch, name))
 
-        seed_layers(stage_module.module, torch.compiler.disable(reseed) if compile_backend else reseed)  # type: ignore[no-untyped-call]
-        # Parameters are inputs of the compiled code, so switching the weight version causes no recompilation. The top
-        # module is ours and has no hooks, so calling its forward directly is the same and saves 3 µs.
-        self._call = (
-            torch.compile(stage_module.module, backend=compile_backend)
-            if compile_backend
-            else stage_module.module.forward
-        )
+        self._reseed = torch.compiler.disable(reseed) if compile_backend else reseed  # type: ignore[no-untyped-call]
+        if compile_backend:
+            # Parameters are inputs of the compiled code, so switching the weight version causes no recompilation.
+            stage_module.compile(compile_backend)
 
     @property
     def state(self) -> StageState:
@@ -232,7 +245,8 @@ class Stage:
         self._first_microbatch, self._first_trained = first_microbatch, first_trained
         self._first_version = self.stash.version
         self.loss_meter = LossMeter()
-        self.module.train(training)
+        self.stage_module.train(training)
+        self.stash.set_frozen()
         if not training:
             self.stash.use_newest()
 
@@ -242,6 +256,7 @@ class Stage:
             channel.drain()
         assert not self._in_flight, "a verified schedule leaves no microbatch in flight"
         self._data = None
+        self.stash.use_newest()  # what the user's model shows between passes
 
     def ready(self, action: Recv | Send) -> bool:
         """Return whether `recv` or `send` would not block."""
@@ -259,8 +274,14 @@ class Stage:
         state = self._in_flight.setdefault(action.microbatch, MicrobatchState())
         state.held_slots[action.payload, action.peer_stage] = channel
         if action.payload == "gradient":
+            if self._reorders:
+                outputs = [self.stage_module.stage_outputs[each] for each in self._gradients_of[action.peer_stage]]
+                tensors = [_permuted(each, value.order_back) for each, value in zip(tensors, outputs, strict=True)]
             state.output_gradients[action.peer_stage] = tensors
             return
+        if self._reorders:
+            orders = self._orders_back.get(action.peer_stage, ())
+            tensors = [_permuted(each, order) for each, order in zip(tensors, orders, strict=True)]
         # Leaves on the slot's memory, without a copy: autograd puts the gradient to send back into their `.grad`.
         state.stage_inputs[action.peer_stage] = [
             tensor.detach().requires_grad_(self._training and needed)
@@ -272,11 +293,14 @@ class Stage:
         assert self._data is not None
         microbatch = action.microbatch
         state = self._in_flight.setdefault(microbatch, MicrobatchState())
-        state.model_inputs = [self._data.input(microbatch, argument) for argument in self.stage_module.inputs]
+        if self.stage_module.reads_inputs:
+            state.arguments = self._data.arguments(microbatch)
         if self._training:
             self.stash.acquire(self._first_microbatch + microbatch, self._first_version + action.version)
             self.memory_probe.in_flight = max(self.memory_probe.in_flight, self.stash.holders)
             state.split = action.split
+            if self.stage_module.state:
+                state.state = self.stage_module.keep_state()
         else:
             state.sends_left = len(self._sent)
         state.stage_outputs, score = self._run(microbatch, state, graph=self._training and not self.recomputes)
@@ -298,6 +322,10 @@ class Stage:
         leaves = [leaf for leaf in state.stage_inputs.pop(action.peer_stage) if leaf.requires_grad]
         # An input that no output depends on has no gradient: send zeros.
         input_gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        if self._reorders:
+            values = [v for source, v in self.stage_module.stage_inputs if source == action.peer_stage]
+            needed = [value.order for value in values if value.needs_gradient]
+            input_gradients = [_permuted(each, order) for each, order in zip(input_gradients, needed, strict=True)]
         channel.send(self._first_microbatch + microbatch, input_gradients)
         # In a split backward the slot stays held until BackwardWeight, which reads the inputs.
         if state.backward_done:
@@ -370,26 +398,28 @@ class Stage:
         # Seed what is drawn outside the seeded layers, too, so that it does not depend on what this process ran before.
         set_seed(seed_for(self._seed, self._trained_microbatch, self.index))
         leaves = [leaf for peer_stage in sorted(state.stage_inputs) for leaf in state.stage_inputs[peer_stage]]
-        arguments = [*state.model_inputs, *leaves]
         for position in self.stage_module.written_inputs:
-            argument = arguments[position]
-            if position < len(state.model_inputs) or self.recomputes:
-                # The data set's own tensor, or a slot that the second forward reads again.
-                arguments[position] = argument.clone()
-            elif argument.requires_grad:
-                arguments[position] = writable(argument)  # autograd forbids writing to a leaf
-        n_outputs = len(self.stage_module.stage_outputs)
+            if self.recomputes:
+                leaves[position] = leaves[position].clone()  # the second forward reads the slot again
+            elif leaves[position].requires_grad:
+                leaves[position] = writable(leaves[position])  # autograd forbids writing to a leaf
         recording: AbstractContextManager[Any] = _NULL_CONTEXT
         if self._split_backward is not None and state.split and graph:
             recording = self._split_backward.recording(microbatch)
         with _grad_mode(graph), self._precision():
-            with recording:
-                returned = self.stage_module.run(arguments, self._call)
+            with recording, seeding(self._reseed):
+                outputs, returned = self.stage_module.run(state.arguments, leaves)
             if not self.is_last:
-                return returned[:n_outputs], None
+                return tuple(outputs), None
             assert self._data is not None
-            # The model's output follows the stage outputs.
-            return returned[:n_outputs], self._score_fn(returned[n_outputs], self._data.target(microbatch))
+            target = self._data.target(microbatch)
+            if self._loss_means is None or not self._training:
+                return tuple(outputs), self._score_fn(returned, target)
+            self._loss_means.begin()
+            with self._loss_means:
+                score = self._score_fn(returned, target)
+            self._loss_means.end(microbatch, self._data.samples(microbatch))
+            return tuple(outputs), score
 
     def _recompute(self, microbatch: int, state: MicrobatchState) -> None:
         """Run the forward again on the weights it ran on, with the same random numbers.
@@ -397,7 +427,7 @@ class Stage:
         The module stays bound to that version; the next `acquire` binds it anew.
         """
         self.stash.bind(self._first_microbatch + microbatch)
-        with keep_running_stats(self.module):
+        with keep_running_stats(self.stage_module.modules), self.stage_module.state_of(state.state):
             state.stage_outputs, score = self._run(microbatch, state, graph=True)
         if self.is_last:
             self._set_loss(microbatch, state, score)
@@ -425,8 +455,25 @@ class Stage:
                     roots.append(output)
                     gradients.append(gradient)
         if self.memory_probe.microbatch_bytes is None:
+            self._check_leaves(state, roots)
             self._measure_microbatch(microbatch, state, roots)
         return roots, gradients
+
+    def _check_leaves(self, state: MicrobatchState, roots: Sequence[torch.Tensor]) -> None:
+        """Refuse a forward or loss that depends on weights that are not the stage's: nobody would train them.
+
+        Such as a penalty over all parameters of the model in the loss, or a patched forward that holds a parameter
+        itself instead of the module that has it.
+        """
+        inputs = {id(leaf) for each in state.stage_inputs.values() for leaf in each}
+        for leaf in graph_leaves(roots):
+            # A leaf of another type, such as a position that forces are derived from, is the forward's own.
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in inputs and not self.stash.trains(leaf):
+                raise PipedreamError(
+                    f"the forward or the loss of stage {self.index} depends on {self.stage_module.name_of(leaf)}, "
+                    "which is no weight that modules of this stage have: let forwards refer to modules instead of "
+                    "their parameters, and a loss use the model's output alone"
+                )
 
     def _free_graph(self, state: MicrobatchState) -> None:
         """Let go of what backward has consumed, and of nothing that is still to be sent."""
@@ -466,14 +513,28 @@ class Stage:
         An output can be a view of a receive slot or of the data set's tensor. A gradient that comes back proves that
         the message has arrived; without one nothing does.
         """
-        outputs = [state.stage_outputs[position] for position in self._sent[peer_stage]]
+        outputs = [
+            state.stage_outputs[position] if state.stage_outputs[position] is not None else self._absent(position)
+            for position in self._sent[peer_stage]
+        ]
+        if self._reorders:
+            orders = [self._orders[position] for position in self._sent[peer_stage]]
+            outputs = [
+                each if each.numel() == 0 else _permuted(each, order)
+                for each, order in zip(outputs, orders, strict=True)
+            ]
         if all(output.requires_grad for output in outputs):
             return outputs
-        read = [each for each in tree_leaves(state.model_inputs) if isinstance(each, torch.Tensor)]
+        read = [] if state.arguments is None else state.arguments.tensors()
         reused = {
             _storage(tensor) for tensor in (*read, *(leaf for each in state.stage_inputs.values() for leaf in each))
         }
         return [output if output.requires_grad else _clone_if_in(output, reused) for output in outputs]
+
+    def _absent(self, position: int) -> torch.Tensor:
+        """Return what is sent for an output that is computed in training only."""
+        value = self.stage_module.stage_outputs[position]
+        return torch.empty([0] * len(value.shape), dtype=value.dtype, device=self.stash.device)
 
     def _measure_microbatch(self, microbatch: int, state: MicrobatchState, roots: Sequence[torch.Tensor]) -> None:
         """Measure what autograd keeps for the first microbatch's backward, besides weights and slots."""
@@ -483,8 +544,9 @@ class Stage:
             graphs += self._split_backward.graphs(microbatch)
         leaves = [leaf for each in state.stage_inputs.values() for leaf in each]
         assert self._data is not None
-        read = [*state.model_inputs, self._data.target(microbatch) if self.is_last else None]
-        data = [each for each in tree_leaves(read) if isinstance(each, torch.Tensor)]
+        target = tree_leaves(self._data.target(microbatch)) if self.is_last else []
+        data = [each for each in target if isinstance(each, torch.Tensor)]
+        data += [] if state.arguments is None else state.arguments.tensors()
         self.memory_probe.count_microbatch(graphs, [*self.module.parameters(), *leaves], data)
 
     def _measure_deferred(self, microbatch: int, state: MicrobatchState) -> None:
@@ -542,6 +604,22 @@ class Stage:
             )
 
 
+def graph_leaves(roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the leaves of autograd's graph that a backward from `roots` would reach."""
+    found: list[torch.Tensor] = []
+    todo = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                todo.append(following)
+    return found
+
+
 def score_error(score: Any) -> str:
     """Return the rest of a sentence about a score that should be one number."""
     got = f"shape {tuple(score.shape)}" if isinstance(score, torch.Tensor) else f"type {type(score).__name__}"
@@ -564,6 +642,10 @@ def _run_backward(tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Ten
         allow_unreachable=True,
         accumulate_grad=True,
     )
+
+
+def _permuted(tensor: torch.Tensor, order: tuple[int, ...] | None) -> torch.Tensor:
+    return tensor if order is None else tensor.permute(order)
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from pipedream_hpc.config import TrainConfig
+from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import LossFn, OptimizerFactory
 from pipedream_hpc.model.materialize import materialize
-from pipedream_hpc.model.partition import StageModule
 from pipedream_hpc.model.precision import Precision, autocast
+from pipedream_hpc.model.randomness import seed_modules
 from pipedream_hpc.model.recipe import release_memory
+from pipedream_hpc.model.stage_module import StageModule
 from pipedream_hpc.runtime.comm.staged_allreduce import CopyStream, StagedAllReduce
 from pipedream_hpc.runtime.comm.tensor_view import CPU
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader, Reader
@@ -71,7 +72,20 @@ def build_workers(deployment: Deployment, training: Schedule, wiring: Wiring, se
         if (index, rank) in wiring.channels
     ]
     parts = [deployment.partition.stage_module(index) for _, index, _ in places]
-    materialize(deployment.graph, [part.module for part in parts])
+    materialize(deployment.graph, parts)
+    seed_modules(deployment.graph.module, deployment.graph.notes)
+    first: dict[int, StageModule] = {}
+    for part, (_, index, _) in zip(parts, places, strict=True):
+        if first.setdefault(index, part) is not part:
+            part.share_with(first[index])
+    for part, (_, index, _) in zip(parts, places, strict=True):
+        stateful = part.stateful_modules()
+        if stateful and len(training.layout[index]) > 1:
+            raise PipedreamError(
+                f"module '{stateful[0]}' changes its own state in every forward, and each of the "
+                f"{len(training.layout[index])} replicas of stage {index} would have another: give stage {index} one "
+                "replica"
+            )
     stages: dict[int, list[Stage]] = {}
     for part, (rank, index, replica) in zip(parts, places, strict=True):
         stages.setdefault(rank, []).append(_stage(deployment, training, wiring, setup, part, index, replica))
@@ -87,7 +101,7 @@ def build_running_stats(stages: Sequence[Stage], layout: Layout, wiring: Wiring)
     """Create the running statistics, such as BatchNorm's, that replicas average at an epoch's end. Collective."""
     shared = []
     for stage in sorted(stages, key=lambda each: (each.index, each.replica)):
-        replicas, stats = len(layout[stage.index]), RunningStats(stage.module)
+        replicas, stats = len(layout[stage.index]), RunningStats(stage.stage_module.running_stats())
         if replicas > 1 and stats.buckets:
             stats.share(wiring.all_reduce(stage.index, "running statistics", stats.buckets), replicas)
             shared.append(stats)
@@ -103,24 +117,12 @@ def microbatch_loader(
         epoch=epoch,
         seed=setup.config.seed,
         readers=[Reader(stage.replica, len(deployment.layout[stage.index])) for stage in stages if stage.reads_data],
-        input_names=[str(node.target) for node in deployment.graph.inputs],
         n_microbatches=deployment.n_microbatches,
         gradient_accumulation_steps=deployment.minibatches_per_loss,
         length=length,
-        example=deployment.graph.example_inputs,
+        example=deployment.graph.inputs,
         device=setup.device,
     )
-
-
-def move_buffers(module: nn.Module, device: torch.device) -> None:
-    """Move all tensors of a stage that are no parameters to `device`, constants of the captured model included."""
-    moved: dict[int, torch.Tensor] = {}
-    for owner in module.modules():
-        for held in (owner._buffers, vars(owner)):
-            for name, value in held.items():
-                if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-                    # A tensor with several names stays one tensor.
-                    held[name] = moved.setdefault(id(value), value.to(device))
 
 
 def _stage(
@@ -133,16 +135,20 @@ def _stage(
     replica: int,
 ) -> Stage:
     config = setup.config
+    if part.is_last:
+        part.add_loss(setup.loss_fn)
     stash = WeightStash(
         part.module,
         training.versions(index),
         setup.optimizer,
         overwrite=not training.stashes,
         master_weights=config.master_weights,
+        entries=part.entries,
+        bound=part.bound,
         device=setup.device,
     )
     if setup.device.type != "cpu":
-        move_buffers(part.module, setup.device)
+        part.move_tensors(setup.device)
     optimizer = StageOptimizer(
         stash.optimizer,
         config.lr_scheduler,
@@ -171,8 +177,9 @@ def _stage(
         wiring.channels[index, training.layout[index][replica]],
         setup.loss_fn,
         config.seed,
-        split_backward=SplitBackward(part.module, stash.trains) if training.splits(index) else None,
+        split_backward=SplitBackward(part.modules, stash.trains) if training.splits(index) else None,
         recompute=deployment.plan.stages[index].recompute,
         precision=setup.autocast or contextlib.nullcontext,
         compile_backend=config.compile_backend,
+        n_microbatches=deployment.n_microbatches,
     )

@@ -62,7 +62,7 @@ class Deployment:
         """The tensors that cross every edge."""
         return {
             edge: tuple(
-                TensorMeta(value.layer or value.name, edge.source, value.shape, value.dtype, value.needs_gradient)
+                TensorMeta(value.layer or value.name, edge.source, value.sent_shape, value.dtype, value.needs_gradient)
                 for value in values
             )
             for edge, values in self.partition.edges.items()
@@ -177,8 +177,14 @@ def _check_stage(
     last = graph.layers[layers[-1]]
     if stage.output_shape is None or last.output_shape is None or stage.layers[-1] != last.name:
         return
+    # What crosses may be the output of any of its layers: of the last, unless others follow in branches.
+    outputs = {
+        (layer.output_shape[1:], str(layer.output_dtype).removeprefix("torch."))
+        for layer in (graph.layers[number] for number in layers)
+        if layer.output_shape is not None
+    }
     shape, dtype = last.output_shape, str(last.output_dtype).removeprefix("torch.")
-    if (stage.output_shape[1:], stage.output_dtype) != (shape[1:], dtype):
+    if (stage.output_shape[1:], stage.output_dtype) not in outputs:
         raise PipedreamError(
             f"{wrong}: layer '{stage.layers[-1]}' (stage {index}) puts out {stage.output_dtype} {stage.output_shape} "
             f"in the plan and {dtype} {shape} in the model: {remedy}, with the --precision of the training"

@@ -21,15 +21,18 @@ from pipedream_hpc.cluster.threads import bind_rank
 from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.config import RunConfig, ScheduleConfig
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.arguments import bind_inputs
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.counting import count
 from pipedream_hpc.model.graph import LayerGraph
+from pipedream_hpc.model.precision import autocast
 from pipedream_hpc.model.recipe import ModelFactory
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.planning.resolve import PlanRequest, parse_plan, resolve_plan
 from pipedream_hpc.planning.scale import scale_profile
 from pipedream_hpc.runtime.comm.gpu_route import Route, choose_route
+from pipedream_hpc.runtime.comm.handshake import exchange
 from pipedream_hpc.runtime.execution.data import split_minibatch
 from pipedream_hpc.runtime.execution.passes import PassRunner
 from pipedream_hpc.runtime.execution.stage import Stage
@@ -38,6 +41,12 @@ from pipedream_hpc.runtime.launch.build import TrainSetup, build_running_stats, 
 from pipedream_hpc.runtime.launch.deployment import Deployment, deploy
 from pipedream_hpc.runtime.launch.preflight import check_devices, check_launch
 from pipedream_hpc.runtime.launch.run_plan import RunSchedule, plan_as_run, run_schedule
+from pipedream_hpc.runtime.launch.same_program import (
+    check_microbatches,
+    check_same_program,
+    measure_orders,
+    set_orders,
+)
 from pipedream_hpc.runtime.launch.wiring import Wiring, local_wiring, mpi_wiring
 from pipedream_hpc.runtime.weights.batchnorm import RunningStats
 
@@ -94,7 +103,12 @@ def plan_for(graph: LayerGraph, request: PlanRequest, name: str, schedule: RunSc
         profile = count(graph)  # the graph was captured with one microbatch
         return scale_profile(profile, minibatch=profile.minibatch * schedule.n_microbatches)
 
-    resolved = resolve_plan(request, counted, schedule=schedule.name)
+    try:
+        resolved = resolve_plan(request, counted, schedule=schedule.name)
+    except PipedreamError as error:
+        if "" in graph.closed:
+            raise PipedreamError(f"{error}; the model cannot be cut, because {graph.closed['']}") from None
+        raise
     return plan_as_run(resolved, name, schedule, recompute)
 
 
@@ -129,8 +143,15 @@ def start(
     request = parse_plan(plan)
     name = "the plan" if isinstance(plan, Plan) else str(plan) if isinstance(request, Plan) else f"plan {plan}"
     schedule = run_schedule(schedule_config, setup.config, request)
-    microbatch = split_minibatch(example_inputs, schedule.n_microbatches)[0]
+    microbatches = split_minibatch(example_inputs, schedule.n_microbatches)
+    microbatch = microbatches[0]
     graph = capture(model, microbatch, setup.config.leaf_modules, setup.autocast)
+    checks = setup.config.check_model and graph.recipe is None
+    orders: list[Any] = []
+    if checks and world.rank == 0:
+        orders = measure_orders(graph, bind_inputs(graph.module, microbatch), autocast(setup.config.precision))
+    if checks:
+        set_orders(graph, exchange(world, {"orders": orders}, limit_s=limit_s)[0]["orders"])
     as_run = plan_for(graph, request, name, schedule, setup.config.recompute)
     deployment = deploy(as_run, name, graph, schedule, world)
     training = deployment.example_training()
@@ -138,6 +159,19 @@ def start(
         raise PipedreamError(
             f"compiled stages run backwards whole, but {schedule.name} splits them: choose another schedule, or "
             "leave compile_backend out"
+        )
+    if checks and world.rank == 0 and len(microbatches) > 1:
+        parts = [bind_inputs(graph.module, each) for each in microbatches]
+        whole = bind_inputs(graph.module, example_inputs)
+        check_microbatches(graph, whole, parts, autocast(setup.config.precision))
+    if checks and world.rank == 0 and (len(deployment.plan.stages) > 1 or graph.notes.random_functions):
+        check_same_program(
+            graph,
+            deployment.partition,
+            len(deployment.plan.stages),
+            bind_inputs(graph.module, microbatch),
+            seed=setup.config.seed,
+            precision=autocast(setup.config.precision),
         )
     launch = check_launch(world, deployment, setup.config, limit_s=limit_s)
     cores = bind_rank(world, deployment.ranks) if deployment.ranks > 1 or world.size > 1 else Cores()

@@ -92,7 +92,7 @@ def load_full_state_dict(
             return
         for stage in stages:
             _load_stage(stage, source, given_as)
-        _load_unused(graph, source, given_as)
+        _load_unused(graph, stages, source, given_as)
 
 
 def state_dict_problem(graph: LayerGraph, weights: Mapping[str, torch.Tensor] | str | Path) -> str | None:
@@ -141,17 +141,18 @@ def _load_stage(stage: StageState, source: _Source, given_as: Mapping[str, str])
                 buffer.copy_(source.read(given_as[name]))
 
 
-def _load_unused(graph: LayerGraph, source: _Source, given_as: Mapping[str, str]) -> None:
+def _load_unused(graph: LayerGraph, stages: Sequence[StageState], source: _Source, given_as: Mapping[str, str]) -> None:
     """Set what no stage uses, in the user's own model; a model given as a function has no values to set."""
     if graph.recipe is not None:
         return
-    nodes = [node for layer in graph.layers for node in layer.nodes]
-    used = {str(node.target) for node in nodes if node.op == "call_module"}
-    used |= {str(each.target) for node in nodes for each in (node, *node.all_input_nodes) if each.op == "get_attr"}
+    model = graph.module
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    used = {id(parameters[name]) for layer in graph.layers for name in layer.parameters}
+    held = {name for stage in stages for name in stage.module.state_dict()}
     with torch.no_grad():
-        for name, value in graph.module.state_dict().items():
-            if not any(name == target or name.startswith(f"{target}.") for target in used):
-                value.copy_(source.read(given_as[name]))
+        for name, parameter in parameters.items():
+            if id(parameter) not in used and name not in held and name in given_as:
+                parameter.copy_(source.read(given_as[name]))
 
 
 def _named(names: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ all replicas, so that evaluations and saved weights are the same on each of them
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,12 +20,10 @@ class RunningStats:
     """The running statistics of one replica of a stage.
 
     Args:
-        module: the stage's module.
+        buffers: the replica's own buffers of layers that track running statistics.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        layers = [each for each in module.modules() if getattr(each, "track_running_stats", False)]
-        buffers = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+    def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
         self._means = [buffer for buffer in buffers if buffer.is_floating_point()]
         self._counters = [buffer for buffer in buffers if not buffer.is_floating_point()]
         self._baseline = [buffer.clone() for buffer in self._counters]
@@ -74,13 +72,13 @@ class RunningStats:
 
 
 @contextmanager
-def keep_running_stats(module: nn.Module) -> Iterator[None]:
+def keep_running_stats(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run a forward again without changing running statistics: they include this microbatch already.
 
     The layers have copies of their buffers meanwhile. Restoring the values afterwards instead would change tensors
     that autograd has saved.
     """
-    layers = [each for each in module.modules() if getattr(each, "track_running_stats", False)]
+    layers = [each for each in modules if getattr(each, "track_running_stats", False)]
     originals = [dict(layer._buffers) for layer in layers]
     for layer, buffers in zip(layers, originals, strict=True):
         layer._buffers.update({name: None if each is None else each.clone() for name, each in buffers.items()})

@@ -25,6 +25,7 @@ from torch import nn
 from pipedream_hpc.core import load_weights
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import OptimizerFactory
+from pipedream_hpc.model.stage_module import Entry, entries_by_weight
 from pipedream_hpc.runtime.comm.tensor_view import CPU, clone_if_shared, memory_on, tensor_over
 from pipedream_hpc.runtime.weights.fused import FusedStep, fused_from
 
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
     from pipedream_hpc._weights import View, WeightPool
 
 _ALIGNMENT = 64  # bytes: a cache line, and enough for any vector instruction
-
-#: (container, key) of an entry that refers to a parameter: in a module's `_parameters`, or in the list of weights that
-#: a recurrent layer keeps as well.
-_Entry = tuple[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -56,12 +53,21 @@ class _ParameterSlot:
     shape: torch.Size
     dtype: torch.dtype
     trained: bool
-    entries: tuple[_Entry, ...]
+    entries: tuple[Entry, ...]
 
-    def leaf(self, slab: View, device: torch.device) -> nn.Parameter:
-        """Create a leaf over this parameter's place in `slab`, with its own version counter."""
+    def leaf(self, slab: View, device: torch.device, original: nn.Parameter) -> nn.Parameter:
+        """Create a leaf over this parameter's place in `slab`, with its own version counter.
+
+        It has the attributes and hooks of the original, but for hooks on an accumulated gradient: these run once in an
+        optimizer step (see WeightStash.update).
+        """
         values = tensor_over(slab, self.shape, self.dtype, offset=self.offset, device=device)
-        return nn.Parameter(values, requires_grad=self.trained)
+        leaf = nn.Parameter(values, requires_grad=self.trained)
+        vars(leaf).update(vars(original))
+        if self.trained:
+            for hook in (original._backward_hooks or {}).values():
+                leaf.register_hook(hook)  # type: ignore[no-untyped-call]
+        return leaf
 
 
 class WeightStash:
@@ -70,7 +76,7 @@ class WeightStash:
     Versions count from 0, one per optimizer step. A microbatch holds at most one version, under its number.
 
     Args:
-        module: the stage's module. Its parameter entries are pointed at the slabs.
+        module: holds the stage's parameters. Its parameter entries are pointed at the slabs.
         slabs: number of newest versions that are kept.
         optimizer: creates the optimizer from the stage's trained parameters; not called if there are none. The
             parameters carry the attributes of the module's own and, as `qualified_name`, their names in the model.
@@ -78,6 +84,8 @@ class WeightStash:
             pipelining does.
         master_weights: whether bfloat16 weights have float32 masters. The optimizer steps the masters and keeps them
             in its state; the weights are the masters, rounded.
+        entries: all entries that refer to each parameter, by its name; None for those of `module`.
+        bound: shared by the stashes of replicas in one process, which have the same entries.
         device: where the slabs are. On a GPU everything runs in order on the stream that is current at the call, and
             the host waits for nothing.
     """
@@ -90,9 +98,12 @@ class WeightStash:
         *,
         overwrite: bool = False,
         master_weights: bool = False,
+        entries: Mapping[str, Sequence[Entry]] | None = None,
+        bound: list[Any] | None = None,
         device: torch.device = CPU,
     ) -> None:
-        self._slots, nbytes = _slab_layout(module)
+        self.device = device
+        self._slots, nbytes = _slab_layout(module, entries)
         self._master_weights = master_weights
         self._overwrite, self._slab_bytes = overwrite, nbytes
         self._pool: WeightPool = load_weights().WeightPool(nbytes, slabs, memory_on(device))
@@ -102,7 +113,7 @@ class WeightStash:
         originals = dict(module.named_parameters())
         for index in range(slabs):
             slab = self._pool.slab(index)
-            self._leaves.append([slot.leaf(slab, device) for slot in self._slots])
+            self._leaves.append([slot.leaf(slab, device, originals[slot.name]) for slot in self._slots])
             if device.type != "cpu":
                 self._slab_tensors.append(tensor_over(slab, torch.Size([nbytes]), torch.uint8, device=device))
         with torch.no_grad():
@@ -111,7 +122,7 @@ class WeightStash:
                     # An optimizer step writes trained parameters only: the others are in every slab from the start.
                     if index == self._pool.newest_slab or not slot.trained:
                         leaf.copy_(originals[slot.name])
-        self._bound = -1
+        self._bound = [None] if bound is None else bound  # what the entries point at: (stash, slab)
         self._bind(self._pool.newest_slab)
         self._trained = [index for index, slot in enumerate(self._slots) if slot.trained]
         self._positions = {
@@ -121,6 +132,11 @@ class WeightStash:
         # before each step they are pointed at the slab to write. (Assigning .data also leaves autograd's version
         # counter alone: no graph has saved this slab's bytes.)
         self._cursors = [self._cursor(index, originals[self._slots[index].name]) for index in self._trained]
+        self._on_accumulated: dict[int, list[Callable[[nn.Parameter], None]]] = {}
+        for position, index in enumerate(self._trained):
+            hooks = getattr(originals[self._slots[index].name], "_post_accumulate_grad_hooks", None)
+            if hooks:
+                self._on_accumulated[position] = list(hooks.values())
         self.optimizer = _create_optimizer(optimizer, self._cursors) if self._cursors else None
         # Checked now, and not before the first step, since a checkpoint may be loaded before it.
         self._fused_step([])
@@ -251,6 +267,7 @@ class WeightStash:
         Args:
             gradients: of the trained parameters, in the order of `trained`; parameters without one stay as they are.
         """
+        gradients = self._after_accumulation(gradients)
         fused_step = self._fused_step(gradients)
         source, target = self._begin_update(copy=fused_step is None)
         leaves = self._leaves[target]
@@ -265,6 +282,41 @@ class WeightStash:
             for cursor in self._cursors:
                 cursor.grad = None
         return self._pool.commit()
+
+    def _after_accumulation(self, gradients: Sequence[torch.Tensor | None]) -> Sequence[torch.Tensor | None]:
+        """Run the user's hooks on accumulated gradients; they may change or replace them."""
+        if not self._on_accumulated:
+            return gradients
+        changed = list(gradients)
+        newest = self._leaves[self._pool.newest_slab]
+        for position, hooks in self._on_accumulated.items():
+            cursor, gradient = self._cursors[position], gradients[position]
+            if gradient is None:
+                continue
+            cursor.data, cursor.grad = newest[self._trained[position]].data, gradient
+            for hook in hooks:
+                hook(cursor)
+            changed[position], cursor.grad = cursor.grad, None
+        return changed
+
+    def set_frozen(self) -> None:
+        """Take over which parameters the user has frozen, or thawed, since the stage was built.
+
+        Raises:
+            PipedreamError: a parameter now wants a gradient that the optimizer was not given.
+        """
+        shown = self._leaves[self._pool.newest_slab]
+        for index, slot in enumerate(self._slots):
+            wants = shown[index].requires_grad
+            if wants and not slot.trained:
+                raise PipedreamError(
+                    f"parameter '{slot.name}' requires a gradient now, but did not when the pipeline was made, and its "
+                    "optimizer does not have it: make the pipeline with it trained and freeze it afterwards, or make a "
+                    "new pipeline"
+                )
+            for leaves in self._leaves:
+                if leaves[index].requires_grad != wants:
+                    leaves[index].requires_grad_(wants)
 
     def skip_update(self) -> int:
         """Make the next version a copy of the newest, without an optimizer step, and return its number."""
@@ -339,12 +391,12 @@ class WeightStash:
         return source, target
 
     def _bind(self, slab: int) -> None:
-        if slab == self._bound:
+        if self._bound[0] == (self, slab):
             return
         for slot, leaf in zip(self._slots, self._leaves[slab], strict=True):
             for container, key in slot.entries:
                 container[key] = leaf
-        self._bound = slab
+        self._bound[0] = (self, slab)
 
 
 def _create_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -380,22 +432,14 @@ def _create_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter])
     return optimizer
 
 
-def _slab_layout(module: nn.Module) -> tuple[list[_ParameterSlot], int]:
+def _slab_layout(module: nn.Module, entries: Mapping[str, Sequence[Entry]] | None) -> tuple[list[_ParameterSlot], int]:
     """Lay out the module's distinct parameters in a slab, sorted by dtype; return the slots and the slab's bytes."""
-    entries: dict[int, list[_Entry]] = {}
-    for owner in module.modules():
-        for key, parameter in owner._parameters.items():
-            if parameter is not None:
-                entries.setdefault(id(parameter), []).append((owner._parameters, key))
-        # Recurrent layers look their weights up in a list of their own.
-        for position, parameter in enumerate(getattr(owner, "_flat_weights", ())):
-            if parameter is not None:
-                entries.setdefault(id(parameter), []).append((owner._flat_weights, position))
+    if entries is None:
+        by_weight = entries_by_weight(module)
+        entries = {name: by_weight[id(parameter)] for name, parameter in module.named_parameters()}
     slots, offset = [], 0
     for name, parameter in sorted(module.named_parameters(), key=lambda item: str(item[1].dtype)):
-        own_entries = tuple(entries[id(parameter)])
-        slots.append(
-            _ParameterSlot(name, offset, parameter.shape, parameter.dtype, parameter.requires_grad, own_entries)
-        )
+        own = tuple(entries[name])
+        slots.append(_ParameterSlot(name, offset, parameter.shape, parameter.dtype, parameter.requires_grad, own))
         offset += -(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT
     return slots, max(offset, _ALIGNMENT)

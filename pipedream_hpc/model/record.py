@@ -1,0 +1,583 @@
+"""Record the calls of a model's own forward, on tensors without values.
+
+The model's Python runs as it is. Modules that may be cut are opened: their forward runs, and each call in it is
+recorded. All others are kept whole: what is inside does not matter. What a forward computes from its arguments alone,
+such as a mask, is computed with their values; everything else has none, so a module whose own Python reads values, as
+`if h.sum() > 0`, cannot be opened and is kept whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
+
+from pipedream_hpc.model.calls import call_unwatched, watch_modules, watched
+from pipedream_hpc.model.graph import Call, Found, Key, Notes, Recording, Returned, Scope, Value, memory_order
+from pipedream_hpc.model.preserve_state import ModuleState
+from pipedream_hpc.model.randomness import seeding
+from pipedream_hpc.model.recipe import tensors_of
+from pipedream_hpc.model.structure import map_tensors, output_tensors, tensors_of_value
+
+#: Attribute of a tensor: which output of which call it is.
+MARK = "_pipedream_key"
+
+#: Functions that read the values of a tensor into Python.
+_READS_VALUES = frozenset(
+    {
+        *("item", "tolist", "numpy", "is_nonzero", "equal", "allclose", "__contains__"),
+        *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"),
+    }
+)
+
+
+#: Names of torch's functions that draw random numbers.
+DRAWING = frozenset(
+    {
+        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "poisson"),
+        *("bernoulli", "multinomial", "binomial", "rrelu", "rrelu_", "gumbel_softmax"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "dropout_"),
+        *("feature_dropout", "feature_dropout_", "alpha_dropout_", "feature_alpha_dropout_", "native_dropout"),
+        *("uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_"),
+        *("scaled_dot_product_attention", "multi_head_attention_forward"),
+    }
+)
+
+
+#: What an attribute has to be to be state; one that is None at first, such as a cache, is none.
+_STATE = (int, float, torch.Tensor)
+
+
+#: A module without lists of modules in it, such as attention, is kept whole if its forward calls more functions.
+_MOST_FUNCTIONS = 8
+
+
+class CannotOpenError(Exception):
+    """The forward of a module cannot be recorded: the module has to be kept whole.
+
+    Attributes:
+        name: qualified name of the module.
+        reason: why.
+    """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+
+class NeedsValuesError(Exception):
+    """A module that is kept whole reads the values of tensors.
+
+    Attributes:
+        reason: the error that it raised.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def record(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    keep_whole: Callable[[nn.Module, str], bool],
+    *,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
+    real: bool = False,
+) -> tuple[Recording, Notes]:
+    """Run the forward once in the model's present mode; the model and all generators are left as they were.
+
+    Args:
+        model: the user's model.
+        args: its positional arguments, with values.
+        kwargs: its keyword arguments.
+        keep_whole: tells by module and qualified name whether a module is kept whole.
+        precision: context of the forward.
+        device: the device that tensors without values are on.
+        real: compute with values, for modules that need them even when kept whole.
+
+    Raises:
+        CannotOpenError: the forward of a module that is not kept whole cannot be recorded.
+        NeedsValuesError: a module that is kept whole reads values.
+    """
+    recorder = _Recorder(model, keep_whole, device, real)
+    # What does not run without values is tried again with values: no reason to print a traceback.
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    with _unchanged(model, recorder.notes), seeding(None), torch.enable_grad(), precision():
+        return recorder.run(args, kwargs), recorder.notes
+
+
+class _Recorder:
+    """The watcher that records."""
+
+    def __init__(
+        self, model: nn.Module, keep_whole: Callable[[nn.Module, str], bool], device: torch.device, real: bool
+    ) -> None:
+        self._model, self._keep_whole, self._device = model, keep_whole, device
+        self._fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
+        self.notes = Notes()
+        self._names = {id(module): name for name, module in reversed(list(model.named_modules()))}
+        self._scopes: list[Scope] = []
+        self._calls: list[Call] = []
+        self._function_names: Counter[str] = Counter()
+        self._module_calls: Counter[str] = Counter()
+        self._within: list[str] = []  # names of the modules whose code runs, also of those in modules kept whole
+        self._in_call = False
+        self._generators = _python_generators()
+        self._entered: list[str] = []  # by the call that is being recorded
+        self._live: list[Any] = []  # a storage's identity is unique only while the storage is live
+        self._parameters: dict[int, str] = {}  # by the identity of what stands for them
+        self._local: dict[int, torch.Tensor] = {}  # tensors that depend on no call, but have no values
+        self._buffers = {id(buffer): name for name, buffer in model.named_buffers()}
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recording:
+        model = self._model
+        undo = watch_modules(model.modules())
+        try:
+            with self._without_values(), watched(self):
+                returned = model(*args, **kwargs)
+        finally:
+            undo()
+        root = self._scopes[0] if self._scopes else Scope("", model, list(self._calls))
+        tensors = output_tensors(returned)
+        output = tuple(key for each in tensors if (key := _mark(each)) is not None)
+        parameters = [self._parameters[id(each)] for each in tensors if id(each) in self._parameters]
+        return Recording(root, tuple(self._calls), tuple(dict.fromkeys(output)), tuple(dict.fromkeys(parameters)))
+
+    # -- what calls are made -----------------------------------------------------------------------------------------
+
+    def module(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        name = self._names.get(id(module), type(module).__name__)
+        if self._in_call:
+            with self._inside(name):
+                return call_unwatched(module, args, kwargs)
+        if self._keep_whole(module, name):
+            return self._record(Call(0, name, module=module), module._call_impl, args, kwargs)
+        scope = Scope(name, module)
+        if self._scopes:
+            self._scopes[-1].items.append(scope)
+        first = len(self._calls)
+        self._scopes.append(scope)
+        given = tensors_of_value((args, kwargs))
+        before = [_mark(each) for each in given]
+        scope.sources = tuple(key for key in before if key is not None)
+        attributes, buffers = dict(vars(module)), dict(module._buffers)
+        try:
+            with self._inside(name):
+                returned = call_unwatched(module, args, kwargs)
+        except (CannotOpenError, NeedsValuesError):
+            raise
+        except Exception as error:
+            raise CannotOpenError(name, _first_line(error)) from error
+        finally:
+            if len(self._scopes) > 1:
+                self._scopes.pop()
+        changed = [
+            key
+            for key, value in vars(module).items()
+            if key in attributes and value is not attributes[key] and isinstance(attributes[key], _STATE)
+        ]
+        changed += [key for key, value in module._buffers.items() if value is not buffers.get(key)]
+        if changed:
+            raise CannotOpenError(name, f"its forward sets '{changed[0]}'")
+        functions = sum(isinstance(item, Call) and item.function is not None for item in scope.items)
+        if name and functions > _MOST_FUNCTIONS and not any(map(_is_list, module.modules())):
+            raise CannotOpenError(name, f"its forward calls {functions} functions")
+        if name in self.notes.python_random:
+            raise CannotOpenError(name, "its forward draws random numbers of Python or NumPy")
+        scope.returned, found = self._describe(returned, given)
+        inner = range(first, len(self._calls))
+        written = [
+            Found("argument", position, key)
+            for position, (each, old) in enumerate(zip(given, before, strict=True))
+            if (key := _mark(each)) is not None and key != old and key[0] in inner
+        ]
+        arguments = {id(each) for each in given}
+        scope.found = (
+            *(
+                Found("returned", position, key)
+                for position, (each, key) in enumerate(found)
+                if key is not None and key[0] in inner and id(each) not in arguments
+            ),
+            *written,
+        )
+        return returned
+
+    def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if self._in_call:
+            return function(*args, **kwargs)
+        given = tensors_of_value((args, kwargs))
+        written = [self._buffers[id(each)] for each in given if id(each) in self._buffers]
+        if written and _writes(function_name(function), kwargs):
+            # Every stage runs the forward of an opened module: it would be written more than once.
+            raise CannotOpenError(self._scopes[-1].name, f"its forward writes buffer '{written[0]}'")
+        tracked = [each for each in given if _mark(each) is not None or id(each) in self._parameters]
+        without_values = [each for each in given if id(each) in self._local]
+        name = function_name(function)
+        if not tracked:
+            if name in DRAWING:
+                self._note_draw(function)
+            if without_values:
+                return self._computed_locally(function, args, kwargs)
+            if any(isinstance(each, FakeTensor) for each in given):
+                raise CannotOpenError(self._within[-1], f"{name} uses a tensor that no module has returned")
+            return function(*args, **kwargs)
+        if name in _READS_VALUES:
+            raise CannotOpenError(self._within[-1], f"its Python reads the values of a tensor ({name})")
+        return self._record(Call(0, name, function=function), function, args, kwargs)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _computed_locally(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a function of buffers that have no values yet: every stage will compute it from their values."""
+        name = function_name(function)
+        if name in _READS_VALUES:
+            raise CannotOpenError(self._within[-1], f"its Python reads the values of a buffer ({name})")
+        with unwatched_functions(self):
+            args, kwargs = self._to_fakes(args, kwargs)
+            with self._fake or nullcontext():
+                returned = function(*args, **kwargs)
+        self._local.update((id(each), each) for each in tensors_of_value(returned))
+        return returned
+
+    def _note_draw(self, function: Callable[..., Any]) -> None:
+        """Note that the forward of an opened module draws random numbers by a function.
+
+        Such a module is opened under every plan, so that what it draws does not depend on the plan; or, if all that is
+        in it is kept whole, it is kept whole itself.
+        """
+        scope = self._scopes[-1]
+        if scope.name and all(
+            self._keep_whole(child, f"{scope.name}.{name}") for name, child in scope.module.named_children()
+        ):
+            raise CannotOpenError(scope.name, f"it draws random numbers ({function_name(function)})")
+        self.notes.random_functions.add(scope.name)
+        self.notes.drawing.add(function)
+
+    def _record(self, call: Call, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a call without values, and record it if it puts out tensors."""
+        with unwatched_functions(self):
+            return self._record_unwatched(call, run, args, kwargs)
+
+    def _record_unwatched(
+        self, call: Call, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        originals = tensors_of_value((args, kwargs))
+        args, kwargs = self._to_fakes(args, kwargs)
+        given = tensors_of_value((args, kwargs))
+        versions = [_version(each) for each in given]
+        counter = _Dispatch(self)
+        self._entered = []
+        inside = self._inside(call.name) if call.module is not None else nullcontext()
+        try:
+            with inside, self._fake or nullcontext(), counter:
+                returned = run(*args, **kwargs)
+        except Exception as error:
+            if call.module is None:
+                raise
+            raise NeedsValuesError(_first_line(error)) from error
+        written = [
+            position
+            for position, (each, version) in enumerate(zip(given, versions, strict=True))
+            if _version(each) != version
+        ]
+        # What was written into stays the object that the forward holds. What is returned as it was given, as by dropout
+        # in evaluation, becomes another: the call has an output of its own, as in training.
+        originals_of = {
+            id(new): old if position in written else None
+            for position, (new, old) in enumerate(zip(given, originals, strict=True))
+        }
+
+        def output(each: torch.Tensor) -> torch.Tensor:
+            if id(each) not in originals_of:
+                return each
+            old = originals_of[id(each)]
+            return each.view_as(each) if old is None else old
+
+        with self._fake or nullcontext():
+            returned = map_tensors(output, returned)
+        if call.module is None and not tensors_of_value(returned) and not written:
+            return returned  # a question, such as x.size(0)
+        number = len(self._calls)
+        arguments = {id(each): position for position, each in reversed(list(enumerate(originals)))}
+        outputs: list[tuple[Found, torch.Tensor]] = []
+        for position, each in enumerate(tensors_of_value(returned)):
+            if id(each) not in arguments and all(each is not other for _, other in outputs):
+                outputs.append((Found("returned", position, (number, len(outputs))), each))
+        for position in written:
+            if all(originals[position] is not other for _, other in outputs):
+                outputs.append((Found("argument", position, (number, len(outputs))), originals[position]))
+        call.number = number
+        if call.function is not None:
+            call.name = self._numbered(call.name)
+        call.owner = self._scopes[-1].name if self._scopes else ""
+        call.draws = call.function is not None and counter.draws
+        if call.draws:
+            self._note_draw(run)
+        call.entered = tuple(self._entered)
+        marks = [_mark(each) for each in originals]
+        call.sources = tuple(dict.fromkeys(key for key in marks if key is not None))
+        call.parameters = self._parameters_of(call, originals)
+        call.takes_inputs = any(
+            key is None and id(each) not in self._parameters for key, each in zip(marks, originals, strict=True)
+        )
+        for found, each in outputs:
+            object.__setattr__(each, MARK, found.key)
+        call.found = tuple(found for found, _ in outputs)
+        values = [(found, self._value_of(each, given, found)) for found, each in outputs]
+        name = call.name
+        if call.module is not None:
+            self._module_calls[name] += 1
+            count = self._module_calls[name]
+            name = (name or type(call.module).__name__) + (f"@{count}" if count > 1 else "")
+        call.values = tuple(
+            Value(
+                name if len(values) == 1 else f"{name}#{index}",
+                tuple(value.shape),
+                value.dtype,
+                value.requires_grad,
+                order=memory_order(value),
+            )
+            for index, (_, value) in enumerate(values)
+        )
+        call.memory = frozenset(_storage_id(value) for _, value in values)
+        call.writes = frozenset(_storage_id(given[position]) for position in written)
+        self._live += [each.detach() for _, each in values] + [given[position].detach() for position in written]
+        call.returned, _ = self._describe(returned, originals)
+        call.flops = counter.flops
+        self._calls.append(call)
+        if self._scopes:
+            self._scopes[-1].items.append(call)
+        return returned
+
+    def _value_of(self, output: torch.Tensor, given: list[torch.Tensor], found: Found) -> torch.Tensor:
+        return given[found.position] if found.where == "argument" else output
+
+    def _describe(self, returned: Any, given: list[torch.Tensor]) -> tuple[Any, list[tuple[torch.Tensor, Key | None]]]:
+        """Return the return value with a Returned in place of each tensor; and the tensors with their keys."""
+        arguments = {id(each): position for position, each in reversed(list(enumerate(given)))}
+        found: list[tuple[torch.Tensor, Key | None]] = []
+
+        def stand_in(tensor: torch.Tensor) -> Returned:
+            found.append((tensor, _mark(tensor)))
+            return Returned(_mark(tensor), arguments.get(id(tensor)))
+
+        return map_tensors(stand_in, returned), found
+
+    def _parameters_of(self, call: Call, given: list[torch.Tensor]) -> tuple[str, ...]:
+        direct = [self._parameters[id(each)] for each in given if id(each) in self._parameters]
+        inner = [] if call.module is None else [name for name, _ in call.module.named_parameters(call.name)]
+        return tuple(dict.fromkeys([*inner, *direct]))
+
+    def _numbered(self, name: str) -> str:
+        self._function_names[name] += 1
+        count = self._function_names[name]
+        return name if count == 1 else f"{name}_{count - 1}"
+
+    def _to_fakes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with tensors without values in place of those that the forward has computed."""
+        if self._fake is None:
+            return args, dict(kwargs)
+        mode, made = self._fake, {}
+
+        def fake(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+                return value
+            if id(value) not in made:
+                made[id(value)] = mode.from_tensor(value, static_shapes=True)
+            return made[id(value)]
+
+        new_args, new_kwargs = tree_map(fake, (tuple(args), dict(kwargs)))
+        return new_args, new_kwargs
+
+    @contextmanager
+    def _inside(self, name: str) -> Iterator[None]:
+        """Note that the code of a module runs, and whether it draws Python's or NumPy's random numbers itself."""
+        self._look_at_generators()
+        self._within.append(name)
+        self._entered.append(name)
+        try:
+            yield
+        finally:
+            self._look_at_generators()
+            self._within.pop()
+
+    def _look_at_generators(self) -> None:
+        """Blame the module whose code has just run for a change of Python's or NumPy's generator."""
+        now = _python_generators()
+        if now != self._generators and self._within:
+            self.notes.python_random.add(self._within[-1])
+        self._generators = now
+
+    @contextmanager
+    def _without_values(self) -> Iterator[None]:
+        """Let the model hold parameters without values."""
+        held: list[tuple[Any, Any, torch.Tensor]] = []
+        stands_for: dict[int, nn.Parameter] = {}
+        first_names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        for module in self._model.modules():
+            for key, parameter in list(module._parameters.items()):
+                if parameter is None:
+                    continue
+                if id(parameter) not in stands_for:
+                    stands_for[id(parameter)] = self._stand_in(parameter)
+                    self._parameters[id(stands_for[id(parameter)])] = first_names[id(parameter)]
+                held.append((module._parameters, key, parameter))
+                module._parameters[key] = stands_for[id(parameter)]
+            flat: list[Any] = getattr(module, "_flat_weights", [])
+            for position, parameter in enumerate(flat):
+                if id(parameter) in stands_for:
+                    held.append((flat, position, parameter))
+                    flat[position] = stands_for[id(parameter)]
+        made: dict[int, torch.Tensor] = {}
+        for place in list(tensors_of(self._model)):
+            # Buffers of a model that was given as a function may have no values yet.
+            if isinstance(place.tensor, nn.Parameter) or not place.tensor.is_meta or self._fake is None:
+                continue
+            container = place.owner._buffers if place.attribute in place.owner._buffers else vars(place.owner)
+            if id(place.tensor) not in made:
+                with self._fake:
+                    made[id(place.tensor)] = torch.empty_like(place.tensor, device=self._device)
+            held.append((container, place.attribute, place.tensor))
+            container[place.attribute] = made[id(place.tensor)]
+        self._local.update((id(each), each) for each in made.values())
+        try:
+            yield
+        finally:
+            for container, key, tensor in held:
+                container[key] = tensor
+
+    def _stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
+        if self._fake is None:
+            return parameter
+        with self._fake:
+            empty = (
+                torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=self._device)
+                if parameter.layout is torch.strided
+                else torch.empty_like(parameter, device=self._device)
+            )
+        made = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for name, value in vars(parameter).items():
+            setattr(made, name, value)
+        return made
+
+    def note_operation(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note what an operation inside a call does besides computing."""
+        if self._within and _draws(function, args, kwargs):
+            self.notes.random.add(self._within[-1])
+        if function._schema.is_mutable:
+            for each in args:
+                if id(each) in self._buffers:
+                    self.notes.writes_buffers.add(self._buffers[id(each)])
+
+
+class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts floating-point operations, and tells the recorder about random numbers and writes."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder, self.flops, self.draws = recorder, 0, False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = function(*args, **(kwargs or {}))
+        self._recorder.note_operation(function, args, kwargs or {})
+        self.draws |= _draws(function, args, kwargs or {})
+        count = flop_registry.get(function._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **(kwargs or {}), out_val=returned)
+        return returned
+
+
+@contextmanager
+def unwatched_functions(recorder: _Recorder) -> Iterator[None]:
+    """Record no functions in the block; modules only report when their code runs."""
+    recorder._in_call = True
+    try:
+        yield
+    finally:
+        recorder._in_call = False
+
+
+@contextmanager
+def _unchanged(model: nn.Module, notes: Notes) -> Iterator[None]:
+    """Restore the state of all modules, and of all generators; note which modules had changed theirs."""
+    state = ModuleState(model)
+    python, numbers = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[], enabled=True):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(numbers)
+            for name, before in state.changed_attributes().items():
+                # An attribute that was None, or not there, is a cache, and no state.
+                kept = {key for key, value in before.items() if isinstance(value, _STATE)}
+                if kept:
+                    notes.sets_attributes[name] = kept
+            notes.writes_buffers |= state.changed_buffers()
+            state.restore()
+
+
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and len(module) > 1
+
+
+def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a function of this name writes into its first argument."""
+    if name == "setitem" or kwargs.get("inplace") is True or "out" in kwargs:
+        return True
+    return name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv", "ipow", "ior", "iand", "ixor")
+
+
+def _draws(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether an operation draws random numbers. Attention without dropout has the tag, but does not."""
+    if torch.Tag.nondeterministic_seeded not in function.tags:
+        return False
+    names = [argument.name for argument in function._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return "dropout_p" not in names or bool(given.get("dropout_p"))
+
+
+def function_name(function: Any) -> str:
+    """Return the name of a torch function, as a user writes it: `add` of `x + y`, `T` of `x.T`."""
+    name = getattr(function, "__name__", str(function))
+    if name in ("__get__", "__set__"):
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    if name in _READS_VALUES:
+        return str(name)
+    return str(name).strip("_") + ("_" if str(name).endswith("_") and not str(name).endswith("__") else "")
+
+
+def _mark(tensor: torch.Tensor) -> Key | None:
+    return getattr(tensor, "__dict__", {}).get(MARK)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _storage_id(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
+
+
+def _python_generators() -> tuple[int, int]:
+    state: Any = numpy.random.get_state()
+    return hash(random.getstate()), hash(state[1].tobytes())
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

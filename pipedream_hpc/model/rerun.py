@@ -1,0 +1,507 @@
+"""Rerun: a stage runs the user's own forward, and computes only its own part of it.
+
+The forward of the model runs as it is written, on every stage. A call that belongs to the stage is made; any other call
+returns at once, with what the stage has received where it needs that, and with placeholders elsewhere. After the last
+call of the stage the rest of the forward is left away::
+
+    def forward(self, x, mask):            stage 0                  stage 1
+        mask = mask[:, None]               mask[:, None]            mask[:, None]
+        h = self.embed(x)                  embed(x)                 placeholder
+        h = self.block[0](h, mask)         block 0 ──► sent         received
+        h = self.block[1](h, mask)         (left here)              block 1
+        return self.head(h)                                         head ──► the model's output
+
+So everything in between is the user's Python: branches, contexts such as no_grad, hooks, and what is computed from
+the model's arguments alone. Modules in which no boundary lies run without being watched, at full speed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.calls import Applied, call_unwatched, unwatched, watched
+from pipedream_hpc.model.graph import Call, Key, Notes, Recording, Returned, Scope, Value
+from pipedream_hpc.model.randomness import count_calls, is_seeding, run_drawing, seed_draw
+from pipedream_hpc.model.record import function_name
+from pipedream_hpc.model.structure import map_tensors, tensors_of_value
+
+#: Attribute of a tensor that depends on a call of the graph: functions of it are calls of the graph, too.
+_MARK = "_pipedream_call"
+
+
+class _Left(BaseException):
+    """Leaves the forward after the last call of a stage. Not an Exception: the user's code must not catch it."""
+
+
+class _ShownError(Exception):
+    """A hook computes with the output of a call that another stage makes."""
+
+
+#: Key of a placeholder for one of the model's arguments.
+INPUT: Key = (-1, 0)
+
+
+class _Needed(BaseException):
+    """The stage needs the model's arguments."""
+
+
+class Placeholder(torch.Tensor):
+    """Stands for a tensor that another stage has."""
+
+    key: Key | None
+
+    @staticmethod
+    def make(key: Key | None) -> Placeholder:
+        made: Placeholder = torch.Tensor._make_subclass(Placeholder, torch.empty(0, device="meta"))
+        setattr(made, _MARK, True)
+        made.key = key
+        return made
+
+
+class Step:
+    """One call of the forward as a stage sees it: a recorded call, or a whole module in which no boundary lies.
+
+    Attributes:
+        item: what was recorded.
+        own: whether the stage makes the call.
+        captures: (where, position, slot): outputs that are sent, by their slot among the stage's outputs.
+        received: tensor of the graph -> number among the tensors that the stage receives.
+        chain: modules of an nn.Sequential that the stage calls one after the other, of which this is the first. They
+            run at once; the calls that follow find their input computed already.
+        done: whether the chain of a step before has made this call.
+        counts: calls in it of modules that draw random numbers and are called more than once.
+    """
+
+    __slots__ = (
+        "captures",
+        "chain",
+        "counts",
+        "done",
+        "draws",
+        "found",
+        "function",
+        "item",
+        "module",
+        "name",
+        "own",
+        "received",
+        "replaces",
+        "returned",
+    )
+
+    def __init__(self, item: Call | Scope, own: bool, slots: Mapping[Key, int], received: Mapping[Key, int]) -> None:
+        self.item, self.own = item, own
+        self.name, self.module = item.name, item.module
+        self.function = item.function if isinstance(item, Call) else None
+        self.draws = isinstance(item, Call) and item.draws
+        self.found = item.found
+        self.captures = [(each.where, each.position, slots[each.key]) for each in item.found if each.key in slots]
+        keys = {each.key for each in item.found}
+        self.received = {key: number for key, number in received.items() if key in keys}
+        self.replaces = [each for each in item.found if each.where == "argument"]
+        self.returned = item.returned
+        self.counts: Counter[str] = Counter()
+        self.chain: tuple[nn.Module, ...] = ()
+        self.done = False
+
+
+def steps_of(
+    recording: Recording,
+    stage_of: Sequence[int],
+    stage: int,
+    slots: Mapping[Key, int],
+    received: Mapping[Key, int],
+    notes: Notes,
+    *,
+    whole: bool = True,
+) -> tuple[list[Step], set[int]]:
+    """Return the calls of the forward as a stage sees them, and the identities of the modules that are opened.
+
+    Args:
+        recording: the calls of the forward.
+        stage_of: stage of every call.
+        stage: the stage.
+        slots: number among the stage's outputs of every tensor that it sends.
+        received: number among the received tensors of every tensor that it receives.
+        notes: what else the forward does. Modules in which functions draw random numbers are opened even where no
+            boundary lies in them.
+        whole: keep modules whole in which no boundary lies.
+    """
+    never_whole = notes.random_functions
+    entered = Counter(name for call in recording.calls for name in call.entered)
+    numbered = {name for name, count in entered.items() if count > 1 and name in notes.random | notes.python_random}
+    users: dict[Key, list[int]] = {}
+    for call in recording.calls:
+        for key in call.sources:
+            users.setdefault(key, []).append(call.number)
+    steps: list[Step] = []
+    opened: set[int] = set()
+
+    def is_whole(scope: Scope) -> bool:
+        numbers = {call.number for call in scope.calls()}
+        if not whole or not numbers or len({stage_of[number] for number in numbers}) > 1 or scope.name in never_whole:
+            return False
+        if any(scope.name == "" or name.startswith(f"{scope.name}.") for name in never_whole):
+            return False
+        shown = {each.key for each in scope.found}
+        used = (
+            key
+            for number in numbers
+            for index in range(len(recording.calls[number].values))
+            if (key := (number, index)) in recording.output or any(user not in numbers for user in users.get(key, ()))
+        )
+        return all(key in shown for key in used)
+
+    runs: list[tuple[int, int]] = []  # steps of an nn.Sequential's own children, from the first to after the last
+
+    def add(scope: Scope) -> None:
+        opened.add(id(scope.module))
+        begin = len(steps)
+        for item in scope.items:
+            if isinstance(item, Scope) and not is_whole(item):
+                add(item)
+                continue
+            first = item if isinstance(item, Call) else next(item.calls())
+            own = stage_of[first.number] == stage
+            if (
+                isinstance(item, Scope)
+                and own
+                and not all(stage_of[k[0]] == stage or k in received for k in item.sources)
+            ):
+                add(item)  # it is given a tensor of which it needs the shape alone
+            elif isinstance(item, Scope) and not own and _computes_from_arguments(item):
+                add(item)  # what it computes from the model's arguments alone can only be had by opening it
+            else:
+                steps.append(Step(item, own, slots, received))
+        if whole and is_plain_sequential(scope.module) and len(steps) - begin == len(scope.items):
+            runs.append((begin, len(steps)))
+
+    if is_whole(recording.root):
+        steps.append(Step(recording.root, True, slots, received))
+    else:
+        add(recording.root)
+    for first, last in runs:
+        _join_chain(steps[first:last])
+    for step in steps:
+        calls = [step.item] if isinstance(step.item, Call) else step.item.calls()
+        step.counts.update(name for call in calls for name in call.entered if name in numbered)
+    return steps, opened
+
+
+class StageForward:
+    """Runs the part of the model's forward that belongs to one stage, in one mode.
+
+    Args:
+        model: the user's model; the modules of `steps` are watched (see calls.watch_modules).
+        steps: the calls of the forward as the stage sees them.
+        opened: identities of the modules that are opened.
+        n_outputs: number of tensors that the stage sends.
+        is_last: whether it returns the model's output.
+        functions: whether any function is to be watched, besides modules.
+        drawing: functions that draw random numbers.
+        shapes: returns the outputs of all calls for given arguments, without computing them.
+        device: what the stage computes on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        steps: list[Step],
+        opened: set[int],
+        n_outputs: int,
+        *,
+        is_last: bool,
+        functions: bool,
+        drawing: frozenset[Any],
+        shapes: Callable[[Sequence[Any], Mapping[str, Any]], Sequence[Sequence[Value]]],
+        device: torch.device,
+    ) -> None:
+        self._drawing, self._shapes, self._device = drawing, shapes, device
+        self._given: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})
+        self._values: Sequence[Sequence[Value]] | None = None
+        self._model, self._steps, self._opened, self._is_last = model, steps, opened, is_last
+        self._functions, self._n_outputs = functions, n_outputs
+        self._applies = any(isinstance(step.function, Applied) for step in steps)
+        own = [number for number, step in enumerate(steps) if step.own]
+        self._end = len(steps) if is_last or not own else own[-1] + 1
+        self._whole = steps[0].module if len(steps) == 1 and steps[0].module is model else None
+        self._placeholders: dict[Key, Placeholder] = {}
+        self._position = 0
+        self._trying = self._showing = False
+        self._n_draws = 0
+        self._n_received = len({number for step in steps for number in step.received.values()})
+        self._received: Sequence[torch.Tensor] = ()
+        self._outputs: list[Any] = []
+        self._aliases: dict[int, tuple[Any, Any]] = {}
+        #: Called instead of the modules of a step, such as a compiled form of them, by the step's identity.
+        self.replacements: dict[int, Callable[..., Any]] = {}
+        #: Called after every step of the stage, with the step and its outputs.
+        self.after: Callable[[Step, Sequence[torch.Tensor]], None] | None = None
+
+    def __call__(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], received: Sequence[torch.Tensor]
+    ) -> tuple[list[Any], Any]:
+        """Run it; return the tensors to send, and the model's output in the last stage.
+
+        Args:
+            args: the model's positional arguments.
+            kwargs: its keyword arguments.
+            received: tensors from earlier stages.
+        """
+        self._n_draws = 0
+        self._position, self._received, self._outputs = 0, received, [None] * self._n_outputs
+        self._aliases, self._given, self._values = {}, (args, kwargs), None
+        if self._functions:
+            for tensor in received:
+                setattr(tensor, _MARK, True)
+        returned = None
+        try:
+            if self._end == 0 and not self._is_last:
+                return self._outputs, None
+            with watched(self, functions=self._functions, applied=self._applies):
+                returned = self._model(*args, **kwargs)
+        except _Left:
+            pass
+        outputs, self._outputs, self._received = self._outputs, [], ()
+        self._aliases, self._given = {}, ((), {})
+        return outputs, returned
+
+    def needs_inputs(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Return whether the stage needs the model's arguments, and not only passes them on to other stages' calls.
+
+        Args:
+            args: placeholders for the positional arguments.
+            kwargs: placeholders for the keyword arguments.
+        """
+        functions, self._functions, self._trying = self._functions, True, True
+        try:
+            self(args, kwargs, [Placeholder.make(None)] * self._n_received)
+        except _Needed:
+            return True
+        finally:
+            self._functions, self._trying = functions, False
+        return False
+
+    # -- the watcher -------------------------------------------------------------------------------------------------
+
+    def module(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        step = self._steps[self._position] if self._position < len(self._steps) else None
+        if step is None or step.module is not module:
+            if id(module) in self._opened:
+                return call_unwatched(module, args, kwargs)
+            raise self._other_path(f"module of class {type(module).__name__}")
+        self._position += 1
+        if not step.own or self._trying:
+            return self._skip(step, args, kwargs)
+        if self._aliases:
+            args, kwargs = self._with_aliases((args, kwargs))
+        if step.done:
+            return self._made(step, args[0], args, kwargs)
+        with unwatched():
+            returned = self.replacements.get(id(step), module._call_impl)(*args, **kwargs)
+            for following in step.chain[1:] if step.chain and id(step) not in self.replacements else ():
+                returned = following(returned)
+        return self._made(step, returned, args, kwargs)
+
+    def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        if not _is_marked(args) and not (kwargs and _is_marked(tuple(kwargs.values()))):
+            if self._drawing and function in self._drawing:
+                returned, drew = run_drawing(self._n_draws, lambda: function(*args, **kwargs))
+                self._n_draws += drew
+                return returned
+            return function(*args, **kwargs)
+        if self._showing:
+            raise _ShownError
+        step = self._steps[self._position] if self._position < len(self._steps) else None
+        if step is None or step.function != function:
+            return self._question(function, args, kwargs)
+        self._position += 1
+        if step.draws:
+            self._draw()
+        if not step.own or self._trying:
+            return self._skip(step, args, kwargs)
+        if self._aliases:
+            args, kwargs = self._with_aliases((args, kwargs))
+        return self._made(step, function(*args, **kwargs), args, kwargs)
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _made(self, step: Step, returned: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Keep what is sent of a call that was made, and mark its outputs."""
+        if step.captures or self._functions or self.after is not None:
+            tensors = [returned] if isinstance(returned, torch.Tensor) else tensors_of_value(returned)
+            given = tensors_of_value((args, kwargs)) if step.replaces else []
+            for where, position, slot in step.captures:
+                self._outputs[slot] = tensors[position] if where == "returned" else given[position]
+            if self._functions or self.after is not None:
+                outputs = [
+                    tensors[found.position] if found.where == "returned" else given[found.position]
+                    for found in step.found
+                ]
+                for output in outputs:
+                    setattr(output, _MARK, True)
+                if self.after is not None:
+                    with unwatched():
+                        self.after(step, outputs)
+        if self._position >= self._end and not self._is_last:
+            raise _Left
+        return returned
+
+    def _skip(self, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return what stands for the outputs of a call that another stage makes."""
+        if step.counts and not self._trying:
+            count_calls(step.counts)
+        if self._trying and step.own:
+            if any(isinstance(each, Placeholder) and each.key == INPUT for each in tensors_of_value((args, kwargs))):
+                raise _Needed
+            if self._position >= self._end and not self._is_last:
+                raise _Left
+        given: list[torch.Tensor] | None = None
+        if step.replaces:
+            given = tensors_of_value((args, kwargs))
+            for found in step.replaces:
+                old = given[found.position]
+                setattr(old, _MARK, True)
+                self._aliases[id(old)] = (old, self._stand_in(step, found.key))
+        if isinstance(step.returned, Returned) and step.returned.argument is None and step.returned.key is not None:
+            returned = self._stand_in(step, step.returned.key)
+            if step.module is not None and step.module._forward_hooks:
+                self._show_to_hooks(step.module, args, kwargs, returned)
+            return returned
+        if given is None:
+            given = tensors_of_value((args, kwargs))
+
+        def fill(each: Any) -> Any:
+            if each.argument is not None:
+                old = given[each.argument]
+                return self._aliases.get(id(old), (old, old))[1]
+            return self._stand_in(step, each.key)
+
+        returned = fill_template(fill, step.returned)
+        if step.module is not None and step.module._forward_hooks:
+            self._show_to_hooks(step.module, args, kwargs, returned)
+        return returned
+
+    def _show_to_hooks(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], returned: Any
+    ) -> None:
+        """Let hooks that only keep a module's output, as for a loss of routers, have what stands for it."""
+        self._showing = True
+        try:
+            for number, hook in module._forward_hooks.items():
+                if is_seeding(hook):
+                    continue
+                with contextlib.suppress(_ShownError):
+                    if number in module._forward_hooks_with_kwargs:
+                        hook(module, args, kwargs, returned)
+                    else:
+                        hook(module, args, returned)
+        finally:
+            self._showing = False
+
+    def _stand_in(self, step: Step, key: Key | None) -> Any:
+        number = None if key is None else step.received.get(key)
+        if number is not None and not self._trying:
+            return self._received[number]
+        assert key is not None
+        if key not in self._placeholders:
+            self._placeholders[key] = Placeholder.make(key)
+        return self._placeholders[key]
+
+    def _with_aliases(self, value: Any) -> Any:
+        return map_tensors(lambda each: self._aliases.get(id(each), (each, each))[1], value)
+
+    def _draw(self) -> None:
+        if not self._trying:
+            seed_draw(self._n_draws)
+        self._n_draws += 1
+
+    def _question(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Answer a question about a tensor, such as x.size(0); a placeholder's size follows from the minibatch's."""
+        if self._trying:
+            raise _Needed
+        if any(isinstance(each, Placeholder) for each in tensors_of_value((args, kwargs))):
+            args, kwargs = map_tensors(self._without_values, (args, kwargs))
+        answer = function(*args, **kwargs)
+        if tensors_of_value(answer):
+            raise self._other_path(f"function {function_name(function)}")
+        return answer
+
+    def _without_values(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, Placeholder):
+            return tensor
+        if self._values is None:
+            self._values = self._shapes(*self._given)
+        assert tensor.key is not None
+        value = self._values[tensor.key[0]][tensor.key[1]]
+        with FakeTensorMode():
+            return torch.empty(value.shape, dtype=value.dtype, device=self._device, requires_grad=value.needs_gradient)
+
+    def _other_path(self, what: str) -> PipedreamError:
+        expected = self._steps[self._position].name if self._position < len(self._steps) else "the end"
+        return PipedreamError(
+            f"the model's forward took another path than with example_inputs: it called a {what} where it had called "
+            f"'{expected}': keep the module that decides whole with TrainConfig(leaf_modules=[its class])"
+        )
+
+
+def is_plain_sequential(module: nn.Module) -> bool:
+    """Return whether a module passes its argument through its children, one after the other, and nothing else."""
+    return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+
+
+def _join_chain(steps: Sequence[Step]) -> None:
+    """Let the first of some children of an nn.Sequential that the stage calls run those that follow as well."""
+    chain: list[Step] = []
+    for step in [*steps, None]:
+        if step is not None and step.own and step.module is not None and step.function is None:
+            chain.append(step)
+            if step.captures:
+                _link(chain)
+                chain = []
+            continue
+        _link(chain)
+        chain = []
+
+
+def _link(chain: list[Step]) -> None:
+    if len(chain) > 1 and not any(step.captures for step in chain[:-1]):
+        chain[0].chain = tuple(step.module for step in chain if step.module is not None)
+        for step in chain[1:]:
+            step.done = True
+
+
+def _computes_from_arguments(scope: Scope) -> bool:
+    """Return whether a module returns a tensor that depends on no call of the graph."""
+    found: list[Returned] = []
+
+    def note(each: Returned) -> Returned:
+        found.append(each)
+        return each
+
+    fill_template(note, scope.returned)
+    return any(each.key is None and each.argument is None for each in found)
+
+
+def fill_template(fill: Callable[[Any], Any], template: Any) -> Any:
+    """Return a recorded return value with fill(each) in place of every Returned."""
+    return map_tensors(fill, template, leaf=Returned)
+
+
+def _is_marked(values: Sequence[Any]) -> bool:
+    """Return whether a tensor among some arguments depends on a call of the graph."""
+    for each in values:
+        if isinstance(each, torch.Tensor):
+            if isinstance(each, nn.Parameter) or _MARK in each.__dict__:
+                return True
+        elif isinstance(each, list | tuple) and _is_marked(each):
+            return True
+    return False

@@ -1,0 +1,103 @@
+"""Tensors in nested values: those of lists, tuples, dicts, dataclasses, and any other object with attributes.
+
+A model may pass anything from one module to another, so this is wider than torch's pytrees: an object that nobody has
+registered is searched, too.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+#: Objects without tensors that are not searched.
+_ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, type)
+
+
+def tensors_of_value(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in a nested value, in a fixed order; a tensor that occurs twice is there twice."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    found: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, value, rebuild=False)
+    return found
+
+
+def output_tensors(value: Any) -> list[torch.Tensor]:
+    """Return the tensors that a model returns; not those in objects of its own, such as a cache of keys and values."""
+    found: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map(note, value, False, torch.Tensor, set(), objects=False)
+    return found
+
+
+def map_tensors(function: Callable[[Any], Any], value: Any, *, rebuild: bool = True, leaf: type = torch.Tensor) -> Any:
+    """Return `value` with every tensor in it replaced by function(tensor); objects without tensors stay themselves.
+
+    Args:
+        function: called for every tensor, in the order of `tensors_of_value`.
+        value: the nested value.
+        rebuild: return a copy; otherwise only call the function.
+        leaf: what to look for instead of tensors.
+    """
+    return _map(function, value, rebuild, leaf, set())
+
+
+def _map(
+    function: Callable[[Any], Any], value: Any, rebuild: bool, leaf: type, above: set[int], objects: bool = True
+) -> Any:
+    if isinstance(value, leaf):
+        return function(value)
+    if isinstance(value, _ATOMS) or id(value) in above:
+        return value
+    kind = type(value)
+    items = _items(value, objects)
+    if not items:
+        return value
+    above.add(id(value))
+    new = {key: _map(function, item, rebuild, leaf, above, objects) for key, item in items}
+    above.discard(id(value))
+    if not rebuild or all(new[key] is item for key, item in items):
+        return value
+    if kind is tuple or kind is list:
+        return kind(new.values())
+    if hasattr(value, "n_sequence_fields"):  # what torch.max returns
+        return kind(tuple(new.values()))
+    if isinstance(value, tuple):  # a named tuple
+        return kind(*new.values())
+    rebuilt = copy.copy(value)
+    for key, item in new.items():
+        if isinstance(value, Mapping | list):
+            rebuilt[key] = item
+        else:
+            object.__setattr__(rebuilt, key, item)
+    return rebuilt
+
+
+def _items(value: Any, objects: bool) -> list[tuple[Any, Any]]:
+    """Return the (key, item) pairs of a container or object; none if it is not searched."""
+    if isinstance(value, list | tuple):
+        return list(enumerate(value))
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value)]
+    if callable(value) or isinstance(value, torch.nn.Module | torch.Generator):
+        return []
+    if not objects and not isinstance(value, SimpleNamespace):
+        return []
+    held = getattr(value, "__dict__", None)
+    return list(held.items()) if isinstance(held, dict) else []

@@ -1,0 +1,281 @@
+"""Check that the stages run the user's program: the same output, gradients and buffers as the model by itself.
+
+The model runs by itself, and then stage by stage, from the same state and with the same random numbers; in training
+mode, where also a backward is run from all outputs, and in evaluation mode. Everything is restored afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.arguments import Arguments
+from pipedream_hpc.model.calls import watch_modules, watched
+from pipedream_hpc.model.graph import LayerGraph, memory_order
+from pipedream_hpc.model.partition import Partition
+from pipedream_hpc.model.precision import Precision
+from pipedream_hpc.model.preserve_state import preserve_state
+from pipedream_hpc.model.randomness import DrawsOnly, seed_for, seed_modules, seeding, set_seed
+from pipedream_hpc.model.rerun import Step
+from pipedream_hpc.model.stage_module import StageModule, writable
+from pipedream_hpc.model.structure import output_tensors
+
+#: Gradients of a value with several users are added in another order where the users are in several stages.
+_RTOL, _ATOL = 1e-3, 1e-5
+
+_Reseed = Callable[[str], None]
+
+
+@dataclass
+class _Results:
+    """What one run leaves behind.
+
+    Attributes:
+        outputs: the tensors in the model's output.
+        gradients: of the parameters, by name; none in evaluation.
+        buffers: of the model after the run.
+    """
+
+    outputs: list[torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+
+
+def measure_orders(graph: LayerGraph, arguments: Arguments, precision: Precision | None) -> list[list[Any]]:
+    """Return the orders in memory of the outputs of all calls, in training and in evaluation (see Value.order).
+
+    Tensors without values do not always have the strides of those that are computed.
+    """
+    whole = Partition(graph, [range(len(graph.layers))]).stage_module(0, whole=False)
+    orders: list[list[Any]] = []
+
+    def note(step: Step, outputs: Sequence[torch.Tensor]) -> None:
+        orders[-1].append([memory_order(each) for each in outputs])
+
+    whole.watch_calls(note)
+    for training in (True, False):
+        orders.append([])
+        with preserve_state(graph.module), torch.no_grad(), (precision or nullcontext)():
+            whole.train(training)
+            whole.run(arguments, [])
+    return orders
+
+
+def set_orders(graph: LayerGraph, orders: list[list[Any]]) -> None:
+    """Take over orders that `measure_orders` has returned."""
+    for recording, of_mode in zip((graph.training, graph.evaluation), orders, strict=True):
+        for call, of_call in zip(recording.calls, of_mode, strict=True):
+            call.values = tuple(replace(each, order=order) for each, order in zip(call.values, of_call, strict=True))
+
+
+def check_same_program(
+    graph: LayerGraph,
+    partition: Partition,
+    n_stages: int,
+    arguments: Arguments,
+    *,
+    seed: int,
+    precision: Precision | None,
+) -> None:
+    """Compare the model by itself with its stages.
+
+    Args:
+        graph: the captured model, with all its weights.
+        partition: the model in stages.
+        n_stages: number of stages.
+        arguments: arguments of the model, with values.
+        seed: seed of the random numbers.
+        precision: context of the forwards.
+
+    Raises:
+        PipedreamError: they differ: it names the first difference.
+    """
+    stages = [partition.stage_module(index) for index in range(n_stages)]
+    undo = seed_modules(graph.module, graph.notes)
+    context = precision or nullcontext
+    try:
+        for training in (True, False):
+            alone = _run(graph, training, seed, context, partial(_alone, graph, arguments, training))
+            staged = _run(graph, training, seed, context, partial(_staged, stages, arguments, training))
+            problem = _difference(alone, staged, training)
+            if problem:
+                raise PipedreamError(
+                    f"the stages do not compute what the model computes by itself: {problem}: keep the modules whole "
+                    "whose forward does more than it shows, with TrainConfig(leaf_modules=[their classes])"
+                )
+    finally:
+        undo()
+
+
+def check_microbatches(
+    graph: LayerGraph, whole: Arguments, parts: Sequence[Arguments], precision: Precision | None
+) -> None:
+    """Refuse a model whose output for a minibatch is not that for its microbatches, one after the other.
+
+    In evaluation mode, where no layer normalizes over samples. Such as a model whose inputs have time as their first
+    dimension, or a mask of one row per position.
+
+    Raises:
+        PipedreamError: they differ.
+    """
+    model = graph.module
+    remedy = (
+        "samples must be the first dimension of every input, and no sample may see another; otherwise train whole "
+        "minibatches (n_microbatches=1)"
+    )
+    with preserve_state(model), torch.no_grad(), (precision or nullcontext)():
+        graph.modes.set(model, False)
+        expected = output_tensors(model(*whole.args, **whole.kwargs))
+        try:
+            found = [output_tensors(model(*part.args, **part.kwargs)) for part in parts]
+        except Exception as error:
+            first = str(error).strip().partition("\n")[0]
+            raise PipedreamError(
+                f"the model does not accept a microbatch of example_inputs: {first}: {remedy}"
+            ) from error
+    for number, tensor in enumerate(expected):
+        cut = [each[number] for each in found if number < len(each)]
+        if not tensor.dim() or len(cut) != len(parts) or any(not each.dim() for each in cut):
+            continue  # a loss, which is a mean
+        joined = torch.cat(cut) if all(each.shape[1:] == cut[0].shape[1:] for each in cut) else cut[0]
+        if not _same(tensor, joined):
+            raise PipedreamError(
+                f"the model's output for a minibatch differs from that for its {len(parts)} microbatches by up to "
+                f"{_distance(tensor, joined):.3g}: {remedy}"
+            )
+
+
+def _run(
+    graph: LayerGraph, training: bool, seed: int, precision: Any, run: Callable[[_Reseed], list[torch.Tensor]]
+) -> _Results:
+    """Run forward and, in training, backward; return copies of the results."""
+    model = graph.module
+    with preserve_state(model):
+        graph.modes.set(model, training)
+        set_seed(seed_for(seed, "check"))
+        with torch.set_grad_enabled(training), precision():
+            outputs = run(lambda name: set_seed(seed_for(seed, "check", name)))
+        gradients = {
+            name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+        }
+        return _Results(
+            [each.detach().clone() for each in outputs],
+            gradients,
+            {name: buffer.clone() for name, buffer in model.named_buffers()},
+        )
+
+
+def _seeds(outputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the outputs that have a gradient, and fixed gradients for them."""
+    roots = [each for each in outputs if each.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    return roots, [torch.randn(each.shape, generator=generator).to(each) / max(each.numel(), 1) for each in roots]
+
+
+def _alone(graph: LayerGraph, arguments: Arguments, training: bool, reseed: _Reseed) -> list[torch.Tensor]:
+    recording = graph.training if training else graph.evaluation
+    whole = {id(call.module) for call in recording.calls if call.module is not None}
+    draws = graph.notes.drawing
+    undo = watch_modules(graph.module.modules()) if draws else lambda: None
+    try:
+        with watched(DrawsOnly(whole, draws)) if draws else nullcontext(), seeding(reseed):
+            outputs = output_tensors(graph.module(*arguments.args, **arguments.kwargs))
+    finally:
+        undo()
+    roots, gradients = _seeds(outputs)
+    if training and roots:
+        torch.autograd.backward(roots, gradients)
+    return outputs
+
+
+def _staged(stages: list[StageModule], arguments: Arguments, training: bool, reseed: _Reseed) -> list[torch.Tensor]:
+    sent: dict[str, torch.Tensor] = {}
+    leaves: list[list[torch.Tensor]] = []
+    returned: list[list[Any]] = []
+    output = None
+    for stage in stages:
+        stage.train(training)
+        own = [
+            sent[value.name].detach().clone().requires_grad_(training and value.needs_gradient)
+            if value.name in sent
+            else torch.empty(0)
+            for _, value in stage.stage_inputs
+        ]
+        given = [
+            writable(leaf) if position in stage.written_inputs and leaf.requires_grad else leaf
+            for position, leaf in enumerate(own)
+        ]
+        with seeding(reseed):  # a stage counts the calls of the stages before it itself
+            outputs, output = stage.run(arguments if stage.reads_inputs else None, given)
+        leaves.append(own)
+        returned.append(outputs)
+        sent.update(
+            (value.name, each) for value, each in zip(stage.stage_outputs, outputs, strict=True) if each is not None
+        )
+    found = output_tensors(output)
+    if training:
+        _backward(stages, leaves, returned, found)
+    return found
+
+
+def _backward(
+    stages: list[StageModule], leaves: list[list[torch.Tensor]], returned: list[list[Any]], output: list[torch.Tensor]
+) -> None:
+    arrived: dict[str, list[torch.Tensor]] = {}
+    for stage, own, outputs in zip(reversed(stages), reversed(leaves), reversed(returned), strict=True):
+        roots, gradients = _seeds(output) if stage.is_last else ([], [])
+        for value, each in zip(stage.stage_outputs, outputs, strict=True):
+            if each is not None and each.requires_grad:
+                for gradient in reversed(arrived.get(value.name, ())):
+                    roots.append(each)
+                    gradients.append(gradient)
+        if roots:
+            torch.autograd.backward(roots, gradients)
+        for (_, value), leaf in zip(stage.stage_inputs, own, strict=True):
+            if leaf.grad is not None:
+                arrived.setdefault(value.name, []).append(leaf.grad)
+
+
+def _difference(alone: _Results, staged: _Results, training: bool) -> str:
+    """Return in words what differs first; empty if nothing does."""
+    mode = "in training" if training else "in evaluation"
+    if len(alone.outputs) != len(staged.outputs):
+        return f"{mode} the model returns {len(alone.outputs)} tensors, and the stages {len(staged.outputs)}"
+    for number, (expected, found) in enumerate(zip(alone.outputs, staged.outputs, strict=True)):
+        if not _same(expected, found):
+            which = "the output" if len(alone.outputs) == 1 else f"output {number}"
+            return f"{mode} {which} differs by up to {_distance(expected, found):.3g}"
+    for what, one, other in (
+        ("gradient of", alone.gradients, staged.gradients),
+        ("buffer", alone.buffers, staged.buffers),
+    ):
+        for name in one.keys() | other.keys():
+            if name not in one or name not in other:
+                return f"{mode} only {'the model' if name in one else 'the stages'} computed the {what} '{name}'"
+        for name, expected in one.items():
+            if not _same(expected, other[name]):
+                return f"{mode} the {what} '{name}' differs by up to {_distance(expected, other[name]):.3g}"
+    return ""
+
+
+def _same(expected: torch.Tensor, found: torch.Tensor) -> bool:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return False
+    if expected.is_sparse or found.is_sparse:
+        expected, found = expected.to_dense(), found.to_dense()
+    if torch.equal(expected, found) or not expected.is_floating_point():
+        return torch.equal(expected, found)
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return torch.allclose(expected, found, rtol=_RTOL, atol=_ATOL * max(scale, 1e-6), equal_nan=True)
+
+
+def _distance(expected: torch.Tensor, found: torch.Tensor) -> float:
+    if expected.shape != found.shape:
+        return float("inf")
+    return float((expected.to(torch.float64) - found.to(torch.float64)).abs().max()) if expected.numel() else 0.0

@@ -1,0 +1,801 @@
+"""The user's program is the truth: stages train what a plain torch loop over the same module trains, bit for bit.
+
+Each case is a model whose forward does more than it shows: contexts, flags, hooks, state, objects. The reference is an
+ordinary loop; it shares nothing with the pipeline.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import types
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from pipedream_hpc import PipedreamError, Pipeline, ScheduleConfig, TrainConfig
+from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.partition import Partition
+from pipedream_hpc.runtime.launch.same_program import check_same_program
+
+LOSS = nn.CrossEntropyLoss()
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def minibatches(count: int = 5, samples: int = 8, shape: tuple[int, ...] = (6,)) -> list[Any]:
+    draw = torch.Generator().manual_seed(7)
+    return [
+        (torch.randn(samples, *shape, generator=draw), torch.randint(0, 3, (samples,), generator=draw))
+        for _ in range(count)
+    ]
+
+
+def plain(model: nn.Module, batches: list[Any], loss_fn: Any = LOSS, optimizer: Any = SGD) -> dict[str, torch.Tensor]:
+    """Train in an ordinary loop; return the state dict."""
+    steps = optimizer([each for each in model.parameters() if each.requires_grad])
+    model.train()
+    for inputs, target in batches:
+        steps.zero_grad()
+        output = model(*inputs) if type(inputs) is tuple else model(inputs)
+        loss_fn(output, target).backward()
+        steps.step()
+    return dict(model.state_dict())
+
+
+def pipeline_of(model: nn.Module, plan: Any, batches: list[Any], loss_fn: Any = LOSS, **options: Any) -> Pipeline:
+    return Pipeline(
+        model,
+        loss_fn=loss_fn,
+        optimizer=options.pop("optimizer", SGD),
+        example_inputs=batches[0][0],
+        plan=plan,
+        schedule=ScheduleConfig("1f1b-flush", 1),
+        train_config=TrainConfig(**options),
+    )
+
+
+def assert_trained_alike(
+    build: Callable[[], nn.Module], plan: Any, batches: list[Any] | None = None, loss_fn: Any = LOSS, **options: Any
+) -> Pipeline:
+    """Train in stages and in a plain loop; assert that weights and buffers have the same bits."""
+    batches = batches or minibatches()
+    pipeline = pipeline_of(build(), plan, batches, loss_fn, **options)
+    pipeline.fit(batches)
+    expected = plain(build(), batches, loss_fn, options.get("optimizer", SGD))
+    trained = pipeline.state_dict()
+    assert trained.keys() == expected.keys()
+    different = {name: float((trained[name].double() - value.double()).abs().max()) for name, value in expected.items()}
+    assert {name: each for name, each in different.items() if each} == {}
+    return pipeline
+
+
+class Net(nn.Module):
+    """Three layers; subclasses change what happens between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.c(self.b(self.a(x)).tanh())
+
+
+# -- b: contexts in a forward ------------------------------------------------------------------------------------------
+
+
+class NoGrad(Net):
+    def forward(self, x: torch.Tensor) -> Any:
+        with torch.no_grad():
+            h = self.a(x).relu()
+        return self.c(self.b(h).tanh())
+
+
+class Decorated(Net):
+    @torch.no_grad()
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x)).tanh()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.c(self.features(x))
+
+
+class Detached(Net):
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.a(x)
+        return self.c(self.b(h.detach()).tanh() + h)
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+@pytest.mark.parametrize("build", [NoGrad, Decorated, Detached])
+def test_gradients_stop_where_the_forward_stops_them(build: Callable[[], nn.Module], plan: int) -> None:
+    assert_trained_alike(build, plan)
+
+
+# -- c: custom backwards -----------------------------------------------------------------------------------------------
+
+
+class Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return -0.5 * gradient
+
+
+class ReverseLayer(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Reverse.apply(x)  # type: ignore[no-any-return]
+
+
+class ReversedInAModule(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reverse = ReverseLayer()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.c(self.reverse(self.b(self.a(x)).tanh()))
+
+
+class ReversedInTheForward(Net):
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.c(Reverse.apply(self.b(self.a(x)).tanh()))
+
+
+class Checkpointed(Net):
+    def forward(self, x: torch.Tensor) -> Any:
+        h = torch.utils.checkpoint.checkpoint(self.b, self.a(x), use_reentrant=False)
+        return self.c(h.tanh())
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+@pytest.mark.parametrize("build", [ReversedInAModule, ReversedInTheForward, Checkpointed])
+def test_a_custom_backward_runs(build: Callable[[], nn.Module], plan: int) -> None:
+    assert_trained_alike(build, plan)
+
+
+# -- d, e: hooks, parametrizations, patched forwards -------------------------------------------------------------------
+
+
+def chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+MASK = torch.ones(8, 6)
+MASK[::2] = 0
+
+
+def masked() -> nn.Module:
+    model = chain()
+    model[0].weight.register_hook(lambda gradient: gradient * MASK)
+    return model
+
+
+def masked_after() -> nn.Module:
+    model = chain()
+
+    def mask(weight: torch.Tensor) -> None:
+        assert weight.grad is not None
+        weight.grad.mul_(MASK)
+
+    model[0].weight.register_post_accumulate_grad_hook(mask)
+    return model
+
+
+def pre_hook() -> nn.Module:
+    model = chain()
+    model.register_forward_pre_hook(lambda module, inputs: ((inputs[0] - 3) / 2,))
+    return model
+
+
+def hook() -> nn.Module:
+    model = chain()
+    model.register_forward_hook(lambda module, inputs, output: output * 10)
+    return model
+
+
+def inner_hook() -> nn.Module:
+    model = chain()
+    model[2].register_forward_hook(lambda module, inputs, output: output * 3)
+    return model
+
+
+def backward_hook() -> nn.Module:
+    model = chain()
+    model[2].register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 2,))
+    return model
+
+
+def patched() -> nn.Module:
+    model = chain()
+    own = type(model).forward
+    model.forward = types.MethodType(lambda self, input: own(self, input) * 10, model)
+    return model
+
+
+def lora() -> nn.Module:
+    model = chain()
+    layer = model[2]
+    layer.down, layer.up = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.zeros(8, 2))
+    base = layer.forward
+    layer.forward = lambda x: base(x) + x @ layer.down.T @ layer.up.T
+    return model
+
+
+def spectral() -> nn.Module:
+    model = chain()
+    parametrizations.spectral_norm(model[2])
+    return model
+
+
+def old_weight_norm() -> nn.Module:
+    model = chain()
+    model[2] = nn.utils.weight_norm(model[2])
+    return model
+
+
+def pruned() -> nn.Module:
+    model = chain()
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    return model
+
+
+class Keeps(nn.Module):
+    def __init__(self, what: Any) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+def keeps(make: Callable[[], Any]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = chain()
+        model.insert(1, Keeps(make()))
+        return model
+
+    return build
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+@pytest.mark.parametrize("plan", [1, 2, 3])
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(masked, masked_after, pre_hook, hook, inner_hook, backward_hook, patched, lora, spectral, old_weight_norm),
+        *(pruned, keeps(torch.Generator), keeps(threading.Lock), keeps(lambda: logging.getLogger("x"))),
+    ],
+)
+def test_hooks_and_patches_are_the_users_own(build: Callable[[], nn.Module], plan: int) -> None:
+    assert_trained_alike(build, plan)
+
+
+# -- h: modules used twice ---------------------------------------------------------------------------------------------
+
+
+class Siamese(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU())
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.head(self.trunk(x) - self.trunk(y))
+
+
+@pytest.mark.parametrize("plan", [1, 2])
+def test_batchnorm_that_is_used_twice_counts_twice(plan: int) -> None:
+    batches = [((x, x.flip(0) + 2), y) for x, y in minibatches()]
+    pipeline = assert_trained_alike(Siamese, plan, batches)
+    assert pipeline.state_dict()["trunk.1.num_batches_tracked"] == 2 * len(batches)
+
+
+class Masks(nn.Module):
+    """Returns two masks of one dropout module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.drop, self.b = nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.a(x)
+        one = torch.ones(8, 6)
+        first = self.drop(one + 0 * h)
+        return self.b(h), first, self.drop(one + 0 * h)
+
+
+@pytest.mark.parametrize("plan", [1, 2])
+def test_two_calls_of_one_dropout_draw_two_masks(plan: int) -> None:
+    seen = []
+
+    def loss_fn(output: Any, target: torch.Tensor) -> torch.Tensor:
+        seen.append((bool(torch.equal(output[1], output[2])), float((output[1] == 0).float().mean())))
+        return LOSS(output[0], target)
+
+    batches = minibatches(20)
+    pipeline_of(Masks(), plan, batches, loss_fn).fit(batches)
+    assert not any(equal for equal, _ in seen)
+    assert 0.4 < sum(rate for _, rate in seen) / len(seen) < 0.6
+
+
+class Noisy(Net):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.drop = how, nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.b(self.drop(self.a(x)))
+        if self.how == "gumbel":
+            h = h * nn.functional.gumbel_softmax(h)
+        elif self.how == "normal":
+            h = h + torch.normal(torch.zeros_like(h), 1.0)
+        elif self.how == "bernoulli_":
+            h = h * h.new_empty((8, 16)).bernoulli_(0.5)
+        elif self.how == "rand":
+            h = h + torch.rand(16)
+        elif self.how == "dropout":
+            h = nn.functional.dropout(h, 0.5, self.training)
+        return self.c(h)
+
+
+@pytest.mark.parametrize("how", ["", "gumbel", "normal", "bernoulli_", "rand", "dropout"])
+def test_what_is_drawn_does_not_depend_on_the_plan(how: str) -> None:
+    batches = minibatches()
+    weights = []
+    for plan in (1, 2, 3):
+        pipeline = pipeline_of(Noisy(how), plan, batches)
+        pipeline.fit(batches)
+        weights.append(pipeline.state_dict())
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+
+
+# -- i: state that a forward changes -----------------------------------------------------------------------------------
+
+
+class Ema(nn.Module):
+    """A running scale, as vector quantisers and observers keep it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.scale.mul_(0.9).add_(0.1 * x.detach().abs().mean(0))
+        return x / self.scale
+
+
+class Assigned(Ema):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.scale = 0.9 * self.scale + 0.1 * x.detach().abs().mean(0)
+        return x / self.scale
+
+
+class Counter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.calls += 1
+        return x * (1 + self.calls)
+
+
+def with_state(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        model = chain()
+        model.insert(1, make())
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("plan", [1, 2, 3])
+@pytest.mark.parametrize("make", [Ema, Assigned, Counter])
+def test_state_changes_once_per_minibatch(make: Callable[[], nn.Module], plan: int, recompute: bool) -> None:
+    assert_trained_alike(with_state(make), plan, recompute=recompute)
+
+
+@pytest.mark.parametrize("make", [Ema, Assigned, Counter])
+def test_state_goes_with_versions_in_flight(make: Callable[[], nn.Module]) -> None:
+    batches = minibatches()
+    pipeline = Pipeline(
+        with_state(make)(), loss_fn=LOSS, optimizer=SGD, example_inputs=batches[0][0], plan=3, schedule="1f1b"
+    )
+    pipeline.fit(batches)
+
+
+@pytest.mark.parametrize("make", [Ema, Assigned, Counter])
+def test_state_of_its_own_is_refused_in_replicas(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(PipedreamError, match=r"module '1' changes its own state .* 2 replicas of stage 0"):
+        Pipeline(with_state(make)(), loss_fn=LOSS, optimizer=SGD, example_inputs=minibatches()[0][0], plan="2-1")
+
+
+# -- a: flags ----------------------------------------------------------------------------------------------------------
+
+
+class Auxiliary(Net):
+    """Returns a tuple in training only, from a head in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.a(x)
+        out = self.c(self.b(h).tanh())
+        return (out, self.head(h)) if self.training else out
+
+
+def auxiliary_loss(output: Any, target: torch.Tensor) -> torch.Tensor:
+    return (
+        LOSS(output[0], target) + 0.3 * LOSS(output[1], target) if isinstance(output, tuple) else LOSS(output, target)
+    )
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_an_auxiliary_head_exists_in_training_only(plan: int) -> None:
+    pipeline = assert_trained_alike(Auxiliary, plan, loss_fn=auxiliary_loss)
+    model, batches = Auxiliary(), minibatches()
+    model.load_state_dict(pipeline.state_dict())
+    model.eval()
+    with torch.no_grad():
+        expected = sum(float(LOSS(model(x), y)) for x, y in batches) / len(batches)
+    assert pipeline.evaluate(batches, {"loss": LOSS})["loss"] == pytest.approx(expected, abs=1e-6)
+
+
+class FrozenNorm(nn.Module):
+    """BatchNorm that an overridden train() keeps in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def train(self, mode: bool = True) -> FrozenNorm:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.norm(self.a(x)))
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_an_overridden_train_is_respected(plan: int) -> None:
+    pipeline = assert_trained_alike(FrozenNorm, plan)
+    assert pipeline.state_dict()["norm.num_batches_tracked"] == 0
+
+
+# -- g: weights of others ----------------------------------------------------------------------------------------------
+
+
+class Arc(nn.Module):
+    """A loss with a weight of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.weight = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return LOSS(output @ self.weight, target)
+
+
+@pytest.mark.parametrize("plan", [1, 2])
+def test_a_loss_with_weights_is_trained(plan: int) -> None:
+    batches, loss, own = minibatches(), Arc(), Arc()
+    pipeline = pipeline_of(chain(), plan, batches, loss)
+    pipeline.fit(batches)
+    reference = chain()
+    expected = plain(reference, batches, own, lambda weights: SGD([*weights, *own.parameters()]))
+    assert all(torch.equal(pipeline.state_dict()[name], value) for name, value in expected.items())
+    assert torch.equal(loss.weight, own.weight)
+
+
+def test_a_penalty_over_weights_of_other_stages_is_refused() -> None:
+    model, batches = chain(), minibatches()
+
+    def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return LOSS(output, target) + 0.1 * sum(each.square().sum() for each in model.parameters())
+
+    with pytest.raises(PipedreamError, match=r"the loss of stage 1 depends on '.*', which is no weight"):
+        pipeline_of(model, 2, batches, loss_fn).fit(batches)
+
+
+def test_a_forward_that_holds_a_parameter_itself_is_refused() -> None:
+    model, batches = chain(), minibatches()
+    weight = model[2].weight
+    model[2].forward = lambda x: nn.functional.linear(x, weight)
+    with pytest.raises(PipedreamError, match=r"the forward or the loss of stage \d depends on '2.weight'"):
+        pipeline_of(model, 2, batches).fit(batches)
+
+
+# -- f: attributes of parameters; weights that are frozen later --------------------------------------------------------
+
+
+def test_weights_frozen_between_epochs() -> None:
+    batches = minibatches()
+    model, reference = chain(), chain()
+    pipeline = pipeline_of(model, 2, batches)
+    steps = SGD(reference.parameters())
+    for epoch in range(3):
+        for each in (model, reference):
+            each[0].requires_grad_(epoch != 1)
+        pipeline.fit(batches)
+        for x, y in batches:
+            steps.zero_grad()
+            LOSS(reference(x), y).backward()
+            steps.step()
+        expected = reference.state_dict()
+        assert all(torch.equal(pipeline.state_dict()[name], value) for name, value in expected.items()), epoch
+
+
+def test_optimizer_groups_by_attribute() -> None:
+    def build() -> nn.Module:
+        model = chain()
+        for each in model.parameters():
+            each._slow = each.dim() == 1
+        return model
+
+    def optimizer(weights: Any) -> torch.optim.Optimizer:
+        weights = list(weights)
+        slow = [each for each in weights if each._slow]
+        fast = [each for each in weights if not each._slow]
+        return torch.optim.SGD([{"params": fast, "lr": 0.1}, {"params": slow, "lr": 0.01}])
+
+    assert_trained_alike(build, 2, optimizer=optimizer)
+
+
+# -- j: what crosses a boundary ----------------------------------------------------------------------------------------
+
+
+class Policy(Net):
+    """Returns a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_std = nn.Parameter(torch.full((3,), 0.1))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x), self.log_std
+
+
+def policy_loss(output: Any, target: torch.Tensor) -> torch.Tensor:
+    return LOSS(output[0], target) + output[1].square().sum()
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_a_parameter_that_is_returned_is_trained(plan: int) -> None:
+    assert_trained_alike(Policy, plan, loss_fn=policy_loss)
+
+
+@dataclass
+class Out:
+    last: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+
+Named = namedtuple("Named", "last pooled")
+
+
+class Encoder(nn.Module):
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.make, self.layers = make, nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 16))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.layers(x)
+        return self.make(h if float(h.sum()) < 1e9 else -h)
+
+
+class Objects(nn.Module):
+    """Passes an object from module to module, and uses it again in the end."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = Encoder(make)
+        self.decoder, self.side = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 3)), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.encoder(x)
+        last = out["last"] if isinstance(out, dict) else out.last
+        return self.decoder(last) + self.side(last)
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Out,
+        lambda h: types.SimpleNamespace(last=h),
+        lambda h: Named(h, None),
+        lambda h: {"last": h, "pooled": None, "n": 3},
+    ],
+)
+def test_objects_cross_boundaries(make: Any, plan: int) -> None:
+    assert_trained_alike(lambda: Objects(make), plan)
+
+
+class Strides(nn.Module):
+    """A view that only works with the strides of a transposed tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin, self.conv, self.head, self.out = (
+            nn.Linear(6, 4),
+            nn.Conv1d(4, 4, 1),
+            nn.Linear(20, 12),
+            nn.Linear(12, 3),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = self.lin(x).transpose(1, 2)
+        h = self.head(self.conv(t).flatten(1))
+        return self.out(h + t.transpose(1, 2).view(8, -1)[:, :12])
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.b(self.a(x).relu())
+        return self.head(h.permute(0, 2, 3, 1).view(8, 16, 8).mean(1))
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_strides_cross_boundaries(plan: int) -> None:
+    assert_trained_alike(Strides, plan, minibatches(shape=(5, 6)))
+    images = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in minibatches(shape=(3, 4, 4))]
+    assert_trained_alike(ChannelsLast, plan, images)
+
+
+# -- minibatches that cannot be cut ------------------------------------------------------------------------------------
+
+
+def cut(model: nn.Module, batches: list[Any], loss_fn: Any = LOSS, n_microbatches: int = 2) -> Pipeline:
+    return Pipeline(
+        model,
+        loss_fn=loss_fn,
+        optimizer=SGD,
+        example_inputs=batches[0][0],
+        plan=2,
+        schedule=ScheduleConfig("1f1b-flush", n_microbatches),
+    )
+
+
+class TimeFirst(nn.Module):
+    """Takes (time, samples, features)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm, self.head = nn.LSTM(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+class Bank(nn.Module):
+    """Compares samples with a bank of keys, which has as many rows as there are samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return self.b((self.a(x) @ keys.T).softmax(1) @ keys)
+
+
+def test_inputs_that_are_not_per_sample_are_refused() -> None:
+    with pytest.raises(PipedreamError, match=r"output for a minibatch differs .*n_microbatches=1"):
+        cut(TimeFirst(), minibatches(shape=(4, 6)))
+    with pytest.raises(PipedreamError, match=r"output for a minibatch differs .*n_microbatches=1"):
+        cut(Bank(), [((x, torch.randn(8, 16)), y) for x, y in minibatches()])
+
+
+@pytest.mark.parametrize(
+    ("ignored", "weight"), [((2, 0, 0, 0), None), ((3, 3, 3, 2), None), ((0, 0, 0, 0), (1.0, 5.0, 0.1))]
+)
+def test_a_mean_over_unequal_numbers_of_targets_is_refused(
+    ignored: tuple[int, ...], weight: tuple[float, ...] | None
+) -> None:
+    """Four microbatches of two samples with three targets each, of which some are ignored, or weighted by class."""
+    batches = minibatches(shape=(3, 6))
+    for index, (x, _) in enumerate(batches):
+        target = torch.randint(0, 3, (8, 3), generator=torch.Generator().manual_seed(index))
+        for microbatch, count in enumerate(ignored):
+            target[2 * microbatch, :count] = -100
+        batches[index] = (x, target)
+    classes = None if weight is None else torch.tensor(weight)
+
+    def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten(), weight=classes)
+
+    with pytest.raises(PipedreamError, match=r"the loss is a mean over .* another; train whole minibatches"):
+        cut(chain(), batches, loss_fn, 4).fit(batches)
+
+
+def test_a_mean_over_equal_numbers_of_targets_is_that_of_the_minibatch() -> None:
+    batches = [(x, y.clone()) for x, y in minibatches(shape=(3, 6))]
+    batches = [(x, torch.randint(0, 3, (8, 3), generator=torch.Generator().manual_seed(0))) for x, _ in batches]
+    for _, target in batches:
+        target[:, 0] = -100
+
+    def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
+
+    pipeline = cut(chain(), batches, loss_fn, 4)
+    pipeline.fit(batches)
+    for name, value in plain(chain(), batches, loss_fn).items():
+        torch.testing.assert_close(pipeline.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_reads_values_itself_cannot_be_cut() -> None:
+    class Reads(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self.a(x)
+            return self.c(self.b(-y if y.sum() > 0 else y))
+
+    with pytest.raises(PipedreamError, match=r"cannot be cut, because its Python reads the values of a tensor"):
+        pipeline_of(Reads(), 2, minibatches())
+    assert_trained_alike(Reads, 1)
+
+
+# -- every boundary ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(NoGrad, Decorated, Detached, ReversedInAModule, ReversedInTheForward, Checkpointed, Masks, Auxiliary, Policy),
+        *(hook, inner_hook, backward_hook, patched, lora, spectral, pruned, lambda: Objects(Out)),
+        *(lambda: Noisy("gumbel"), lambda: Noisy("bernoulli_"), lambda: Noisy("dropout")),
+    ],
+)
+def test_the_check_passes_whichever_boundary_is_chosen(build: Callable[[], nn.Module]) -> None:
+    model = build()
+    graph = capture(model, minibatches()[0][0])
+    arguments = graph.inputs.like(minibatches()[0][0])
+    count = len(graph.layers)
+    cuts = [[list(range(first)), list(range(first, count))] for first in range(1, count)]
+    for stages in [*cuts, [[layer] for layer in range(count)]]:
+        check_same_program(graph, Partition(graph, stages), len(stages), arguments, seed=0, precision=None)
+
+
+def test_the_check_finds_what_a_stage_does_differently() -> None:
+    """A forward that behaves differently the second time it is called from the same state."""
+    calls = []
+
+    class Fickle(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            calls.append(1)
+            return self.c(self.b(self.a(x)).tanh() * len(calls))
+
+    with pytest.raises(PipedreamError, match="the stages do not compute what the model computes by itself"):
+        pipeline_of(Fickle(), 2, minibatches())
+    pipeline_of(Fickle(), 2, minibatches(), check_model=False)
