@@ -118,8 +118,7 @@ class Inception(nn.Module):
     """Inception: takes images, float (batch, channels, height, width); returns logits, float (batch, classes).
 
     In training with an auxiliary head it returns (logits, auxiliary logits), both (batch, classes); the paper adds
-    the second loss with a small weight. torch.fx records the branch of the current mode: to train and evaluate in a
-    pipeline, build the network without the auxiliary head.
+    the second loss with a small weight.
 
     Args:
         lower: blocks from the images to the input of the auxiliary head.
