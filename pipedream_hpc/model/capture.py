@@ -118,7 +118,8 @@ def _record(
         bound.kwargs,
         keep_whole,
         precision=precision or nullcontext,
-        device=_device_of(precision),
+        # In a run on a GPU, shapes are asked for with arguments that are there.
+        device=next((each.device for each in bound.tensors() if each.is_cuda), _device_of(precision)),
         real=real,
     )
 

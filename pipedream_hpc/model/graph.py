@@ -318,6 +318,7 @@ class LayerGraph:
         shapes: by mode: returns the outputs of all calls for given arguments, without computing them.
         closed: modules that cannot be cut, and why.
         recipe: creates the weights of a model that was given as a function; None for a built model.
+        on_close: what takes hooks and watchers off the model's modules, once no stage runs any more.
     """
 
     module: nn.Module
@@ -332,6 +333,12 @@ class LayerGraph:
     shapes: Mapping[bool, Callable[[Sequence[Any], Mapping[str, Any]], Sequence[Sequence[Value]]]]
     closed: Mapping[str, str] = field(default_factory=dict)
     recipe: ModelRecipe | None = None
+    on_close: list[Callable[[], None]] = field(default_factory=list)
+
+    def close(self) -> None:
+        """Leave the model's modules without hooks and watchers of this package."""
+        while self.on_close:
+            self.on_close.pop()()
 
     @property
     def input_names(self) -> list[str]:

@@ -193,6 +193,9 @@ class _Recorder:
         changed += [key for key, value in module._buffers.items() if value is not buffers.get(key)]
         if changed:
             raise CannotOpenError(name, f"its forward sets '{changed[0]}'")
+        if name and not scope.items and scope.sources:
+            # What it does with its argument, other than to return it, is to be done in one stage only.
+            raise CannotOpenError(name, "its forward calls no module or function")
         functions = sum(isinstance(item, Call) and item.function is not None for item in scope.items)
         if name and functions > _MOST_FUNCTIONS and not any(map(_is_list, module.modules())):
             raise CannotOpenError(name, f"its forward calls {functions} functions")

@@ -224,7 +224,7 @@ class StageForward:
         shapes: Callable[[Sequence[Any], Mapping[str, Any]], Sequence[Sequence[Value]]],
         device: torch.device,
     ) -> None:
-        self._drawing, self._shapes, self._device = drawing, shapes, device
+        self._drawing, self._shapes, self.device = drawing, shapes, device
         self._given: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})
         self._values: Sequence[Sequence[Value]] | None = None
         self._model, self._steps, self._opened, self._is_last = model, steps, opened, is_last
@@ -443,7 +443,7 @@ class StageForward:
         assert tensor.key is not None
         value = self._values[tensor.key[0]][tensor.key[1]]
         with FakeTensorMode():
-            return torch.empty(value.shape, dtype=value.dtype, device=self._device, requires_grad=value.needs_gradient)
+            return torch.empty(value.shape, dtype=value.dtype, device=self.device, requires_grad=value.needs_gradient)
 
     def _other_path(self, what: str) -> PipedreamError:
         expected = self._steps[self._position].name if self._position < len(self._steps) else "the end"

@@ -39,6 +39,18 @@ class _Part(nn.Module):
     """What a stage has of one module of the user's, under the module's name."""
 
 
+class StageTree(_Part):
+    """The weights and buffers of a stage, under the user's names.
+
+    Attributes:
+        extra: the user's modules in the stage that have a state besides (get_extra_state), by the name of that state.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra: dict[str, nn.Module] = {}
+
+
 class StageModule:
     """The module of one stage, and what it takes and returns.
 
@@ -132,7 +144,9 @@ class StageModule:
         return outputs, returned
 
     def move_tensors(self, device: torch.device) -> None:
-        """Move all tensors that the stage needs besides its weights to a device."""
+        """Move all tensors that the stage needs besides its weights to a device, on which it will compute."""
+        for forward in self._forwards.values():
+            forward.device = device
         move_tensors(self.other_tensors().values(), device)
 
     def _find_state(self) -> list[tuple[dict[str, Any], str]]:
@@ -297,8 +311,9 @@ class StageModule:
             graph.notes,
             whole=self._whole,
         )
-        watch_modules([step.module for step in steps if step.module is not None])
-        watch_modules([module for module in graph.module.modules() if id(module) in opened])
+        called = [step.module for step in steps if step.module is not None]
+        containers = [module for module in graph.module.modules() if id(module) in opened]
+        graph.on_close.append(watch_modules([*called, *containers]))
         self._steps += steps
         self._opened |= opened
         return StageForward(
@@ -324,10 +339,10 @@ class StageModule:
         self._own, self._elsewhere = own, elsewhere
         return tuple(own)
 
-    def _tree(self) -> tuple[nn.Module, dict[str, list[Entry]]]:
+    def _tree(self) -> tuple[StageTree, dict[str, list[Entry]]]:
         """Return the tree of weights and buffers, and the entries of the weights."""
         partition, model = self._partition, self._model
-        root = _Part()
+        root = StageTree()
         entries: dict[str, list[Entry]] = {}
         for path, module in model.named_modules():
             weights = {}
@@ -339,6 +354,9 @@ class StageModule:
                 if home == self._stage or (home is None and module in self._own):
                     weights[key] = parameter
                     entries.setdefault(name, [])
+            here = module in self._own or id(module) not in self._elsewhere
+            if here and type(module).get_extra_state is not nn.Module.get_extra_state:
+                root.extra[f"{path}._extra_state" if path else "_extra_state"] = module
             buffers = {} if id(module) in self._elsewhere and module not in self._own else module._buffers
             if not weights and not buffers:
                 continue

@@ -423,6 +423,7 @@ class Pipeline:
             exchange(self.world, {}, limit_s=self.run_config.stall_limit_s)
         self._closed = True
         self._run.wiring.close()
+        self._run.deployment.graph.close()
 
     def __enter__(self) -> Pipeline:
         return self

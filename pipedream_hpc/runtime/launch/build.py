@@ -73,7 +73,7 @@ def build_workers(deployment: Deployment, training: Schedule, wiring: Wiring, se
     ]
     parts = [deployment.partition.stage_module(index) for _, index, _ in places]
     materialize(deployment.graph, parts)
-    seed_modules(deployment.graph.module, deployment.graph.notes)
+    deployment.graph.on_close.append(seed_modules(deployment.graph.module, deployment.graph.notes))
     first: dict[int, StageModule] = {}
     for part, (_, index, _) in zip(parts, places, strict=True):
         if first.setdefault(index, part) is not part:

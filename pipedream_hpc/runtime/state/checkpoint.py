@@ -34,6 +34,7 @@ from safetensors.torch import save as serialize
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import STRICT, atomic_write, load, make_folder, save
 from pipedream_hpc.runtime.state.checksum import checksum
+from pipedream_hpc.runtime.state.full_state_dict import extra_states
 from pipedream_hpc.runtime.weights.stage_state import StageState
 
 
@@ -245,6 +246,7 @@ def stage_contents(stage: StageState) -> tuple[dict[str, torch.Tensor], dict[str
         "loss_scale": stage.optimizer.loss_scale_state(),
         "optimizer": None,
         "lr_scheduler": None,
+        "extra_state": {name: each.get_extra_state() for name, each in extra_states(stage.module).items()},
     }
     optimizer, names = stage.stash.optimizer, stage.stash.optimizer_names
     if optimizer is not None:
@@ -263,7 +265,8 @@ def stage_contents(stage: StageState) -> tuple[dict[str, torch.Tensor], dict[str
         json.dumps(values)
     except TypeError as error:
         raise PipedreamError(
-            f"the state of the optimizer or learning-rate scheduler of stage {stage.index} cannot be saved: {error}"
+            f"the state of the optimizer, the learning-rate scheduler or a module's get_extra_state of stage "
+            f"{stage.index} cannot be saved: {error}"
         ) from None
     return tensors, values
 
@@ -286,6 +289,8 @@ def restore_stage(stage: StageState, tensors: Mapping[str, torch.Tensor], values
         for name, value in stage.module.state_dict().items():
             if name not in parameters:
                 value.copy_(saved[name])
+    for name, module in extra_states(stage.module).items():
+        module.set_extra_state(values["extra_state"][name])
     if optimizer is not None:
         saved_optimizer = values["optimizer"]
         state: dict[int, dict[str, Any]] = {}

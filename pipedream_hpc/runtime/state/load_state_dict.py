@@ -6,18 +6,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.graph import LayerGraph
+from pipedream_hpc.runtime.state.full_state_dict import extra_states
 from pipedream_hpc.runtime.weights.stage_state import StageState
 
 
 class _Source(Protocol):
-    """Tensors by name, read one by one."""
+    """Tensors by name, read one by one; and what modules have besides, where the source can hold it."""
+
+    extra: Mapping[str, Any]
 
     def shapes(self) -> dict[str, tuple[int, ...]]: ...
     def read(self, name: str) -> torch.Tensor: ...
@@ -25,10 +28,13 @@ class _Source(Protocol):
 
 class _Dict:
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in tensors.items():
+        self.extra: Mapping[str, Any] = {
+            name: value for name, value in tensors.items() if name.rpartition(".")[2] == "_extra_state"
+        }
+        self._tensors = {name: tensor for name, tensor in tensors.items() if name not in self.extra}
+        for name, tensor in self._tensors.items():
             if not isinstance(tensor, torch.Tensor):
                 raise PipedreamError(f"'{name}' in the state dict is {type(tensor).__name__}, not a tensor")
-        self._tensors = tensors
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
@@ -38,7 +44,9 @@ class _Dict:
 
 
 class _File:
-    """A safetensors file, of which only what is asked for is read."""
+    """A safetensors file, of which only what is asked for is read. It holds tensors only."""
+
+    extra: Mapping[str, Any] = {}
 
     def __init__(self, path: Path, stack: ExitStack) -> None:
         try:
@@ -92,6 +100,9 @@ def load_full_state_dict(
             return
         for stage in stages:
             _load_stage(stage, source, given_as)
+            for name, module in extra_states(stage.module).items():
+                if name in source.extra:
+                    module.set_extra_state(source.extra[name])
         _load_unused(graph, stages, source, given_as)
 
 
@@ -107,7 +118,8 @@ def state_dict_problem(graph: LayerGraph, weights: Mapping[str, torch.Tensor] | 
 def _given_names(graph: LayerGraph, given: Mapping[str, tuple[int, ...]], where: str) -> dict[str, str]:
     """Return the name under which each of the model's tensors is given; refuse what does not fit the model."""
     model = graph.module
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+    expected = {name: tuple(value.shape) for name, value in tensors.items()}
     names_of: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of[id(parameter)].append(name)
