@@ -636,6 +636,41 @@ def test_objects_cross_boundaries(make: Any, plan: int) -> None:
     assert_trained_alike(lambda: Objects(make), plan)
 
 
+class Graph(nn.Module):
+    """Multiplies by a sparse constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("adjacency", torch.eye(8).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.sparse.mm(self.adjacency, self.a(x)).relu())
+
+
+@pytest.mark.parametrize("plan", [1, 2])
+def test_sparse_constants(plan: int) -> None:
+    batches = minibatches()
+    pipeline = pipeline_of(Graph(), plan, batches)
+    pipeline.fit(batches)
+    weights = {name: value for name, value in plain(Graph(), batches).items() if name != "adjacency"}
+    assert all(torch.equal(pipeline.state_dict()[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (lambda: nn.Embedding(20, 6, sparse=True), r"module '0' has sparse gradients, .* sparse=False"),
+        (lambda: nn.LazyLinear(6), r"module '0' of class LazyLinear has no weights yet: run the model once"),
+    ],
+)
+def test_layers_that_are_refused(layer: Callable[[], nn.Module], words: str) -> None:
+    model = nn.Sequential(layer(), nn.Linear(6, 3))
+    with pytest.raises(PipedreamError, match=words):
+        pipeline_of(model, 2, [(torch.zeros(8, dtype=torch.long), torch.zeros(8, dtype=torch.long))])
+
+
 class Strides(nn.Module):
     """A view that only works with the strides of a transposed tensor."""
 

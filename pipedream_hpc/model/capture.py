@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
@@ -50,13 +51,14 @@ def capture(
         precision: context of the forward passes, such as autocast, which changes the dtypes of outputs.
 
     Raises:
-        PipedreamError: the model does not accept the example inputs.
+        PipedreamError: the model does not accept the example inputs, has sparse gradients, or weights of no shape yet.
     """
     recipe = None
     if not isinstance(model, nn.Module) and callable(model):
         recipe = ModelRecipe(model)
         model = recipe.model
     model = build_model(model)
+    _refuse(model)
     bound = bind_inputs(model, example_inputs)
     modes = Modes.of(model)
     closed: dict[str, str] = {}
@@ -154,6 +156,21 @@ class _Shapes:
                 recording, _ = self._record(Arguments(tuple(args), dict(kwargs)))
             self._known[key] = [call.values for call in recording.calls]
         return self._known[key]
+
+
+def _refuse(model: nn.Module) -> None:
+    """Refuse a model with modules that no stage can train."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise PipedreamError(
+                f"module '{name}' has sparse gradients, which stages can neither add up nor send: create it with "
+                "sparse=False"
+            )
+        if any(isinstance(each, UninitializedParameter) for each in module._parameters.values()):
+            raise PipedreamError(
+                f"module '{name}' of class {type(module).__name__} has no weights yet: run the model once on a "
+                "minibatch before"
+            )
 
 
 def _is_leaf(module: nn.Module) -> bool:

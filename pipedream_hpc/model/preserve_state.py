@@ -100,7 +100,8 @@ class ModuleState:
         with torch.no_grad():
             for _, buffer, saved, version in self._values.values():
                 # BatchNorm writes its statistics without counting a version.
-                if _version(buffer) != version or not torch.equal(buffer, saved):
+                dense = buffer.layout is torch.strided
+                if _version(buffer) != version or (dense and not torch.equal(buffer, saved)):
                     buffer.copy_(saved)
 
 

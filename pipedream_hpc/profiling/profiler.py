@@ -210,6 +210,8 @@ def _run_and_measure(
     own = {parameter.untyped_storage().data_ptr() for parameter in stage.module.parameters()}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout is not torch.strided:
+            return tensor  # a sparse constant has no storage of its own
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = _allocated_bytes(storage)

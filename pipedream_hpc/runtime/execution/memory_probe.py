@@ -53,6 +53,7 @@ class MemoryProbe:
             others: tensors that do not count: weights and received tensors.
             data: tensors from the data set; a microbatch's is a view of its minibatch's and counts with its own size.
         """
+        data = [tensor for tensor in data if tensor.layout is torch.strided]
         sizes = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in data}
         kept = kept_storages(graphs)
         for tensor in others:
@@ -82,6 +83,8 @@ def kept_storages(graphs: Iterable[Node]) -> dict[int, int]:
     while todo:
         node = todo.pop()
         for tensor in _saved_tensors(node):
+            if tensor.layout is not torch.strided:
+                continue  # a sparse constant has no storage of its own
             storage = tensor.untyped_storage()
             kept[storage.data_ptr()] = storage.nbytes()
         for following, _ in node.next_functions:

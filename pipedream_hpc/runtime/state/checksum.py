@@ -11,6 +11,8 @@ import torch
 def checksum(tensors: Iterable[torch.Tensor], start: int = 0) -> int:
     """Return the CRC-32 of the tensors' bytes, one after the other, continued from the checksum `start`."""
     for tensor in tensors:
+        if tensor.layout is not torch.strided:
+            tensor = tensor.to_dense()
         flat = tensor.detach().cpu().contiguous().view(-1)
         if flat.numel():
             start = zlib.crc32(flat.view(torch.uint8).numpy().data, start)

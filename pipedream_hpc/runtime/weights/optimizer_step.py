@@ -70,7 +70,13 @@ class StageOptimizer:
     ) -> None:
         self.lr_scheduler: LRScheduler | None = None
         if lr_scheduler is not None and optimizer is not None:
-            self.lr_scheduler = lr_scheduler(optimizer)
+            made: object = lr_scheduler(optimizer)
+            if made is not None and not isinstance(made, LRScheduler):
+                raise PipedreamError(
+                    f"lr_scheduler(optimizer) returned {type(made).__name__}; it should return a scheduler: "
+                    "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)"
+                )
+            self.lr_scheduler = made
             if isinstance(self.lr_scheduler, ReduceLROnPlateau):
                 raise PipedreamError(
                     "ReduceLROnPlateau steps by a metric, but learning rates advance once per minibatch: use a "
