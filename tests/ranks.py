@@ -76,8 +76,8 @@ class Team:
             if self.ended or time.monotonic() > deadline:
                 how = f"ended with status {self._process.poll()}" if self.ended else f"still running after {timeout} s"
                 self.end()
-                self._output.seek(0)
-                raise AssertionError(f"{how}: {function.__module__}.{function.__name__}\n{self._output.read()}")
+                output = (self._folder / "output").read_text()
+                raise AssertionError(f"{how}: {function.__module__}.{function.__name__}\n{output}")
             time.sleep(0.005)
         returned: T = pickle.loads(result.read_bytes())
         return returned
@@ -91,6 +91,7 @@ class Team:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        self._output.close()
 
 
 _teams: dict[int, Team] = {}
