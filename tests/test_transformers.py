@@ -19,6 +19,8 @@ from torch.func import functional_call
 
 from pipedream_hpc import Pipeline, ScheduleConfig, TrainConfig
 from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.counting import count
+from pipedream_hpc.planning.even import even_plan
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -279,6 +281,10 @@ def test_a_large_model_without_weights_is_planned() -> None:
     graph = capture(build(), {key: value[:1] for key, value in minibatches("llama")[0].items()})
     assert sum(layer.name.endswith("self_attn") for layer in graph.layers) == 48
     assert all(parameter.is_meta for parameter in graph.module.parameters())
+    plan = even_plan(count(graph), [1] * 8)
+    nbytes = [stage.parameter_bytes for stage in plan.stages]
+    assert len(nbytes) == 8
+    assert max(nbytes) < 2 * min(nbytes), nbytes
 
 
 def test_the_example_saves_what_from_pretrained_reads(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune
 
 from pipedream_hpc import PipedreamError, Pipeline, ScheduleConfig, TrainConfig
@@ -362,6 +363,10 @@ def test_what_is_drawn_does_not_depend_on_the_plan(how: str) -> None:
         weights.append(pipeline.state_dict())
     for other in weights[1:]:
         assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+    without = Noisy(how)
+    without.how, without.drop = "", nn.Identity()
+    expected = plain(without, batches)
+    assert any(not torch.equal(value, expected[name]) for name, value in weights[0].items()), "something is drawn"
 
 
 # -- i: state that a forward changes -----------------------------------------------------------------------------------
@@ -416,11 +421,24 @@ def test_state_changes_once_per_minibatch(make: Callable[[], nn.Module], plan: i
 
 @pytest.mark.parametrize("make", [Ema, Assigned, Counter])
 def test_state_goes_with_versions_in_flight(make: Callable[[], nn.Module]) -> None:
+    """1F1B with three stages, beside plain torch with the paper's delayed weights; the model's state is its own."""
     batches = minibatches()
     pipeline = Pipeline(
         with_state(make)(), loss_fn=LOSS, optimizer=SGD, example_inputs=batches[0][0], plan=3, schedule="1f1b"
     )
     pipeline.fit(batches)
+    stage_of, model = pipeline.stage_of_parameters(), with_state(make)()
+    history = [{name: value.detach().clone() for name, value in model.named_parameters()}]
+    for number, (inputs, target) in enumerate(batches):
+        weights = {
+            name: history[max(0, number - (2 - stage_of[name]))][name].clone().requires_grad_() for name in history[0]
+        }
+        loss = LOSS(functional_call(model, weights, (inputs,)), target)
+        gradients = torch.autograd.grad(loss, list(weights.values()))
+        history.append({n: history[-1][n] - 0.1 * each for n, each in zip(weights, gradients, strict=True)})
+    found = pipeline.state_dict()
+    for name, value in {**dict(model.named_buffers()), **history[-1]}.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("make", [Ema, Assigned, Counter])

@@ -115,7 +115,6 @@ class Call:
         name: qualified name of the module; or name of the function, numbered from the second on, as in `add_1`.
         module: the module; None for a function.
         function: the function; None for a module.
-        owner: qualified name of the module whose forward makes the call.
         sources: the tensors of earlier calls that it takes, in the order of the arguments.
         parameters: qualified names of the parameters that it uses.
         takes_inputs: whether it takes something that was computed from the model's arguments alone.
@@ -133,7 +132,6 @@ class Call:
     name: str
     module: nn.Module | None = None
     function: Callable[..., Any] | None = None
-    owner: str = ""
     sources: tuple[Key, ...] = ()
     parameters: tuple[str, ...] = ()
     takes_inputs: bool = False

@@ -55,7 +55,7 @@ class ModuleState:
             if isinstance(value, _CONTAINERS) and (key.startswith("_") or not isinstance(value, nn.Module))
         ]
         self._values = {
-            id(buffer): (name, buffer, buffer.clone(), _version(buffer))
+            id(buffer): (name, buffer, buffer.clone(), version_of(buffer))
             for name, buffer in model.named_buffers()
             if not buffer.is_meta
         }
@@ -75,7 +75,7 @@ class ModuleState:
 
     def changed_buffers(self) -> set[str]:
         """Return the names of buffers that have been written or replaced since."""
-        written = {name for name, buffer, _, version in self._values.values() if _version(buffer) != version}
+        written = {name for name, buffer, _, version in self._values.values() if version_of(buffer) != version}
         for name, module in self._modules.items():
             before: Any = next(copied for value, copied in self._contents if value is module._buffers)
             written |= {
@@ -101,11 +101,12 @@ class ModuleState:
             for _, buffer, saved, version in self._values.values():
                 # BatchNorm writes its statistics without counting a version.
                 dense = buffer.layout is torch.strided
-                if _version(buffer) != version or (dense and not torch.equal(buffer, saved)):
+                if version_of(buffer) != version or (dense and not torch.equal(buffer, saved)):
                     buffer.copy_(saved)
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor has been written in place."""
     return 0 if tensor.is_inference() else tensor._version
 
 

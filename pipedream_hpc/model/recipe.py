@@ -190,6 +190,11 @@ class TensorPlace(NamedTuple):
     attribute: str
     tensor: torch.Tensor
 
+    @property
+    def container(self) -> dict[str, Any]:
+        """The dict of `owner` that holds a tensor that is no parameter."""
+        return self.owner._buffers if self.attribute in self.owner._buffers else vars(self.owner)
+
 
 def tensors_of(model: nn.Module) -> Iterator[TensorPlace]:
     """Yield all places of parameters, buffers and tensors that are plain attributes."""

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry
 
 from pipedream_hpc.model.calls import call_unwatched, watch_modules, watched
 from pipedream_hpc.model.graph import Call, Found, Key, Notes, Recording, Returned, Scope, Value, memory_order
-from pipedream_hpc.model.preserve_state import ModuleState
+from pipedream_hpc.model.preserve_state import ModuleState, version_of
 from pipedream_hpc.model.randomness import seeding
 from pipedream_hpc.model.recipe import tensors_of
 from pipedream_hpc.model.structure import map_tensors, output_tensors, tensors_of_value
@@ -281,7 +281,7 @@ class _Recorder:
         originals = tensors_of_value((args, kwargs))
         args, kwargs = self._to_fakes(args, kwargs)
         given = tensors_of_value((args, kwargs))
-        versions = [_version(each) for each in given]
+        versions = [version_of(each) for each in given]
         counter = _Dispatch(self)
         self._entered = []
         inside = self._inside(call.name) if call.module is not None else nullcontext()
@@ -295,7 +295,7 @@ class _Recorder:
         written = [
             position
             for position, (each, version) in enumerate(zip(given, versions, strict=True))
-            if _version(each) != version
+            if version_of(each) != version
         ]
         # What was written into stays the object that the forward holds. What is returned as it was given, as by dropout
         # in evaluation, becomes another: the call has an output of its own, as in training.
@@ -326,7 +326,6 @@ class _Recorder:
         call.number = number
         if call.function is not None:
             call.name = self._numbered(call.name)
-        call.owner = self._scopes[-1].name if self._scopes else ""
         call.draws = call.function is not None and counter.draws
         if call.draws:
             self._note_draw(run)
@@ -340,7 +339,7 @@ class _Recorder:
         for found, each in outputs:
             object.__setattr__(each, MARK, found.key)
         call.found = tuple(found for found, _ in outputs)
-        values = [(found, self._value_of(each, given, found)) for found, each in outputs]
+        values = [given[found.position] if found.where == "argument" else each for found, each in outputs]
         name = call.name
         if call.module is not None:
             self._module_calls[name] += 1
@@ -354,20 +353,17 @@ class _Recorder:
                 value.requires_grad,
                 order=memory_order(value),
             )
-            for index, (_, value) in enumerate(values)
+            for index, value in enumerate(values)
         )
-        call.memory = frozenset(_storage_id(value) for _, value in values)
+        call.memory = frozenset(map(_storage_id, values))
         call.writes = frozenset(_storage_id(given[position]) for position in written)
-        self._live += [each.detach() for _, each in values] + [given[position].detach() for position in written]
+        self._live += [each.detach() for each in values] + [given[position].detach() for position in written]
         call.returned, _ = self._describe(returned, originals)
         call.flops = counter.flops
         self._calls.append(call)
         if self._scopes:
             self._scopes[-1].items.append(call)
         return returned
-
-    def _value_of(self, output: torch.Tensor, given: list[torch.Tensor], found: Found) -> torch.Tensor:
-        return given[found.position] if found.where == "argument" else output
 
     def _describe(self, returned: Any, given: list[torch.Tensor]) -> tuple[Any, list[tuple[torch.Tensor, Key | None]]]:
         """Return the return value with a Returned in place of each tensor; and the tensors with their keys."""
@@ -450,12 +446,11 @@ class _Recorder:
             # Buffers of a model that was given as a function may have no values yet.
             if isinstance(place.tensor, nn.Parameter) or not place.tensor.is_meta or self._fake is None:
                 continue
-            container = place.owner._buffers if place.attribute in place.owner._buffers else vars(place.owner)
             if id(place.tensor) not in made:
                 with self._fake:
                     made[id(place.tensor)] = torch.empty_like(place.tensor, device=self._device)
-            held.append((container, place.attribute, place.tensor))
-            container[place.attribute] = made[id(place.tensor)]
+            held.append((place.container, place.attribute, place.tensor))
+            place.container[place.attribute] = made[id(place.tensor)]
         self._local.update((id(each), each) for each in made.values())
         try:
             yield
@@ -566,10 +561,6 @@ def function_name(function: Any) -> str:
 
 def _mark(tensor: torch.Tensor) -> Key | None:
     return getattr(tensor, "__dict__", {}).get(MARK)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _storage_id(tensor: torch.Tensor) -> int:

@@ -1,14 +1,14 @@
 """Rerun: a stage runs the user's own forward, and computes only its own part of it.
 
 The forward of the model runs as it is written, on every stage. A call that belongs to the stage is made; any other call
-returns at once, with what the stage has received where it needs that, and with placeholders elsewhere. After the last
-call of the stage the rest of the forward is left away::
+returns at once, with what the stage has received where it needs that, and with placeholders elsewhere. After its last
+call the stage leaves the forward::
 
     def forward(self, x, mask):            stage 0                  stage 1
         mask = mask[:, None]               mask[:, None]            mask[:, None]
         h = self.embed(x)                  embed(x)                 placeholder
         h = self.block[0](h, mask)         block 0 ──► sent         received
-        h = self.block[1](h, mask)         (left here)              block 1
+        h = self.block[1](h, mask)         (leaves here)            block 1
         return self.head(h)                                         head ──► the model's output
 
 So everything in between is the user's Python: branches, contexts such as no_grad, hooks, and what is computed from
@@ -232,7 +232,6 @@ class StageForward:
         self._applies = any(isinstance(step.function, Applied) for step in steps)
         own = [number for number, step in enumerate(steps) if step.own]
         self._end = len(steps) if is_last or not own else own[-1] + 1
-        self._whole = steps[0].module if len(steps) == 1 and steps[0].module is model else None
         self._placeholders: dict[Key, Placeholder] = {}
         self._position = 0
         self._trying = self._showing = False

@@ -36,7 +36,7 @@ Entry = tuple[Any, Any]
 
 
 class _Part(nn.Module):
-    """What a stage has of one module of the user's, under the module's name."""
+    """Holds a stage's weights and buffers of one module of the user's, under the module's name."""
 
 
 class StageTree(_Part):
@@ -291,10 +291,6 @@ class StageModule:
             and (place.owner in self._own or id(place.owner) not in self._elsewhere)
         }
 
-    def forwards(self) -> list[StageForward]:
-        """Return what runs the stage in training and in evaluation."""
-        return list(self._forwards.values())
-
     # ----------------------------------------------------------------------------------------------------------------
 
     def _forward(self, training: bool) -> StageForward:
@@ -398,8 +394,7 @@ def move_tensors(places: Iterable[TensorPlace], device: torch.device) -> None:
             continue
         # A tensor with several names stays one tensor.
         value = moved.setdefault(id(place.tensor), place.tensor.to(device))
-        held = place.owner._buffers if place.attribute in place.owner._buffers else vars(place.owner)
-        held[place.attribute] = value
+        place.container[place.attribute] = value
 
 
 def _part_at(root: nn.Module, path: str) -> nn.Module:

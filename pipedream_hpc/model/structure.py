@@ -20,40 +20,34 @@ _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.
 
 def tensors_of_value(value: Any) -> list[torch.Tensor]:
     """Return the tensors in a nested value, in a fixed order; a tensor that occurs twice is there twice."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    found: list[torch.Tensor] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(note, value, rebuild=False)
-    return found
+    return [value] if isinstance(value, torch.Tensor) else _found(value, objects=True)
 
 
 def output_tensors(value: Any) -> list[torch.Tensor]:
     """Return the tensors that a model returns; not those in objects of its own, such as a cache of keys and values."""
+    return _found(value, objects=False)
+
+
+def _found(value: Any, *, objects: bool) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         found.append(tensor)
         return tensor
 
-    _map(note, value, False, torch.Tensor, set(), objects=False)
+    _map(note, value, False, torch.Tensor, set(), objects)
     return found
 
 
-def map_tensors(function: Callable[[Any], Any], value: Any, *, rebuild: bool = True, leaf: type = torch.Tensor) -> Any:
+def map_tensors(function: Callable[[Any], Any], value: Any, *, leaf: type = torch.Tensor) -> Any:
     """Return `value` with every tensor in it replaced by function(tensor); objects without tensors stay themselves.
 
     Args:
         function: called for every tensor, in the order of `tensors_of_value`.
         value: the nested value.
-        rebuild: return a copy; otherwise only call the function.
         leaf: what to look for instead of tensors.
     """
-    return _map(function, value, rebuild, leaf, set())
+    return _map(function, value, True, leaf, set())
 
 
 def _map(

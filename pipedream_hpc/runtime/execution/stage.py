@@ -462,8 +462,8 @@ class Stage:
     def _check_leaves(self, state: MicrobatchState, roots: Sequence[torch.Tensor]) -> None:
         """Refuse a forward or loss that depends on weights that are not the stage's: nobody would train them.
 
-        Such as a penalty over all parameters of the model in the loss, or a patched forward that holds a parameter
-        itself instead of the module that has it.
+        Examples are a penalty over all parameters of the model in the loss, and a patched forward that holds a
+        parameter itself instead of the module that has it.
         """
         inputs = {id(leaf) for each in state.stage_inputs.values() for leaf in each}
         for leaf in graph_leaves(roots):

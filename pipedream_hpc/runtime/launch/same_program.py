@@ -118,8 +118,8 @@ def check_microbatches(
 ) -> None:
     """Refuse a model whose output for a minibatch is not that for its microbatches, one after the other.
 
-    In evaluation mode, where no layer normalizes over samples. Such as a model whose inputs have time as their first
-    dimension, or a mask of one row per position.
+    The model runs in evaluation mode, where no layer normalizes over samples. Examples of what is refused: inputs that
+    have time as their first dimension, a mask that has one row per position.
 
     Raises:
         PipedreamError: they differ.
