@@ -200,10 +200,10 @@ class LossBoard:
     """
 
     def __init__(self, progress: Progress, capacity: int) -> None: ...
-    def publish(self, microbatch: int, value: float, samples: int) -> None:
+    def publish(self, microbatch: int, value: float, weight: float, counted: bool = False) -> None:
         """Store the loss of a microbatch of this rank and answer the requests that wait for it."""
-    def ask(self, owner_rank: int, microbatch: int, stall_limit_s: float) -> tuple[float, int]:
-        """Return (value, samples) of a loss that `owner_rank` has published or will publish. Waits for it.
+    def ask(self, owner_rank: int, microbatch: int, stall_limit_s: float) -> tuple[float, float, bool]:
+        """Return (value, weight, counted) of a loss that `owner_rank` has published or will publish. Waits for it.
 
         Raises CoreError if the owner no longer keeps it, MpiError, StallError.
         """

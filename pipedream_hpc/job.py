@@ -21,8 +21,8 @@ from pipedream_hpc.errors import PipedreamError
 if TYPE_CHECKING:
     from pipedream_hpc.model.recipe import ModelFactory
 
-#: Computes a mean over the samples of a minibatch from (output, target): a tensor with one number.
-LossFn = Callable[[Any, Any], torch.Tensor]
+#: Computes a score from (output, target): the mean over the samples, a tensor with one number; or a pair (sum, count).
+LossFn = Callable[[Any, Any], "torch.Tensor | tuple[torch.Tensor, torch.Tensor | float]"]
 #: Creates the optimizer of one stage from the stage's parameters.
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -47,14 +47,15 @@ class Job:
 
                     return Job(model=model, ...)
 
-        loss_fn: mean loss of a minibatch from (output, target).
+        loss_fn: mean loss of a minibatch from (output, target), or a pair (sum, count).
         optimizer: called once per stage with the stage's parameters, such as
             `functools.partial(torch.optim.SGD, lr=0.1)`.
         train_loader: yields (inputs, target) minibatches, such as a DataLoader.
         example_inputs: one minibatch of inputs, as large as they will get: a tensor, a tuple of the model's
             arguments, or a mapping from their names.
         test_loader: evaluated after every epoch; None for no evaluation.
-        metrics: computed over `test_loader`: name to mean score of a minibatch from (output, target).
+        metrics: computed over `test_loader`: name to mean score of a minibatch from (output, target), or to a pair
+            (sum, count).
         epochs: how many to train at most.
         schedule: the schedule, by name or as a ScheduleConfig; None for the plan's own.
         train_config: how stages are trained. Options of the command line replace its fields.

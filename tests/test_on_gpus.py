@@ -29,6 +29,7 @@ from pipedream_hpc.runtime.comm.staged_allreduce import CopyStream, StagedAllRed
 from pipedream_hpc.runtime.comm.tensor_view import CPU, memory_on, tensor_over
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader, Reader
 from pipedream_hpc.runtime.execution.loss_meter import LossMeter
+from pipedream_hpc.runtime.execution.score import Score, read_score
 from pipedream_hpc.runtime.weights import stash as stash_module
 from pipedream_hpc.runtime.weights.grad_allreduce import BucketLayout, GradAllReduce
 from pipedream_hpc.runtime.weights.optimizer_step import _clip_on_device
@@ -169,7 +170,7 @@ def averages(rounds: int, delays: list[int] | None) -> list[list[torch.Tensor | 
         assert [grad_allreduce.done() for grad_allreduce in grad_allreduces][1]
         assert grad_allreduces[0].done()
         found += [
-            [None if gradient is None else gradient.clone() for gradient in grad_allreduce.average(2)]
+            [None if gradient is None else gradient.clone() for gradient in grad_allreduce.average(lambda: 2)]
             for grad_allreduce in grad_allreduces
         ]
     return found
@@ -304,15 +305,18 @@ def test_scores_are_read_all_at_once() -> None:
     loss_meter = LossMeter()
     assert loss_meter.read() == []
     for microbatch, mean in enumerate((0.1, 2.5)):
-        loss_meter.add(microbatch, torch.tensor(mean), 4)
-    assert loss_meter.read() == [(0, [torch.tensor(0.1).item()], 4), (1, [2.5], 4)]
+        loss_meter.add(microbatch, [Score(torch.tensor(mean))], 4)
+    assert loss_meter.read() == [(0, [torch.tensor(0.1).item()], [4]), (1, [2.5], [4])]
 
 
 def test_several_metrics_are_read_all_at_once() -> None:
     loss_meter = LossMeter()
-    loss_meter.add(3, torch.tensor([0.5, 2.0]), 8)
-    loss_meter.add(4, torch.tensor([0.25, 1.0]), 4)
-    assert loss_meter.read() == [(3, [0.5, 2.0], 8), (4, [0.25, 1.0], 4)]
+    for microbatch, one, other, samples in ((3, 0.5, 2.0, 8), (4, 0.25, 1.0, 4)):
+        loss_meter.add(microbatch, [Score(torch.tensor(one)), Score(torch.tensor(other))], samples)
+    assert loss_meter.read() == [(3, [0.5, 2.0], [8, 8]), (4, [0.25, 1.0], [4, 4])]
+    counted = read_score((torch.tensor(6.0), torch.tensor(12)), "a metric")
+    loss_meter.add(5, [Score(torch.tensor(0.75)), counted], 4)
+    assert loss_meter.read()[2] == (5, [0.75, 0.5], [4, 12])
 
 
 def test_autocast_is_that_of_the_device() -> None:

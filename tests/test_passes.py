@@ -11,11 +11,13 @@ import torch
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
-from pipedream_hpc.runtime.comm.loss_board import CAPACITY, local_loss_board
-from pipedream_hpc.runtime.execution import passes
+from pipedream_hpc.runtime.comm.loss_board import CAPACITY, Loss, local_loss_board
+from pipedream_hpc.runtime.execution import passes, run_losses
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader, Reader
 from pipedream_hpc.runtime.execution.loss_meter import LossMeter
-from pipedream_hpc.runtime.execution.passes import LossPublisher, check_data, finish_pass
+from pipedream_hpc.runtime.execution.passes import check_data, finish_pass
+from pipedream_hpc.runtime.execution.run_losses import RunLosses
+from pipedream_hpc.runtime.execution.score import Score, read_score
 
 ALONE = World(0, 1, 0, 1, "n1")
 
@@ -84,7 +86,7 @@ def stage(
     module = torch.nn.BatchNorm1d(1)
     meter = LossMeter()
     for microbatch, score, samples in scores or []:
-        meter.add(microbatch, torch.as_tensor(score), samples)
+        meter.add(microbatch, [Score(each) for each in torch.atleast_1d(torch.as_tensor(score))], samples)
     return SimpleNamespace(
         index=index,
         is_last=scores is not None,
@@ -120,7 +122,7 @@ def test_every_metric_has_its_mean() -> None:
 
 
 def test_scores_of_other_ranks_count(other_ranks: list[dict[str, Any]]) -> None:
-    other_ranks.append({"scores": [(0, [2.0], 1)], "weights": []})
+    other_ranks.append({"scores": [(0, [2.0], [1])], "weights": []})
     assert finish(stage(0, 1.0, replicated=False)) == [2.0]
 
 
@@ -165,29 +167,41 @@ class Board:
     """Notes what is published."""
 
     def __init__(self) -> None:
-        self.published: list[tuple[int, float, int]] = []
+        self.published: list[tuple[int, Loss]] = []
+        self.asked: list[tuple[int, int]] = []
 
-    def publish(self, microbatch: int, loss: float, samples: int) -> None:
-        self.published.append((microbatch, loss, samples))
+    def publish(self, microbatch: int, loss: Loss) -> None:
+        self.published.append((microbatch, loss))
 
-    def ask(self, owner: int, microbatch: int) -> tuple[float, int]:
-        raise NotImplementedError
+    def ask(self, owner: int, microbatch: int) -> Loss:
+        self.asked.append((owner, microbatch))
+        return Loss(0.0, 1)
 
 
 def test_losses_on_a_cpu_are_published_at_once() -> None:
-    """The pass begins with microbatch 100 of the run."""
     board = Board()
-    publisher = LossPublisher(board, 100)
-    for microbatch, loss in enumerate((0.5, 0.25)):
-        publisher.add(microbatch, torch.tensor(loss), 4)
-        assert board.published[-1] == (100 + microbatch, loss, 4)
-    publisher.flush()
+    losses = RunLosses(board, [3])
+    losses.publish(100, Score(torch.tensor(0.5)), 4)
+    assert board.published == [(100, Loss(0.5, 4, counted=False))]
+    losses.publish(101, read_score((torch.tensor(6.0), torch.tensor(8)), "the loss"), 4)
+    assert board.published[1] == (101, Loss(0.75, 8.0, counted=True))
+    losses.flush()
     assert len(board.published) == 2
-    assert not LossPublisher.waits_for_device([])
+
+
+def test_a_loss_is_asked_of_the_replica_that_ran_the_microbatch() -> None:
+    """microbatch   0  1  2  3  4
+    rank            4  7  4  7  4
+    """
+    board = Board()
+    losses = RunLosses(board, [4, 7])
+    for microbatch in range(5):
+        losses.ask(10, microbatch)
+    assert board.asked == [(4, 10), (7, 11), (4, 12), (7, 13), (4, 14)]
 
 
 def test_losses_on_a_gpu_are_published_when_their_copy_has_arrived(monkeypatch: pytest.MonkeyPatch) -> None:
-    """microbatch  0      1      2      flush
+    """microbatch  0      1      2      ask
     arrived     no     0      0, 1   all
     published   -      0      1      2
     """
@@ -206,43 +220,48 @@ def test_losses_on_a_gpu_are_published_when_their_copy_has_arrived(monkeypatch: 
 
         def synchronize(self) -> None: ...
 
-    class Pinned(float):
-        def copy_(self, loss: Any, *, non_blocking: bool) -> None:
-            assert non_blocking
-            pinned.append(loss.value)
+    class OnGpu:
+        device = SimpleNamespace(type="cuda")
 
-        def __float__(self) -> float:
-            return float(pinned.pop(0))
+        def __init__(self, value: float) -> None:
+            self.value = value
 
-    pinned: list[float] = []
+        def detach(self) -> OnGpu:
+            return self
+
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        return torch.zeros(size, dtype=dtype)
+
     torch_of_a_gpu = SimpleNamespace(
-        empty=lambda shape, *, dtype, pin_memory: Pinned(), float64=None, cuda=SimpleNamespace(Event=Event)
+        empty=empty,
+        as_tensor=lambda value: torch.tensor(getattr(value, "value", value)),
+        float64=torch.float64,
+        cuda=SimpleNamespace(Event=Event),
     )
-    monkeypatch.setattr(passes, "torch", torch_of_a_gpu)
-    publisher = LossPublisher(board, 0)
+    monkeypatch.setattr(run_losses, "torch", torch_of_a_gpu)
+    losses = RunLosses(board, [0])
     for microbatch in range(3):
         arrived = microbatch
-        loss: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"), value=microbatch / 4)
-        publisher.add(microbatch, loss, 8)
+        loss: Any = OnGpu(microbatch / 4)
+        losses.publish(microbatch, Score(loss), 8)
         assert [number for number, *_ in board.published] == list(range(microbatch))
-    publisher.flush()
-    assert board.published == [(0, 0.0, 8), (1, 0.25, 8), (2, 0.5, 8)]
-    output: Any = SimpleNamespace(device=torch.device("cuda"), stages={0: SimpleNamespace(is_last=True)})
-    assert LossPublisher.waits_for_device([output])
+    losses.ask(0, 2)
+    assert board.published == [(0, Loss(0.0, 8)), (1, Loss(0.25, 8)), (2, Loss(0.5, 8))]
 
 
 def test_a_board_forgets_the_oldest_losses() -> None:
     board = local_loss_board()
     for microbatch in range(CAPACITY + 1):
-        board.publish(microbatch, microbatch / 8, 4)
-    assert board.ask(0, 1) == (0.125, 4)
-    assert board.ask(0, CAPACITY) == (CAPACITY / 8, 4)
+        board.publish(microbatch, Loss(microbatch / 8, 4))
+    assert board.ask(0, 1) == Loss(0.125, 4)
+    assert board.ask(0, CAPACITY) == Loss(CAPACITY / 8, 4)
     with pytest.raises(PipedreamError, match=r"the loss of microbatch 0 of the run is no longer kept: read step\.loss"):
         board.ask(0, 0)
 
 
 def test_a_loss_that_was_computed_again_counts() -> None:
     board = local_loss_board()
-    board.publish(3, 0.5, 4)
-    board.publish(3, 0.25, 2)
-    assert board.ask(0, 3) == (0.25, 2)
+    board.publish(3, Loss(0.5, 4))
+    board.publish(3, Loss(0.25, 2))
+    assert board.ask(0, 3) == Loss(0.25, 2)

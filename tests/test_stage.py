@@ -20,7 +20,9 @@ from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.materialize import materialize
 from pipedream_hpc.model.partition import Partition
 from pipedream_hpc.runtime.comm.channels import StageChannels
+from pipedream_hpc.runtime.comm.loss_board import local_loss_board
 from pipedream_hpc.runtime.execution.position import PassPosition
+from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.split_backward import SplitBackward
 from pipedream_hpc.runtime.execution.stage import Stage
 from pipedream_hpc.runtime.execution.worker import ActionError, Worker
@@ -168,6 +170,7 @@ class Driven:
                 send={("activation", 2, 2): self.senders[0], ("gradient", 0, 0): self.senders[1]},
             ),
             nn.functional.mse_loss,
+            RunLosses(local_loss_board(), [2]),
             seed=0,
             split_backward=SplitBackward(part.modules, stash.trains) if split else None,
             recompute=recompute,

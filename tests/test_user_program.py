@@ -790,7 +790,7 @@ def test_a_mean_over_unequal_numbers_of_targets_is_refused(
     def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten(), weight=classes)
 
-    with pytest.raises(PipedreamError, match=r"the loss is a mean over .* another; train whole minibatches"):
+    with pytest.raises(PipedreamError, match=r"the loss is a mean over .* another; let loss_fn return a pair"):
         cut(chain(), batches, loss_fn, 4).fit(batches)
 
 

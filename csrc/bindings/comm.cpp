@@ -195,7 +195,12 @@ PYBIND11_MODULE(_comm, module) {
 
   py::class_<LossBoard>(module, "LossBoard")
       .def(py::init<std::shared_ptr<Progress>, std::size_t>(), py::arg("progress"), py::arg("capacity"))
-      .def("publish", &LossBoard::publish, py::arg("microbatch"), py::arg("value"), py::arg("samples"))
+      .def(
+          "publish",
+          [](LossBoard& board, std::int64_t microbatch, double value, double weight, bool counted) {
+            board.publish(microbatch, {value, weight, counted});
+          },
+          py::arg("microbatch"), py::arg("value"), py::arg("weight"), py::arg("counted") = false)
       .def(
           "ask",
           [](LossBoard& board, int owner_rank, std::int64_t microbatch, double stall_limit_s) {
@@ -204,7 +209,7 @@ PYBIND11_MODULE(_comm, module) {
               py::gil_scoped_release released;
               loss = board.ask(owner_rank, microbatch, wait_options(stall_limit_s));
             }
-            return py::make_tuple(loss.value, loss.samples);
+            return py::make_tuple(loss.value, loss.weight, loss.counted);
           },
           py::arg("owner_rank"), py::arg("microbatch"), py::arg("stall_limit_s"));
 

@@ -26,13 +26,13 @@ LossBoard::LossBoard(std::shared_ptr<Progress> progress, std::size_t capacity)
 
 LossBoard::~LossBoard() { progress_->forget(this); }
 
-void LossBoard::publish(std::int64_t microbatch, double value, std::int64_t samples) {
+void LossBoard::publish(std::int64_t microbatch, const Loss& loss) {
   std::vector<Message> answers;  // allocates only if there are any
   {
     const std::lock_guard losses(losses_mutex_);
     Entry& entry = ring_[published_++ % ring_.size()];
     largest_overwritten_ = std::max(largest_overwritten_, entry.microbatch);
-    entry = {microbatch, {value, samples}};
+    entry = {microbatch, loss};
     if (parked_.empty()) return;
     const auto others = [&](const Message& request) { return request.microbatch != microbatch; };
     const auto asked = std::stable_partition(parked_.begin(), parked_.end(), others);
@@ -81,9 +81,9 @@ Loss LossBoard::ask(int owner_rank, std::int64_t microbatch, const WaitOptions& 
   if (message.status == Status::overwritten) {
     throw CoreError("rank " + std::to_string(progress_->rank()) + ": the loss of " +
                     progress_->microbatch_name(microbatch) + " is no longer kept: read step.loss before rank " +
-                    std::to_string(owner_rank) + " runs " + std::to_string(message.samples) + " more microbatches");
+                    std::to_string(owner_rank) + " runs " + std::to_string(ring_.size()) + " more microbatches");
   }
-  return {message.value, message.samples};
+  return {message.value, message.weight, message.counted != 0};
 }
 
 bool LossBoard::look_up(Message& message) const {
@@ -92,12 +92,13 @@ bool LossBoard::look_up(Message& message) const {
     if (entry.microbatch != message.microbatch) continue;
     message.status = Status::published;
     message.value = entry.loss.value;
-    message.samples = entry.loss.samples;
+    message.weight = entry.loss.weight;
+    message.counted = entry.loss.counted;
     return true;
   }
   if (message.microbatch > largest_overwritten_) return false;
   message.status = Status::overwritten;
-  message.samples = static_cast<std::int64_t>(ring_.size());
+  message.weight = static_cast<double>(ring_.size());
   return true;
 }
 

@@ -26,8 +26,9 @@
 namespace pipedream {
 
 struct Loss {
-  double value;
-  std::int64_t samples;
+  double value;   // the mean
+  double weight;  // what it is a mean over: samples, or what the loss function counted
+  bool counted;   // whether the loss function counted it
 };
 
 class LossBoard final : public Endpoint {
@@ -40,7 +41,7 @@ class LossBoard final : public Endpoint {
 
   // Stores the loss of a microbatch of this rank, and answers the requests that are parked for it. Takes the lock of
   // Progress only if a request is parked.
-  void publish(std::int64_t microbatch, double value, std::int64_t samples);
+  void publish(std::int64_t microbatch, const Loss& loss);
 
   // Returns a loss that `owner_rank` has published or will publish; waits for it. Throws CoreError if the owner no
   // longer keeps it, MpiError, StallError.
@@ -61,9 +62,9 @@ class LossBoard final : public Endpoint {
     std::int64_t ticket = 0;  // identifies a call of ask() on the asking rank
     std::int64_t microbatch = -1;
     double value = 0;
-    std::int64_t samples = 0;  // if overwritten, the owner's capacity
-    std::int32_t rank = -1;    // the sender
-    std::uint32_t unused = 0;  // no padding: MPI sends all bytes
+    double weight = 0;          // if overwritten, the owner's capacity
+    std::int32_t rank = -1;     // the sender
+    std::uint32_t counted = 0;  // 32 bits: without padding, because MPI sends all bytes
   };
   static_assert(sizeof(Message) == 48, "a message is 48 bytes on every rank");
 

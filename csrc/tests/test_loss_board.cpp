@@ -16,11 +16,12 @@ namespace {
 double value_of(int owner, std::int64_t microbatch) { return owner + 0.001 * static_cast<double>(microbatch); }
 
 void publish(LossBoard& board, std::int64_t microbatch) {
-  board.publish(microbatch, value_of(rank(), microbatch), microbatch + 1);
+  board.publish(microbatch, {value_of(rank(), microbatch), microbatch + 0.5, microbatch % 2 == 1});
 }
 
 bool right(const Loss& loss, int owner, std::int64_t microbatch) {
-  return loss.value == value_of(owner, microbatch) && loss.samples == microbatch + 1;
+  return loss.value == value_of(owner, microbatch) && loss.weight == microbatch + 0.5 &&
+         loss.counted == (microbatch % 2 == 1);
 }
 
 TEST_CASE("LossBoard: every rank asks every rank, also itself, in any order") {

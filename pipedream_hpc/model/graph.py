@@ -22,9 +22,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.recipe import ModelRecipe
+
+#: Functions that compute a mean over targets, of which some may be ignored or weighted.
+AVERAGES_TARGETS = (functional.cross_entropy, functional.nll_loss)
 
 #: One tensor that a call puts out: (number of the call, number of the output).
 Key = tuple[int, int]
@@ -273,6 +277,7 @@ class Notes:
         writes_buffers: names of buffers that are written, or replaced, in a forward.
         sets_attributes: modules whose attributes are set in a forward -> the names.
         writes_inputs: whether the model writes into its arguments.
+        averages_targets: whether it computes means over targets, of which some may be ignored or weighted.
     """
 
     random: set[str] = field(default_factory=set)
@@ -282,6 +287,7 @@ class Notes:
     writes_buffers: set[str] = field(default_factory=set)
     sets_attributes: dict[str, set[str]] = field(default_factory=dict)
     writes_inputs: bool = False
+    averages_targets: bool = False
 
     def merge(self, other: Notes) -> None:
         """Add what another recording has seen."""
@@ -293,6 +299,7 @@ class Notes:
         for name, attributes in other.sets_attributes.items():
             self.sets_attributes.setdefault(name, set()).update(attributes)
         self.writes_inputs |= other.writes_inputs
+        self.averages_targets |= other.averages_targets
 
     def stateful(self) -> set[str]:
         """Return the names of modules whose forward changes their state."""

@@ -24,7 +24,18 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from pipedream_hpc.model.calls import call_unwatched, watch_modules, watched
-from pipedream_hpc.model.graph import Call, Found, Key, Notes, Recording, Returned, Scope, Value, memory_order
+from pipedream_hpc.model.graph import (
+    AVERAGES_TARGETS,
+    Call,
+    Found,
+    Key,
+    Notes,
+    Recording,
+    Returned,
+    Scope,
+    Value,
+    memory_order,
+)
 from pipedream_hpc.model.preserve_state import ModuleState, version_of
 from pipedream_hpc.model.randomness import seeding
 from pipedream_hpc.model.recipe import tensors_of
@@ -220,6 +231,7 @@ class _Recorder:
         return returned
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        self.notes.averages_targets |= function in AVERAGES_TARGETS
         if self._in_call:
             return function(*args, **kwargs)
         given = tensors_of_value((args, kwargs))

@@ -31,6 +31,7 @@ from pipedream_hpc.planning.profile import LayerProfile, Profile
 from pipedream_hpc.runtime.comm.tensor_view import CPU
 from pipedream_hpc.runtime.execution.emulator import emulate
 from pipedream_hpc.runtime.execution.position import PassPosition
+from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.launch.build import TrainSetup, build_workers, microbatch_loader
 from pipedream_hpc.runtime.launch.deployment import deploy
 from pipedream_hpc.runtime.launch.run_plan import RunSchedule, plan_as_run
@@ -93,7 +94,8 @@ def calibrate(
     setup = TrainSetup(job.loss_fn, job.optimizer, config, device)
     wiring = local_wiring(training, deployment.edge_tensors, device)
     with preserve_state(graph.module):  # the stages are made of the model's own modules
-        workers = build_workers(deployment, training, wiring, setup)
+        losses = RunLosses(wiring.losses, training.layout[-1])
+        workers = build_workers(deployment, training, wiring, losses, setup)
         stages = [stage for worker in workers for stage in worker.stages.values()]
         with preserve_rng_state(device):
             loader = microbatch_loader(deployment, stages, data, setup, epoch=0, length=len(data))

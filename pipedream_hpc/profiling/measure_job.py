@@ -33,6 +33,7 @@ from pipedream_hpc.profiling.profiler import average, measure, one_minibatch
 from pipedream_hpc.profiling.update_cost import add_update_times
 from pipedream_hpc.runtime.comm.tensor_view import CPU
 from pipedream_hpc.runtime.execution.data import to_device
+from pipedream_hpc.runtime.execution.score import read_score
 
 
 def measure_job(
@@ -63,7 +64,7 @@ def measure_job(
     forward_context = autocast(job.train_config.precision, place.type)
     graph = capture(build_model(job.model), job.example_inputs, job.train_config.leaf_modules, forward_context)
     target, example_inputs = tree_map(lambda each: to_device(each, place), (_first_target(job), job.example_inputs))
-    loss_fn = None if target is None else lambda output: job.loss_fn(output, target)
+    loss_fn = None if target is None else lambda output: read_score(job.loss_fn(output, target), "the loss").mean
     barrier = world.comm.Barrier if world.comm is not None else lambda: None
     with _moved_to(graph.module, place):
         barrier()

@@ -33,7 +33,8 @@ from pipedream_hpc.runtime.execution.dataloader import use_forkserver
 from pipedream_hpc.runtime.execution.memory_probe import core_bytes, measured_parts
 from pipedream_hpc.runtime.execution.passes import Ran
 from pipedream_hpc.runtime.execution.position import PassPosition
-from pipedream_hpc.runtime.execution.stage import ScoreFn, Stage, score_error
+from pipedream_hpc.runtime.execution.score import Score, ScoreFn, read_score
+from pipedream_hpc.runtime.execution.stage import Stage
 from pipedream_hpc.runtime.execution.user_rng import UserGenerators
 from pipedream_hpc.runtime.launch.build import TrainSetup, microbatch_loader
 from pipedream_hpc.runtime.launch.preflight import check_checkpoints
@@ -86,7 +87,8 @@ class Pipeline:
         model: any module, built with the same seed on every rank, which is trained in place; or a function
             without arguments that builds it, so that each rank keeps the weights of its own stages only. The function
             is called twice and must build the same model.
-        loss_fn: mean loss of a minibatch from (output, target).
+        loss_fn: mean loss of a minibatch from (output, target), or a pair (sum, count), such as the sum of the losses
+            of all tokens and how many there are: then a mean is one over all that was counted.
         optimizer: called once per stage with the stage's parameters, such as
             `functools.partial(torch.optim.SGD, lr=0.1)`. The parameters have the user's own attributes, and
             `qualified_name`.
@@ -259,13 +261,15 @@ class Pipeline:
     def evaluate(
         self, loader: Any, metrics: Mapping[str, LossFn] | None = None, *, steps: int | None = None
     ) -> dict[str, float]:
-        """Return the mean of every metric per sample over `loader`, forward only, on the newest weights.
+        """Return the mean of every metric over `loader`, forward only, on the newest weights.
 
-        Changes no weight, BatchNorm statistic or random number generator. The same on all ranks.
+        Means are over the samples, or over what a metric counts; the same on all ranks. Changes no weight, BatchNorm
+        statistic or random number generator.
 
         Args:
             loader: yields (inputs, target) minibatches.
-            metrics: name to mean score of a minibatch from (output, target); the loss by default.
+            metrics: name to mean score of a minibatch, or a pair (sum, count), from (output, target); the loss by
+                default.
             steps: minibatches to evaluate; needed for a loader without a length.
         """
         if metrics is not None and not isinstance(metrics, Mapping):
@@ -516,12 +520,9 @@ class Pipeline:
 
     def _loss_of(self, begun: int, minibatch: int) -> float:
         """Return the mean loss of a minibatch of the pass that began with microbatch number `begun`."""
-        owners, first = self._run.deployment.layout[-1], minibatch * self.n_microbatches
-        parts = [
-            self._run.wiring.losses.ask(owners[microbatch % len(owners)], begun + microbatch)
-            for microbatch in range(first, first + self.n_microbatches)
-        ]
-        return sum(mean * samples for mean, samples in parts) / sum(samples for _, samples in parts)
+        first = minibatch * self.n_microbatches
+        parts = [self._run.losses.ask(begun, each) for each in range(first, first + self.n_microbatches)]
+        return sum(each.mean * each.weight for each in parts) / (sum(each.weight for each in parts) or 1.0)
 
     def _microbatches(self, loader: Any, total: int) -> MicrobatchLoader:
         if self.world.size > 1:
@@ -560,16 +561,10 @@ def _finish(running: Generator[Ran, None, list[float]]) -> list[float]:
 
 
 def _scores(metrics: Mapping[str, LossFn]) -> ScoreFn:
-    """Return a function that computes all metrics: (output, target) -> (k,)."""
+    """Return a function that computes all metrics."""
 
-    def score(output: Any, target: Any) -> torch.Tensor:
-        found = []
-        for name, metric in metrics.items():
-            value = metric(output, target)
-            if not isinstance(value, torch.Tensor) or value.dim() != 0:
-                raise PipedreamError(f"the metric '{name}' {score_error(value)}")
-            found.append(value)
-        return found[0] if len(found) == 1 else torch.stack([value.double() for value in found])
+    def score(output: Any, target: Any) -> list[Score]:
+        return [read_score(metric(output, target), f"the metric '{name}'") for name, metric in metrics.items()]
 
     return score
 

@@ -21,6 +21,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pipedream_hpc.job import LossFn
 from pipedream_hpc.verification.rounding import correct_square_roots
 
 Batches = Sequence[tuple[Any, Any]]
@@ -149,7 +150,7 @@ def train(
     model: nn.Module,
     stage_of: dict[str, int],
     epochs: Sequence[Batches],
-    loss_fn: Callable[[Any, Any], torch.Tensor],
+    loss_fn: LossFn,
     optimizer: Callable[..., torch.optim.Optimizer],
     config: ReferenceConfig | None = None,
     *,
@@ -167,7 +168,8 @@ def train(
         model: only its buffers are changed.
         stage_of: the stage of every parameter.
         epochs: the minibatches of each, as (inputs, target).
-        loss_fn: mean loss from (output, target).
+        loss_fn: mean loss, or a pair (sum, count), from (output, target): then the gradients of a round are those of
+            the sum of its sums, divided by the sum of its counts.
         optimizer: called with the parameters of a stage.
         config: the way of training; 1F1B on single replicas by default.
         lr_scheduler: creates a learning-rate scheduler from an optimizer; stepped once per minibatch.
@@ -187,6 +189,7 @@ def train(
     optimizers = [optimizer(list(each.values())) if each else None for each in stepped]
     lr_schedulers = [lr_scheduler(each) if lr_scheduler and each else None for each in optimizers]
     versions = [[_copy(each)] for each in own]  # versions[s][v]
+    pools = any(config.round_size(s) > 1 for s in range(n))
     first = 0  # number of the epoch's first microbatch within the run
     for epoch, batches in enumerate(epochs):
         begin = [len(of_stage) - 1 for of_stage in versions]
@@ -196,6 +199,7 @@ def train(
         sums: list[list[Tensors]] = [[{} for _ in range(R)] for R in config.replicas]
         # deferred[s][r]: gradients of its microbatches that are not in the sum yet, the oldest first
         deferred: list[list[list[Gradients]]] = [[[] for _ in range(R)] for R in config.replicas]
+        counts: dict[int, float] = {}  # of the losses that are pairs, by microbatch
         for k, (inputs, target, weight) in enumerate(microbatches):
             leaves: Tensors = {}
             for s in range(n):
@@ -203,8 +207,13 @@ def train(
                 leaves.update({name: w.clone().requires_grad_() for name, w in used.items()})
             before_forward(model, first + k)
             with precision():
-                loss = loss_fn(forward(model, leaves, inputs), target)
+                returned = loss_fn(forward(model, leaves, inputs), target)
+                total, count = returned if isinstance(returned, tuple) else (returned, None)
+                loss = total if count is None else total / max(count, 1)
             on_event(Event("loss", n - 1, epoch, k, {"loss": loss.detach()}))
+            if count is not None:
+                counts[k] = float(count)
+                loss, weight = total if pools else loss, 1.0
             if loss.requires_grad:
                 torch.autograd.backward(loss if weight == 1 else loss * weight)
             for s in range(n):
@@ -220,7 +229,10 @@ def train(
             ending = [s for s in range(n) if (k + 1) % config.round_size(s) == 0 or k + 1 == len(microbatches)]
             averages = {}
             for s in ending:
-                divisor = 1 if config.cuts_minibatches else (k % config.round_size(s)) + 1
+                divisor: float = 1 if config.cuts_minibatches else (k % config.round_size(s)) + 1
+                if counts and pools:
+                    round = range(k // config.round_size(s) * config.round_size(s), k + 1)
+                    divisor = sum(counts[each] for each in round) or 1.0
                 averages[s] = _average(sums[s], divisor)
                 copies = {name: gradient.clone() for name, gradient in averages[s].items()}
                 on_event(Event("gradient", s, epoch, len(versions[s]) - 1 - begin[s], copies))
@@ -281,11 +293,11 @@ def _add(total: Tensors, gradients: Gradients) -> None:
             total[name] = total[name] + gradient if name in total else gradient
 
 
-def _average(of_replicas: list[Tensors], divisor: int) -> Tensors:
+def _average(of_replicas: list[Tensors], divisor: float) -> Tensors:
     total: Tensors = {}
     for own in of_replicas:
         _add(total, own)
-    return {name: gradient / divisor if divisor > 1 else gradient for name, gradient in total.items()}
+    return {name: gradient / divisor if divisor != 1 else gradient for name, gradient in total.items()}
 
 
 def _clip(averages: dict[int, Tensors], clip: tuple[float, str] | None) -> None:

@@ -13,7 +13,7 @@ So reading a loss on one rank only cannot block another rank.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from pipedream_hpc.core import load_comm
 from pipedream_hpc.errors import PipedreamError
@@ -25,15 +25,29 @@ if TYPE_CHECKING:
 CAPACITY = 4096
 
 
+class Loss(NamedTuple):
+    """The loss of a microbatch.
+
+    Attributes:
+        mean: the mean.
+        weight: what it is a mean over: its samples, or what the loss function counted.
+        counted: whether the loss function counted it.
+    """
+
+    mean: float
+    weight: float
+    counted: bool = False
+
+
 class LossBoard(Protocol):
     """Losses of microbatches, by their number within the run."""
 
-    def publish(self, microbatch: int, loss: float, samples: int) -> None:
-        """Keep the mean loss of a microbatch and its number of samples."""
+    def publish(self, microbatch: int, loss: Loss) -> None:
+        """Keep the loss of a microbatch."""
         ...
 
-    def ask(self, owner: int, microbatch: int) -> tuple[float, int]:
-        """Return (mean loss, samples) of a microbatch whose output stage is on rank `owner`.
+    def ask(self, owner: int, microbatch: int) -> Loss:
+        """Return the loss of a microbatch whose output stage is on rank `owner`; wait until it is published.
 
         Raises:
             PipedreamError: the owner has overwritten it with later losses.
@@ -45,14 +59,14 @@ class _LocalLossBoard:
     """All ranks are in this process."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[int, tuple[float, int]] = OrderedDict()
+        self._kept: OrderedDict[int, Loss] = OrderedDict()
 
-    def publish(self, microbatch: int, loss: float, samples: int) -> None:
-        self._kept[microbatch] = loss, samples
+    def publish(self, microbatch: int, loss: Loss) -> None:
+        self._kept[microbatch] = loss
         if len(self._kept) > CAPACITY:
             self._kept.popitem(last=False)
 
-    def ask(self, owner: int, microbatch: int) -> tuple[float, int]:
+    def ask(self, owner: int, microbatch: int) -> Loss:
         if microbatch not in self._kept:
             raise PipedreamError(
                 f"the loss of microbatch {microbatch} of the run is no longer kept: read step.loss within the next "
@@ -68,12 +82,11 @@ class _MpiLossBoard:
         self._board = load_comm().LossBoard(progress, CAPACITY)
         self._stall_limit_s = stall_limit_s
 
-    def publish(self, microbatch: int, loss: float, samples: int) -> None:
-        self._board.publish(microbatch, loss, samples)
+    def publish(self, microbatch: int, loss: Loss) -> None:
+        self._board.publish(microbatch, *loss)
 
-    def ask(self, owner: int, microbatch: int) -> tuple[float, int]:
-        loss, samples = self._board.ask(owner, microbatch, self._stall_limit_s)
-        return float(loss), int(samples)
+    def ask(self, owner: int, microbatch: int) -> Loss:
+        return Loss(*self._board.ask(owner, microbatch, self._stall_limit_s))
 
 
 def local_loss_board() -> LossBoard:

@@ -10,51 +10,56 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.graph import AVERAGES_TARGETS
 
 
 class LossMeans(TorchFunctionMode):
-    """Watches what a loss function divides by.
+    """Watches what a loss divides by: one that a loss function computes, or the model itself.
 
     Args:
         n_microbatches: microbatches per minibatch.
+        in_forward: whether the model computes means over targets itself.
     """
 
-    def __init__(self, n_microbatches: int) -> None:
+    def __init__(self, n_microbatches: int, *, in_forward: bool) -> None:
         super().__init__()
+        self.in_forward = in_forward
         self._n_microbatches = n_microbatches
         self._divisors: list[float] = []  # of the current microbatch
         self._minibatch, self._first = -1, (0, [0.0])
 
-    def begin(self) -> None:
-        """Begin the loss of a microbatch."""
-        self._divisors = []
+    def end(self, microbatch: int, samples: int, *, compare: bool) -> None:
+        """End a microbatch.
 
-    def end(self, microbatch: int, samples: int) -> None:
-        """Compare a microbatch's divisors with those of the first one of its minibatch.
+        Args:
+            microbatch: its number.
+            samples: how many it has.
+            compare: compare its divisors with those of the first microbatch of its minibatch.
 
         Raises:
             PipedreamError: they differ per sample.
         """
+        divisors, self._divisors = self._divisors, []
         minibatch = microbatch // self._n_microbatches
         if minibatch != self._minibatch:
-            self._minibatch, self._first = minibatch, (samples, self._divisors)
+            self._minibatch, self._first = minibatch, (samples, divisors)
             return
         first_samples, first = self._first
-        for divisor, other in zip(self._divisors, first, strict=False):
+        for divisor, other in zip(divisors, first, strict=False) if compare else ():
             if abs(divisor * first_samples - other * samples) > 1e-6 * max(abs(divisor * first_samples), 1.0):
                 raise PipedreamError(
                     f"the loss is a mean over {divisor:g} targets of {samples} samples here, and over {other:g} of "
                     f"{first_samples} in another microbatch of the minibatch, because some are ignored or weighted: "
-                    "the mean over microbatches would be another; train whole minibatches (n_microbatches=1)"
+                    "the mean over microbatches would be another; let loss_fn return a pair (sum, count), such as the "
+                    "sum of the losses and how many targets they are of"
                 )
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
-        if function in (functional.cross_entropy, functional.nll_loss) and options.get("reduction", "mean") == "mean":
+        if function in AVERAGES_TARGETS and options.get("reduction", "mean") == "mean":
             self._note(*args, **options)
         return function(*args, **options)
 

@@ -8,24 +8,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
-
-import torch
 
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.runtime.comm.handshake import exchange, require_equal
-from pipedream_hpc.runtime.comm.loss_board import LossBoard
 from pipedream_hpc.runtime.comm.stall import is_stall, report
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader
 from pipedream_hpc.runtime.execution.emulator import carry_out, emulate
 from pipedream_hpc.runtime.execution.garbage import deferred_collection
 from pipedream_hpc.runtime.execution.position import PassPosition
-from pipedream_hpc.runtime.execution.stage import ScoreFn
+from pipedream_hpc.runtime.execution.run_losses import RunLosses
+from pipedream_hpc.runtime.execution.score import ScoreFn
 from pipedream_hpc.runtime.execution.worker import Worker
 from pipedream_hpc.runtime.state.checksum import checksum
 from pipedream_hpc.runtime.weights.batchnorm import RunningStats
-from pipedream_hpc.schedule.actions import Action, Forward, OptimizerStep, Schedule
+from pipedream_hpc.schedule.actions import Action, OptimizerStep, Schedule
 
 #: A worker and the action that it has just carried out.
 Ran = tuple[Worker, Action]
@@ -38,7 +35,7 @@ class PassRunner:
         world: all ranks.
         workers: of this process.
         running_stats: what replicas average after a training pass.
-        losses: where losses are published for other ranks.
+        losses: of the run, published for other ranks.
         stall_limit_s: seconds that a rank waits for another.
         common_epoch_ns: returns a moment that is the same on all ranks, on this process's clock. Collective.
         set_position: tells the core how messages count microbatches.
@@ -54,7 +51,7 @@ class PassRunner:
         world: World,
         workers: Sequence[Worker],
         running_stats: Sequence[RunningStats],
-        losses: LossBoard,
+        losses: RunLosses,
         stall_limit_s: float,
         common_epoch_ns: Callable[[], int],
         set_position: Callable[[str, int, int], None],
@@ -84,7 +81,7 @@ class PassRunner:
             minibatches: of the pass.
             score_fn: computed by the output stage instead of the loss.
             trace: record when each action ran.
-            publish: publish every loss on the loss board.
+            publish: publish every loss.
 
         Raises:
             PipedreamError: ranks read different data, a rank stalls, or replicas have drifted apart.
@@ -102,14 +99,15 @@ class PassRunner:
                     first_trained=self.microbatches_trained,
                     score_fn=score_fn,
                     trace=trace,
+                    publish=publish,
                 )
             self.began_ns = self._common_epoch_ns()
             with deferred_collection() as collector:
-                ran = self._published(schedule) if publish else self._actions(schedule)
-                for worker, action in ran:
+                for worker, action in self._actions(schedule):
                     yield worker, action
                     if isinstance(action, OptimizerStep):
                         collector.collect_if_due()
+            self._losses.flush()
             for worker in self._workers:
                 worker.end()
             if schedule.training:
@@ -124,71 +122,18 @@ class PassRunner:
             self.microbatches_trained += schedule.total_microbatches
         return means
 
-    def _actions(self, schedule: Schedule, before_waiting: Callable[[], None] | None = None) -> Iterator[Ran]:
+    def _actions(self, schedule: Schedule) -> Iterator[Ran]:
         if self._world.size > 1:
-            return carry_out(self._workers[0], schedule, before_waiting=before_waiting)
+            worker = self._workers[0]
+            on_gpu = worker.device.type == "cuda" and any(stage.is_last for stage in worker.stages.values())
+            return carry_out(worker, schedule, before_waiting=self._losses.flush if on_gpu else None)
         return emulate(self._workers, schedule)
-
-    def _published(self, schedule: Schedule) -> Iterator[Ran]:
-        """Carry out the actions; publish the loss of every microbatch that the output stage has run."""
-        publisher = LossPublisher(self._losses, self.microbatches_run)
-        before_waiting = publisher.flush if publisher.waits_for_device(self._workers) else None
-        for worker, action in self._actions(schedule, before_waiting):
-            if isinstance(action, Forward) and worker.stages[action.stage].is_last:
-                publisher.add(*worker.stages[action.stage].loss_meter.last)
-            yield worker, action
-        publisher.flush()
 
     def _average_running_stats(self) -> None:
         for stats in self._running_stats:
             stats.start_average()
         for stats in self._running_stats:
             stats.finish_average()
-
-
-class LossPublisher:
-    """Publishes losses as soon as they are known to the host.
-
-    On a GPU a loss is published when its copy to pinned memory has arrived; nobody waits for it, unless the rank is
-    about to wait for another rank anyway.
-
-    Args:
-        losses: the board.
-        first_microbatch: number within the run of the pass's microbatch 0.
-    """
-
-    def __init__(self, losses: LossBoard, first_microbatch: int) -> None:
-        self._losses, self._first_microbatch = losses, first_microbatch
-        self._on_their_way: list[tuple[int, torch.Tensor, int, Any]] = []
-
-    @staticmethod
-    def waits_for_device(workers: Sequence[Worker]) -> bool:
-        """Return whether losses are computed on a GPU by one of the workers."""
-        return any(stage.is_last and w.device.type == "cuda" for w in workers for stage in w.stages.values())
-
-    def add(self, microbatch: int, loss: torch.Tensor, samples: int) -> None:
-        """Publish the mean loss of a microbatch of the pass."""
-        number = self._first_microbatch + microbatch
-        if loss.device.type == "cpu":
-            self._losses.publish(number, float(loss), samples)
-            return
-        pinned = torch.empty((), dtype=torch.float64, pin_memory=True)
-        pinned.copy_(loss, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._on_their_way.append((number, pinned, samples, event))
-        while self._on_their_way and self._on_their_way[0][3].query():
-            self._publish_first()
-
-    def flush(self) -> None:
-        """Publish what is on its way; wait for the device."""
-        while self._on_their_way:
-            self._on_their_way[0][3].synchronize()
-            self._publish_first()
-
-    def _publish_first(self) -> None:
-        number, pinned, samples, _ = self._on_their_way.pop(0)
-        self._losses.publish(number, float(pinned), samples)
 
 
 def check_data(world: World, minibatches: int, data: MicrobatchLoader, *, limit_s: float) -> None:
@@ -209,7 +154,7 @@ def check_data(world: World, minibatches: int, data: MicrobatchLoader, *, limit_
 
 
 def finish_pass(world: World, workers: Sequence[Worker], *, training: bool, limit_s: float) -> list[float]:
-    """Compare replicas after training; return the mean scores over all samples, the same on every rank.
+    """Compare replicas after training; return the mean scores of the pass, the same on every rank.
 
     Raises:
         PipedreamError: names two ranks whose replicas of a stage have drifted apart.
@@ -234,9 +179,10 @@ def finish_pass(world: World, workers: Sequence[Worker], *, training: bool, limi
             )
     # In the order of the microbatches, so that every plan sums in the same order.
     scores = sorted(score for answer in answers for score in answer["scores"])
-    samples = sum(count for _, _, count in scores)
     width = len(scores[0][1]) if scores else 1
-    return [
-        sum(means[index] * count for _, means, count in scores) / samples if samples else float("nan")
-        for index in range(width)
-    ]
+    return [_weighted_mean([(means[index], weights[index]) for _, means, weights in scores]) for index in range(width)]
+
+
+def _weighted_mean(scores: Sequence[tuple[float, float]]) -> float:
+    weight = sum(weight for _, weight in scores)
+    return sum(mean * weight for mean, weight in scores) / weight if weight else float("nan")

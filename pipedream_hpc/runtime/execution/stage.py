@@ -26,6 +26,8 @@ empty message for an edge whose tensors need none: that is how a stage learns th
 
 Gradients. Every microbatch's loss is weighted (`data.weight`: its share of the round's samples where minibatches are
 cut) and multiplied by the loss scale; the round's sum is divided once (`optimizer.count`), then unscaled and clipped.
+A loss that is a pair (sum, count) is not weighted: backward starts from the sum, and each stage divides a round's
+gradients by the counts of its microbatches, which it asks the output stage for (see run_losses).
 The loss scale changes only at steps where nothing is in flight, which fp16 requires of the schedule.
 
 Numbers. Three counts of microbatches and two of versions meet here::
@@ -61,6 +63,8 @@ from pipedream_hpc.runtime.execution.data import MicrobatchLoader
 from pipedream_hpc.runtime.execution.loss_means import LossMeans
 from pipedream_hpc.runtime.execution.loss_meter import LossMeter
 from pipedream_hpc.runtime.execution.memory_probe import MemoryProbe
+from pipedream_hpc.runtime.execution.run_losses import RunLosses
+from pipedream_hpc.runtime.execution.score import Score, ScoreFn, read_score
 from pipedream_hpc.runtime.execution.split_backward import SplitBackward
 from pipedream_hpc.runtime.weights.batchnorm import keep_running_stats
 from pipedream_hpc.runtime.weights.grad_accumulation import GradAccumulator
@@ -79,9 +83,6 @@ from pipedream_hpc.schedule.actions import (
     Send,
 )
 
-#: Computes the scores of the output stage from (output, target): in training the loss, a tensor of shape (); in
-#: evaluation one metric of shape (), or k of shape (k,).
-ScoreFn = Callable[[Any, Any], torch.Tensor]
 #: Called as watch("gradient", version, named tensors) before every optimizer step, with the round's averaged gradients
 #: (not yet unscaled and clipped), and as watch("weight", version, named tensors) after it. For verification and tests.
 Watch = Callable[[str, int, Iterable[tuple[str, torch.Tensor | None]]], None]
@@ -138,13 +139,15 @@ class Stage:
         optimizer: unscales, clips and steps, once the gradients of a round are complete.
         grad_allreduce: averages gradients over the replicas; None if there is only one.
         channels: the stage's ends of the channels to other stages.
-        loss_fn: mean loss from (output, target); used by the output stage only.
+        loss_fn: mean loss, or its sum and count, from (output, target); used by the output stage only.
+        losses: of the run.
         seed: seed of the run; every random layer is reseeded from (seed, microbatch, layer name).
         split_backward: defers the gradients of parameters; None if the schedule splits no backward here.
         recompute: run the forward again before the backward instead of keeping activations (activation checkpointing).
         precision: factory of the context that forwards run in, such as autocast.
         compile_backend: backend of torch.compile that compiles the module; None for none.
-        n_microbatches: microbatches per minibatch.
+        loss_means: checks the means of the output stage's losses, where minibatches are cut.
+        pools: whether rounds have several microbatches, in any stage.
     """
 
     def __init__(
@@ -158,23 +161,29 @@ class Stage:
         grad_allreduce: GradAllReduce | None,
         channels: StageChannels,
         loss_fn: LossFn,
+        losses: RunLosses,
         seed: int,
         *,
         split_backward: SplitBackward | None,
         recompute: bool,
         precision: Precision,
         compile_backend: str | None = None,
-        n_microbatches: int = 1,
+        loss_means: LossMeans | None = None,
+        pools: bool = False,
     ) -> None:
         self.index, self.replica = index, replica
         #: `module` has the weights and buffers under the user's names; what runs are the user's own modules.
         self.stage_module, self.module = stage_module, stage_module.module
         self.stash, self.optimizer, self.grad_allreduce, self.channels = stash, optimizer, grad_allreduce, channels
-        self.loss_fn, self.recomputes = loss_fn, recompute
+        self.recomputes = recompute
+        self._loss_fn, self._losses, self._pools = loss_fn, losses, pools
+        self._counted: bool | None = None  # whether the loss is a pair (sum, count), once that is known
+        self._n_stepped = 0  # microbatches of the pass that an optimizer step has learned from
+        self._publishes = False
         self.is_last = stage_module.is_last
         #: Whether it reads inputs or targets from the data set.
         self.reads_data = stage_module.reads_inputs or stage_module.is_last
-        self._loss_means = LossMeans(n_microbatches) if n_microbatches > 1 and self.is_last else None
+        self._loss_means = loss_means
         self.loss_meter, self.memory_probe = LossMeter(), MemoryProbe()
         self.watch: Watch | None = None
         self._seed, self._precision, self._split_backward = seed, precision, split_backward
@@ -203,7 +212,7 @@ class Stage:
             stash, grad_allreduce, split_backward.keeps if split_backward is not None else None
         )
         self._in_flight: dict[int, MicrobatchState] = {}
-        self._score_fn: ScoreFn = loss_fn
+        self._score_fn: ScoreFn = self._loss
         self._data: MicrobatchLoader | None = None
         self._training = True
         self._n_deferred = 0  # microbatches between BackwardInput and BackwardWeight
@@ -228,7 +237,14 @@ class Stage:
         return StageState(self.index, self.replica, self.module, self.stash, self.optimizer)
 
     def begin(
-        self, data: MicrobatchLoader, *, training: bool, first_microbatch: int, first_trained: int, score_fn: ScoreFn
+        self,
+        data: MicrobatchLoader,
+        *,
+        training: bool,
+        first_microbatch: int,
+        first_trained: int,
+        score_fn: ScoreFn | None = None,
+        publish: bool = False,
     ) -> None:
         """Prepare for one pass over the data.
 
@@ -239,9 +255,11 @@ class Stage:
                 no microbatch of one epoch is taken for one of another.
             first_trained: microbatches trained before this pass. Random layers are seeded by this count, so that
                 neither evaluations nor a restart change what they draw.
-            score_fn: what the output stage computes from (output, target).
+            score_fn: what the output stage computes from (output, target) instead of the loss.
+            publish: publish every loss.
         """
-        self._data, self._score_fn, self._training = data, score_fn, training
+        self._data, self._score_fn, self._training = data, score_fn or self._loss, training
+        self._publishes, self._n_stepped = publish, 0
         self._first_microbatch, self._first_trained = first_microbatch, first_trained
         self._first_version = self.stash.version
         self.loss_meter = LossMeter()
@@ -303,9 +321,9 @@ class Stage:
                 state.state = self.stage_module.keep_state()
         else:
             state.sends_left = len(self._sent)
-        state.stage_outputs, score = self._run(microbatch, state, graph=self._training and not self.recomputes)
+        state.stage_outputs, scores = self._run(microbatch, state, graph=self._training and not self.recomputes)
         if self.is_last:
-            self._record_score(microbatch, state, score)
+            self._record_scores(microbatch, state, scores)
             if not self._training:
                 self._finish(microbatch, state)
 
@@ -372,6 +390,7 @@ class Stage:
     def optimizer_step(self, action: OptimizerStep) -> None:
         """Write the next weight version; a step that fp16 skips makes a version, too."""
         gradients = self.round_gradients(action.n_microbatches)
+        self._n_stepped += action.n_microbatches
         self._accumulator.close()  # the next round starts; these tensors stay ours until its first gradient
         self.memory_probe.count_round(gradients)
         before = self.stash.version
@@ -390,10 +409,22 @@ class Stage:
 
         Calling it again before the optimizer step returns the same tensors: nothing is divided twice.
         """
-        return self._accumulator.average(self.optimizer.count(n_microbatches))
+        return self._accumulator.average(lambda: self._divisor(n_microbatches))
 
-    def _run(self, microbatch: int, state: MicrobatchState, *, graph: bool) -> tuple[tuple[torch.Tensor, ...], Any]:
-        """Run the module; return the stage outputs and, in the output stage, the score of the model's output."""
+    def _divisor(self, n_microbatches: int) -> float:
+        """Return what the sum of the round's gradients is divided by; all its forwards have been run."""
+        first, begin = self._first_microbatch, self._n_stepped
+        if self._counted is None and self._pools:
+            self._counted = self._losses.ask(first, begin).counted
+        if not self._counted or not self._pools:
+            return self.optimizer.count(n_microbatches)
+        round = range(begin, begin + n_microbatches)
+        return sum(self._losses.ask(first, microbatch).weight for microbatch in round) or 1.0
+
+    def _run(
+        self, microbatch: int, state: MicrobatchState, *, graph: bool
+    ) -> tuple[tuple[torch.Tensor, ...], Sequence[Score]]:
+        """Run the module; return the stage outputs and, in the output stage, the scores of the model's output."""
         self._trained_microbatch = self._first_trained + microbatch
         # Seed what is drawn outside the seeded layers, too, so that it does not depend on what this process ran before.
         set_seed(seed_for(self._seed, self._trained_microbatch, self.index))
@@ -406,20 +437,23 @@ class Stage:
         recording: AbstractContextManager[Any] = _NULL_CONTEXT
         if self._split_backward is not None and state.split and graph:
             recording = self._split_backward.recording(microbatch)
+        watched = self._loss_means if self._training and graph != self.recomputes else None
         with _grad_mode(graph), self._precision():
-            with recording, seeding(self._reseed):
+            with watched if watched and watched.in_forward else _NULL_CONTEXT, recording, seeding(self._reseed):
                 outputs, returned = self.stage_module.run(state.arguments, leaves)
             if not self.is_last:
-                return tuple(outputs), None
+                return tuple(outputs), ()
             assert self._data is not None
             target = self._data.target(microbatch)
-            if self._loss_means is None or not self._training:
+            if watched is None:
                 return tuple(outputs), self._score_fn(returned, target)
-            self._loss_means.begin()
-            with self._loss_means:
-                score = self._score_fn(returned, target)
-            self._loss_means.end(microbatch, self._data.samples(microbatch))
-            return tuple(outputs), score
+            with watched:
+                scores = self._score_fn(returned, target)
+            watched.end(microbatch, self._data.samples(microbatch), compare=scores[0].count is None)
+            return tuple(outputs), scores
+
+    def _loss(self, output: Any, target: Any) -> Sequence[Score]:
+        return (read_score(self._loss_fn(output, target), "the loss"),)
 
     def _recompute(self, microbatch: int, state: MicrobatchState) -> None:
         """Run the forward again on the weights it ran on, with the same random numbers.
@@ -428,9 +462,9 @@ class Stage:
         """
         self.stash.bind(self._first_microbatch + microbatch)
         with keep_running_stats(self.stage_module.modules), self.stage_module.state_of(state.state):
-            state.stage_outputs, score = self._run(microbatch, state, graph=True)
+            state.stage_outputs, scores = self._run(microbatch, state, graph=True)
         if self.is_last:
-            self._set_loss(microbatch, state, score)
+            self._set_loss(microbatch, state, scores[0])
         self.memory_probe.recomputed = max(self.memory_probe.recomputed, 1 + self._n_deferred)
 
     def _prepare_backward(
@@ -558,20 +592,32 @@ class Stage:
         outputs = (size for storage, size in sizes.items() if storage not in slots)
         self.memory_probe.count_deferred(outputs, self._split_backward.early_gradients(microbatch))
 
-    def _record_score(self, microbatch: int, state: MicrobatchState, score: Any) -> None:
-        """Record the score of a microbatch and, in training, keep it as the loss."""
+    def _record_scores(self, microbatch: int, state: MicrobatchState, scores: Sequence[Score]) -> None:
+        """Record the scores of a microbatch and, in training, publish and keep the one that is the loss."""
         assert self._data is not None
-        if self._training and (not isinstance(score, torch.Tensor) or score.dim() != 0):
-            raise PipedreamError(f"the loss {score_error(score)}")
-        self.loss_meter.add(microbatch, score.detach(), self._data.samples(microbatch))
-        if self._training:
-            self._set_loss(microbatch, state, score)
+        samples = self._data.samples(microbatch)
+        self.loss_meter.add(microbatch, scores, samples)
+        if not self._training:
+            return
+        counted = scores[0].count is not None
+        if self._publishes or (self._pools and (counted or self._counted is None)):
+            self._losses.publish(self._first_microbatch + microbatch, scores[0], samples)
+        if self._counted not in (None, counted):
+            raise PipedreamError(
+                "the loss is a pair (sum, count) for some microbatches and one number for others: let it always be "
+                "the same"
+            )
+        self._counted = counted
+        self._set_loss(microbatch, state, scores[0])
 
-    def _set_loss(self, microbatch: int, state: MicrobatchState, loss: torch.Tensor) -> None:
+    def _set_loss(self, microbatch: int, state: MicrobatchState, loss: Score) -> None:
         """Keep the loss and the gradient that its backward starts with."""
         assert self._data is not None
-        weight = self._data.weight(microbatch) * self.optimizer.loss_scale
-        state.loss, state.loss_gradient = loss, self._loss_gradient(weight, loss)
+        weight = self.optimizer.loss_scale
+        if loss.count is None:
+            weight *= self._data.weight(microbatch)
+        root = loss.sum if loss.sum is not None and self._pools else loss.mean
+        state.loss, state.loss_gradient = root, self._loss_gradient(weight, root)
 
     def _loss_gradient(self, weight: float, loss: torch.Tensor) -> torch.Tensor:
         """Return the initial gradient that scales the loss by `weight` without a multiplication. Do not write to it."""
@@ -618,12 +664,6 @@ def graph_leaves(roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
                 seen.add(following)
                 todo.append(following)
     return found
-
-
-def score_error(score: Any) -> str:
-    """Return the rest of a sentence about a score that should be one number."""
-    got = f"shape {tuple(score.shape)}" if isinstance(score, torch.Tensor) else f"type {type(score).__name__}"
-    return f"should be one number, the mean over the minibatch, but has {got}: take its mean (reduction='mean')"
 
 
 def _grad_mode(enabled: bool) -> AbstractContextManager[Any]:

@@ -16,7 +16,8 @@ from pipedream_hpc.runtime.comm.allreduce import AllReduce
 from pipedream_hpc.runtime.comm.tensor_view import CPU
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader
 from pipedream_hpc.runtime.execution.position import PassPosition
-from pipedream_hpc.runtime.execution.stage import ScoreFn, Stage
+from pipedream_hpc.runtime.execution.score import ScoreFn
+from pipedream_hpc.runtime.execution.stage import Stage
 from pipedream_hpc.schedule.actions import (
     Action,
     AllReduceGradNorm,
@@ -82,13 +83,15 @@ class Worker:
         first_trained: int,
         score_fn: ScoreFn | None,
         trace: bool,
+        publish: bool = False,
     ) -> None:
         """Prepare for one pass; see Stage.begin.
 
         Args:
             position: names the microbatches in messages.
-            score_fn: computed instead of each stage's loss.
+            score_fn: computed instead of the loss.
             trace: record when each action ran.
+            publish: publish every loss.
         """
         self._position = position
         for stage in self.stages.values():
@@ -97,7 +100,8 @@ class Worker:
                 training=training,
                 first_microbatch=first_microbatch,
                 first_trained=first_trained,
-                score_fn=score_fn or stage.loss_fn,
+                score_fn=score_fn,
+                publish=publish,
             )
         self._spans = [] if trace else None
         if trace:

@@ -20,6 +20,8 @@ from pipedream_hpc.model.stage_module import StageModule
 from pipedream_hpc.runtime.comm.staged_allreduce import CopyStream, StagedAllReduce
 from pipedream_hpc.runtime.comm.tensor_view import CPU
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader, Reader
+from pipedream_hpc.runtime.execution.loss_means import LossMeans
+from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.split_backward import SplitBackward
 from pipedream_hpc.runtime.execution.stage import Stage
 from pipedream_hpc.runtime.execution.worker import Worker
@@ -29,7 +31,7 @@ from pipedream_hpc.runtime.weights.batchnorm import RunningStats
 from pipedream_hpc.runtime.weights.grad_allreduce import BucketLayout, GradAllReduce
 from pipedream_hpc.runtime.weights.optimizer_step import LossScale, StageOptimizer
 from pipedream_hpc.runtime.weights.stash import WeightStash
-from pipedream_hpc.schedule.actions import Layout, Schedule
+from pipedream_hpc.schedule.actions import Layout, OptimizerStep, Schedule
 
 #: The loss scale that fp16 starts with.
 _FIRST_LOSS_SCALE = 65536.0
@@ -62,7 +64,9 @@ class TrainSetup:
         return _FIRST_LOSS_SCALE if self.config.precision == "fp16" else 1.0
 
 
-def build_workers(deployment: Deployment, training: Schedule, wiring: Wiring, setup: TrainSetup) -> list[Worker]:
+def build_workers(
+    deployment: Deployment, training: Schedule, wiring: Wiring, losses: RunLosses, setup: TrainSetup
+) -> list[Worker]:
     """Create the workers of this process, in the order of their ranks. Collective."""
     # In the order of the replicas, in which their gradients are summed.
     places = [
@@ -88,7 +92,7 @@ def build_workers(deployment: Deployment, training: Schedule, wiring: Wiring, se
             )
     stages: dict[int, list[Stage]] = {}
     for part, (rank, index, replica) in zip(parts, places, strict=True):
-        stages.setdefault(rank, []).append(_stage(deployment, training, wiring, setup, part, index, replica))
+        stages.setdefault(rank, []).append(_stage(deployment, training, wiring, losses, setup, part, index, replica))
     release_memory()  # the stashes hold the weights now
     exchange = deployment.schedule.all_reduce_grad_norm
     norms = {
@@ -129,6 +133,7 @@ def _stage(
     deployment: Deployment,
     training: Schedule,
     wiring: Wiring,
+    losses: RunLosses,
     setup: TrainSetup,
     part: StageModule,
     index: int,
@@ -176,10 +181,25 @@ def _stage(
         grad_allreduce,
         wiring.channels[index, training.layout[index][replica]],
         setup.loss_fn,
+        losses,
         config.seed,
         split_backward=SplitBackward(part.modules, stash.trains) if training.splits(index) else None,
         recompute=deployment.plan.stages[index].recompute,
         precision=setup.autocast or contextlib.nullcontext,
         compile_backend=config.compile_backend,
-        n_microbatches=deployment.n_microbatches,
+        loss_means=LossMeans(deployment.n_microbatches, in_forward=deployment.graph.notes.averages_targets)
+        if part.is_last and deployment.n_microbatches > 1
+        else None,
+        pools=_pools(deployment, training),
     )
+
+
+def _pools(deployment: Deployment, training: Schedule) -> bool:
+    """Return whether rounds may have several microbatches, in any stage."""
+    schedule = deployment.schedule
+    if schedule.written is None:
+        most = schedule.n_microbatches * schedule.gradient_accumulation_steps * max(map(len, training.layout))
+        return most > 1
+    ranks = {rank for ranks in training.layout for rank in ranks}
+    actions = (action for rank in sorted(ranks) for action in training.actions(rank))
+    return any(isinstance(action, OptimizerStep) and action.n_microbatches > 1 for action in actions)

@@ -35,6 +35,7 @@ from pipedream_hpc.runtime.comm.gpu_route import Route, choose_route
 from pipedream_hpc.runtime.comm.handshake import exchange
 from pipedream_hpc.runtime.execution.data import split_minibatch
 from pipedream_hpc.runtime.execution.passes import PassRunner
+from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.stage import Stage
 from pipedream_hpc.runtime.execution.worker import Worker
 from pipedream_hpc.runtime.launch.build import TrainSetup, build_running_stats, build_workers
@@ -62,6 +63,7 @@ class Run:
         deployment: plan, model and schedule.
         setup: how stages are trained.
         wiring: channels and all-reduces.
+        losses: of all microbatches.
         workers: of this process, by rank.
         running_stats: what replicas average after a training pass.
         passes: runs passes on the workers.
@@ -74,6 +76,7 @@ class Run:
     deployment: Deployment
     setup: TrainSetup
     wiring: Wiring
+    losses: RunLosses
     workers: list[Worker]
     running_stats: list[RunningStats]
     passes: PassRunner
@@ -188,12 +191,11 @@ def start(
         if world.size > 1
         else local_wiring(training, deployment.edge_tensors, own.torch)
     )
-    workers = build_workers(deployment, training, wiring, setup)
+    losses = RunLosses(wiring.losses, training.layout[-1])
+    workers = build_workers(deployment, training, wiring, losses, setup)
     if own.torch.type == "cpu":
         keep_freed_memory()
     stages = [stage for worker in workers for stage in worker.stages.values()]
     running_stats = build_running_stats(stages, training.layout, wiring)
-    passes = PassRunner(
-        world, workers, running_stats, wiring.losses, limit_s, wiring.common_epoch_ns, wiring.set_position
-    )
-    return Run(world, devices, route, deployment, setup, wiring, workers, running_stats, passes, launch)
+    passes = PassRunner(world, workers, running_stats, losses, limit_s, wiring.common_epoch_ns, wiring.set_position)
+    return Run(world, devices, route, deployment, setup, wiring, losses, workers, running_stats, passes, launch)

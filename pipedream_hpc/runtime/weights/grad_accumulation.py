@@ -83,16 +83,20 @@ class GradAccumulator:
             self._stash.unshare_gradients(slab)
         self._slab = slab
 
-    def average(self, divisor: int) -> Gradients:
-        """Return the sum of the round's gradients divided by `divisor`; again the same until `close`."""
+    def average(self, divisor: Callable[[], float]) -> Gradients:
+        """Return the sum of the round's gradients divided by `divisor()`; again the same until `close`.
+
+        The divisor is asked for once all replicas have run their backwards of the round.
+        """
         if self._average is None:
             if self._grad_allreduce is not None:
                 self._average = self._grad_allreduce.average(divisor)
             else:
                 self._average = self._sum or [None] * len(self._stash.trained)
+                number = divisor() if self._sum else 1
                 for gradient in self._average:
-                    if gradient is not None and divisor > 1:
-                        gradient.div_(divisor)
+                    if gradient is not None and number != 1:
+                        gradient.div_(number)
             self._sum = []
         return self._average
 

@@ -13,7 +13,7 @@ A parameter without a gradient on any replica is left unchanged, as torch's opti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -108,17 +108,18 @@ class GradAllReduce:
         done = [self._all_reduce.done(index) for index in range(len(self._layout.buckets))]
         return self._all_started and all(done)
 
-    def average(self, divisor: int) -> list[torch.Tensor | None]:
-        """Return the sum over all replicas divided by `divisor`; None for parameters without a gradient.
+    def average(self, divisor: Callable[[], float]) -> list[torch.Tensor | None]:
+        """Return the sum over all replicas divided by `divisor()`; None for parameters without a gradient.
 
-        The tensors are views of the buckets, valid until the next round's first `add`.
+        The divisor is asked for once the sum is there. The tensors are views of the buckets, valid until the next
+        round's first `add`.
         """
         self.start_rest()
         for index in range(len(self._layout.buckets)):
             self._all_reduce.wait(index)
-        present = self._present.tolist()
+        present, number = self._present.tolist(), divisor()
         gradients = [
-            self._views[position].div_(divisor) if present[position] else None for position in range(len(self._views))
+            self._views[position].div_(number) if present[position] else None for position in range(len(self._views))
         ]
         self._reset()
         return gradients

@@ -1,0 +1,74 @@
+"""Scores: what a loss function or a metric returns for a microbatch.
+
+::
+
+    one number       the mean over the samples; microbatches weigh as many as they have samples
+    (sum, count)     a sum, and what it is over, such as the targets that are no padding; the score of several
+                     microbatches is the sum of their sums divided by the sum of their counts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipedream_hpc.errors import PipedreamError
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of one microbatch.
+
+    Attributes:
+        mean: one number; 0 where nothing was counted.
+        sum: the sum; None if the function returned a mean.
+        count: what the sum is over; None if the function returned a mean.
+    """
+
+    mean: torch.Tensor
+    sum: torch.Tensor | None = None
+    count: torch.Tensor | float | None = None
+
+
+#: Computes the scores of the output stage from (output, target): the loss in training, all metrics in evaluation.
+ScoreFn = Callable[[Any, Any], Sequence[Score]]
+
+
+def read_score(returned: Any, what: str) -> Score:
+    """Return what a function returned as a Score.
+
+    Args:
+        returned: one number as a tensor, or a pair (sum, count), where count may be a tensor or a number.
+        what: the function, for messages.
+
+    Raises:
+        PipedreamError: it is neither.
+    """
+    if isinstance(returned, torch.Tensor) and returned.dim() == 0:
+        return Score(returned)
+    if type(returned) in (tuple, list) and len(returned) == 2:
+        total, count = returned
+        if isinstance(count, torch.Tensor) and count.dim() == 0 and not count.is_complex():
+            count = count.detach()
+            divisor: Any = count.where(count != 0, 1)
+        elif isinstance(count, int | float) and count >= 0:
+            divisor = count or 1
+        else:
+            raise PipedreamError(
+                f"{what} has the count {_kind(count)}; in a pair (sum, count) it should be one number, such as how "
+                "many targets the sum is over"
+            )
+        if isinstance(total, torch.Tensor) and total.dim() == 0:
+            return Score(total / divisor, total, count)
+        raise PipedreamError(f"{what} has the sum {_kind(total)}; in a pair (sum, count) it should be one number")
+    raise PipedreamError(
+        f"{what} should be one number, the mean over the minibatch, or a pair (sum, count), but is {_kind(returned)}: "
+        "take its mean (reduction='mean')"
+    )
+
+
+def _kind(value: Any) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"of type {type(value).__name__}"

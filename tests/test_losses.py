@@ -1,0 +1,292 @@
+"""A loss that is a pair (sum, count) is the mean over all that was counted, however a round is cut.
+
+The reference is a plain loop: the sum of the losses of all tokens of the round, divided by how many there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pipedream_hpc import PipedreamError, Pipeline, ScheduleConfig, TrainConfig
+
+PADDING = -100
+SAMPLES, LENGTH, WORDS = 8, 6, 11
+SGD = partial(torch.optim.SGD, lr=0.5)
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Embedding(WORDS, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, WORDS)
+    )
+
+
+def minibatches(count: int = 4, padded: int | None = None) -> list[Batch]:
+    """Return sentences of different lengths; of minibatch `padded` all, of each other one the last two are empty."""
+    draw = torch.Generator().manual_seed(1)
+    made = []
+    for number in range(count):
+        words = torch.randint(0, WORDS, (SAMPLES, LENGTH), generator=draw)
+        lengths = torch.randint(1, LENGTH + 1, (SAMPLES,), generator=draw)
+        lengths[-2:] = 0
+        if number == padded:
+            lengths[:] = 0
+        target = words.roll(-1, 1).where(torch.arange(LENGTH) < lengths[:, None], PADDING)
+        made.append((words, target))
+    return made
+
+
+def per_token(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the sum of the losses of all words, and how many there are."""
+    total = functional.cross_entropy(output.flatten(0, 1), target.flatten(), ignore_index=PADDING, reduction="sum")
+    return total, (target != PADDING).sum()
+
+
+def per_token_on_host(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, int]:
+    total, count = per_token(output, target)
+    return total, int(count)
+
+
+def plain(batches: Sequence[Batch], in_round: int = 1, clip: float | None = None) -> tuple[list[float], dict[str, Any]]:
+    """Train in a plain loop; return the mean loss of every minibatch, and the weights."""
+    net = model()
+    steps, losses = SGD(net.parameters()), []
+    for begin in range(0, len(batches), in_round):
+        parts = [per_token(net(words), target) for words, target in batches[begin : begin + in_round]]
+        losses += [float(total.detach() / max(int(count), 1)) for total, count in parts]
+        steps.zero_grad()
+        (sum(total for total, _ in parts) / max(sum(int(count) for _, count in parts), 1)).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), clip)
+        steps.step()
+    return losses, dict(net.state_dict())
+
+
+@dataclass(frozen=True)
+class Case:
+    plan: str
+    schedule: ScheduleConfig
+    config: TrainConfig = field(default_factory=TrainConfig)
+
+    def train(self, batches: Sequence[Batch], loss_fn: Any = per_token) -> tuple[list[float], float, dict[str, Any]]:
+        """Return the losses of the steps, the mean of the pass, and the weights."""
+        with Pipeline(
+            model(),
+            loss_fn=loss_fn,
+            optimizer=SGD,
+            example_inputs=batches[0][0],
+            plan=self.plan,
+            schedule=self.schedule,
+            train_config=self.config,
+        ) as pipeline:
+            losses = [step.loss for step in pipeline.train(batches)]
+            return losses, pipeline.evaluate(batches)["loss"], pipeline.state_dict()
+
+
+#: Minibatches in a round, and the case.
+TABLE = [
+    (1, Case("2", ScheduleConfig("gpipe", 4))),
+    (1, Case("1-1-1", ScheduleConfig("1f1b-flush", 3))),
+    (1, Case("1-1-1", ScheduleConfig("zb-h1", 4))),
+    (1, Case("1-1", ScheduleConfig("1f1b-flush", 4), TrainConfig(recompute=True))),
+    (1, Case("2-1", ScheduleConfig("1f1b-flush", 4))),
+    (1, Case("1-2", ScheduleConfig("gpipe", 4))),
+    (1, Case("2-2", ScheduleConfig("gpipe", 4), TrainConfig(clip_grad_norm=0.3, clip_grad_over="model"))),
+    (1, Case("2-1-1", ScheduleConfig("zb-h1", 4))),
+    (2, Case("2", ScheduleConfig("data-parallel"))),
+    (2, Case("1-1", ScheduleConfig("1f1b-flush", 2), TrainConfig(gradient_accumulation_steps=2))),
+]
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Sums over microbatches have another order: one part in a million."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(("in_round", "case"), TABLE, ids=lambda each: "" if isinstance(each, int) else str(each.plan))
+def test_a_round_is_one_mean_over_all_that_was_counted(in_round: int, case: Case) -> None:
+    batches = minibatches(padded=2)
+    losses, after, weights = case.train(batches)
+    expected_losses, expected = plain(batches, in_round, case.config.clip_grad_norm)
+    assert_close(weights, expected)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    net = model()
+    net.load_state_dict(expected)
+    totals, counts = zip(*(per_token(net(words), target) for words, target in batches), strict=True)
+    assert after == pytest.approx(float(sum(totals) / sum(counts)), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_fn", [per_token, per_token_on_host])
+def test_whole_minibatches_have_the_bits_of_sum_divided_by_count(loss_fn: Any) -> None:
+    batches = minibatches()
+    losses, _, weights = Case("1-1-1", ScheduleConfig("1f1b-flush", 1)).train(batches, loss_fn)
+    expected_losses, expected = plain(batches)
+    assert losses == expected_losses
+    assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_nothing_is_learned_from_padding() -> None:
+    words, target = minibatches(1)[0]
+    nothing = [(words, torch.full_like(target, PADDING))] * 3
+    for n_microbatches in (1, 4):
+        losses, after, weights = Case("1-1", ScheduleConfig("1f1b-flush", n_microbatches)).train(nothing)
+        assert losses == [0.0] * 3
+        assert after != after  # a mean over nothing
+        assert all(torch.equal(weights[name], value) for name, value in model().state_dict().items())
+
+
+def train_on_ranks(case: Case) -> tuple[list[float], float, dict[str, Any]]:
+    return case.train(minibatches(padded=2))
+
+
+@pytest.mark.parametrize("plan", ["2-1", "1-2"])
+def test_ranks_ask_the_output_stage_for_counts(plan: str) -> None:
+    case = Case(plan, ScheduleConfig("1f1b-flush", 4))
+    losses, after, weights = ranks.call(3, train_on_ranks, case)
+    expected = case.train(minibatches(padded=2))
+    assert (losses, after) == expected[:2]
+    assert all(torch.equal(weights[name], value) for name, value in expected[2].items())
+
+
+def test_with_asynchronous_replicas_each_stage_means_over_its_own_round() -> None:
+    """stage 0   round of both minibatches, 2 and 6 words    (g0 + g1) / 8
+    stage 1   a round each; the second on its version 1   g0 / 2, then g1 / 6
+    """
+    words = minibatches(1)[0][0]
+    batches = [(words, torch.full_like(words, PADDING)) for _ in range(2)]
+    batches[0][1][0, :2], batches[1][1][0, :6] = words[0, :2], words[0, :6]
+    with Pipeline(
+        model(), loss_fn=per_token, optimizer=SGD, example_inputs=words, plan="2-1", schedule="1f1b"
+    ) as pipeline:
+        pipeline.fit(batches)
+        stage_of, trained = pipeline.stage_of_parameters(), pipeline.state_dict()
+    net = model()
+    own = [[each for name, each in net.named_parameters() if stage_of[name] == stage] for stage in (0, 1)]
+    for (inputs, target), count in zip(batches, (2, 6), strict=True):
+        per_token(net(inputs), target)[0].backward()
+        for weight in own[1]:
+            weight.data -= 0.5 * weight.grad / count
+            weight.grad = None
+    for weight in own[0]:
+        weight.data -= 0.5 * weight.grad / 8
+    assert_close(trained, dict(net.state_dict()))
+
+
+METRICS = {
+    "per token": per_token,
+    "right": lambda output, target: ((output.argmax(-1) == target).sum(), (target != PADDING).sum()),
+    "largest": lambda output, target: output.max(),
+}
+
+
+def test_metrics_may_count_as_well() -> None:
+    batches = minibatches()
+    pipeline = Pipeline(
+        model(), loss_fn=per_token, optimizer=SGD, example_inputs=batches[0][0], plan=2, schedule="1f1b-flush"
+    )
+    short = [(words[:5], target[:5]) for words, target in batches[:1]] + batches[1:]
+    found = pipeline.evaluate(short, METRICS)
+    net = model()
+    outputs = [net(words) for words, _ in short]
+    pairs = [(output, target) for output, (_, target) in zip(outputs, short, strict=True)]
+    for name in ("per token", "right"):
+        totals, counts = zip(*(METRICS[name](*pair) for pair in pairs), strict=True)
+        assert found[name] == pytest.approx(float(sum(totals)) / float(sum(counts)), rel=1e-6)
+    samples = [len(words) for words, _ in short]
+    largest = sum(float(output.max()) * n for output, n in zip(outputs, samples, strict=True)) / sum(samples)
+    assert found["largest"] == pytest.approx(largest, rel=1e-6)
+
+
+def at_times(output: torch.Tensor, target: torch.Tensor) -> Any:
+    total, count = per_token(output, target)
+    return (total, count) if count > 20 else total / count
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "words"),
+    [
+        (lambda o, t: (o.sum(), None), r"the loss has the count of type NoneType; in a pair \(sum, count\)"),
+        (lambda o, t: (o.sum(), -1), "the loss has the count of type int"),
+        (lambda o, t: (o, 3), r"the loss has the sum of shape \(8, 6, 11\)"),
+        (
+            lambda o, t: (o.sum(), 1, 2),
+            r"the loss should be one number, .* or a pair \(sum, count\), but is of type tu",
+        ),
+        (at_times, r"the loss is a pair \(sum, count\) for some microbatches and one number for others"),
+    ],
+)
+def test_a_loss_that_is_no_score_is_refused(loss_fn: Any, words: str) -> None:
+    batches = minibatches()
+    batches[1] = (batches[1][0], batches[1][1].where(torch.arange(LENGTH) < 1, PADDING))
+    with pytest.raises(Exception, match=words) as raised:
+        Case("2", ScheduleConfig("1f1b-flush", 1)).train(batches, loss_fn)
+    assert isinstance(raised.value, PipedreamError) or isinstance(raised.value.__cause__, PipedreamError)
+
+
+# -- a loss that the model computes itself ----------------------------------------------------------------------------
+
+
+class OwnLoss(nn.Module):
+    """As a language model of transformers: the mean loss over the labels that are not -100."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = model()
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> SimpleNamespace:
+        logits = self.net(input_ids)
+        return SimpleNamespace(loss=functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits=logits)
+
+
+def own_mean(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    loss: torch.Tensor = output.loss
+    return loss
+
+
+def own_pair(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    count = (batch["labels"] != PADDING).sum()
+    return output.loss * count, count
+
+
+def train_own(loss_fn: Any, batches: Sequence[dict[str, torch.Tensor]], recompute: bool = False) -> dict[str, Any]:
+    with Pipeline(
+        OwnLoss(),
+        loss_fn=loss_fn,
+        optimizer=SGD,
+        example_inputs=batches[0],
+        plan=2,
+        schedule=ScheduleConfig("1f1b-flush", 4),
+        train_config=TrainConfig(recompute=recompute),
+    ) as pipeline:
+        pipeline.fit(batches)
+        return {name.removeprefix("net."): value for name, value in pipeline.state_dict().items()}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_mean_that_the_model_computes_over_unequal_numbers_of_targets_is_refused(recompute: bool) -> None:
+    batches = [{"input_ids": words, "labels": target} for words, target in minibatches()]
+    for batch in batches:
+        batch["labels"][-2:, 0] = 0  # no microbatch is empty
+    with pytest.raises(PipedreamError, match=r"the loss is a mean over .* let loss_fn return a pair \(sum, count\)"):
+        train_own(own_mean, batches, recompute)
+    weights = train_own(own_pair, batches, recompute)
+    assert_close(weights, plain([(each["input_ids"], each["labels"]) for each in batches])[1])
+
+
+def test_a_mean_that_the_model_computes_over_equal_numbers_of_targets_is_that_of_the_minibatch() -> None:
+    batches = [{"input_ids": words, "labels": words.roll(-1, 1)} for words, _ in minibatches()]
+    expected = plain([(each["input_ids"], each["labels"]) for each in batches])[1]
+    assert_close(train_own(own_mean, batches), expected)
