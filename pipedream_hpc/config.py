@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -112,6 +112,9 @@ class TrainConfig:
         lr_scheduler: creates a stage's learning-rate scheduler from its optimizer; it advances once per minibatch:
             `functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)`.
         leaf_modules: module classes that are kept whole: no boundary between stages lies in them.
+        batch_dims: name of an input, or "target" -> the dimension that its samples are along; None for one that has no
+            samples, such as a mask over positions, which every microbatch gets whole. All others have their samples
+            along the first dimension.
 
     Raises:
         PipedreamError: a value is not one of those that are accepted.
@@ -149,6 +152,7 @@ class TrainConfig:
     )
     lr_scheduler: LRSchedulerFactory | None = None
     leaf_modules: tuple[type[nn.Module], ...] = ()
+    batch_dims: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _at_least_one("gradient_accumulation_steps", self.gradient_accumulation_steps)
@@ -171,6 +175,11 @@ class TrainConfig:
             backends = sorted(torch.compiler.list_backends(exclude_tags=()))
             _one_of("compile_backend", self.compile_backend, (*backends, None))
         object.__setattr__(self, "leaf_modules", tuple(self.leaf_modules))
+        for name, dim in self.batch_dims.items():
+            if not isinstance(name, str) or isinstance(dim, bool) or not (dim is None or isinstance(dim, int)):
+                raise PipedreamError(
+                    f"batch_dims maps {name!r} to {dim!r}; it should map names of inputs to dimensions, or to None"
+                )
 
     @property
     def needs_global_grad_norm(self) -> bool:

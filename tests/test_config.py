@@ -129,7 +129,7 @@ EVERY_OPTION = [(config, field) for config in CONFIGS for field in fields_with_o
 
 def test_only_what_a_text_cannot_say_is_missing_on_the_command_line() -> None:
     without = {field.name for config in CONFIGS for field in dataclasses.fields(config) if not field.metadata}
-    assert without == {"lr_scheduler", "leaf_modules"}
+    assert without == {"lr_scheduler", "leaf_modules", "batch_dims"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,11 @@ class Arguments:
         """Return the tensors among them."""
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
 
+    def exceeds(self, other: Arguments) -> bool:
+        """Return whether a tensor is larger than the other's, in any dimension."""
+        pairs = zip(self.tensors(), other.tensors(), strict=False)
+        return any(a > b for own, limit in pairs for a, b in zip(own.shape, limit.shape, strict=False))
+
     def like(self, inputs: Any) -> Arguments:
         """Return a minibatch's inputs as arguments of the same call.
 

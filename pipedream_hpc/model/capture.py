@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments, bind_inputs
+from pipedream_hpc.model.batch_dims import BatchDims
 from pipedream_hpc.model.calls import unwatched
 from pipedream_hpc.model.graph import LayerGraph, Modes, Notes, Recording, Value, modes_restored
 from pipedream_hpc.model.layers import group_into_layers
@@ -36,6 +37,9 @@ def capture(
     example_inputs: Any,
     leaf_modules: Sequence[type[nn.Module]] = (),
     precision: Precision | None = None,
+    *,
+    batch_dims: BatchDims | None = None,
+    n_microbatches: int = 1,
 ) -> LayerGraph:
     """Capture `model` as a graph of layers.
 
@@ -49,6 +53,8 @@ def capture(
             arguments, or a mapping from the argument names of forward.
         leaf_modules: module classes that are kept whole.
         precision: context of the forward passes, such as autocast, which changes the dtypes of outputs.
+        batch_dims: where samples are in the inputs; the first dimension by default.
+        n_microbatches: the model is captured with the first of so many microbatches of the example.
 
     Raises:
         PipedreamError: the model does not accept the example inputs, has sparse gradients, or weights of no shape yet.
@@ -59,7 +65,10 @@ def capture(
         model = recipe.model
     model = build_model(model)
     _refuse(model)
+    batch_dims = batch_dims or BatchDims()
     bound = bind_inputs(model, example_inputs)
+    batch_dims.check(bound)
+    bound, _ = batch_dims.split(bound, None, n_microbatches)[0]
     modes = Modes.of(model)
     closed: dict[str, str] = {}
     classes: set[type[nn.Module]] = set()
@@ -94,6 +103,7 @@ def capture(
         training=training,
         evaluation=evaluation,
         inputs=bound.on_meta(),
+        batch_dims=batch_dims,
         modes=modes,
         notes=notes,
         device=_device_of(precision),

@@ -26,9 +26,8 @@ def count(graph: LayerGraph, model: str = "") -> Profile:
 
 
 def minibatch_size(graph: LayerGraph) -> int:
-    """Return the number of samples in the example inputs: the first dimension of the first tensor."""
-    tensors = [tensor for tensor in graph.inputs.tensors() if tensor.dim()]
-    return int(tensors[0].shape[0]) if tensors else 1
+    """Return the number of samples in the example inputs: those of the first tensor that has any."""
+    return graph.batch_dims.n_samples(graph.inputs)
 
 
 def layer_profile(

@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from pipedream_hpc.model.arguments import Arguments
+from pipedream_hpc.model.batch_dims import BatchDims
 from pipedream_hpc.model.recipe import ModelRecipe
 
 #: Functions that compute a mean over targets, of which some may be ignored or weighted.
@@ -317,6 +318,7 @@ class LayerGraph:
         training: the forward in training mode, which the layers are made of.
         evaluation: the forward in evaluation mode.
         inputs: the model's arguments: shapes and dtypes, as tensors on the meta device.
+        batch_dims: where samples are in them.
         modes: how the model is set to training and to evaluation.
         notes: what else the forward does.
         device: what the forward was recorded for.
@@ -332,6 +334,7 @@ class LayerGraph:
     training: Recording
     evaluation: Recording
     inputs: Arguments
+    batch_dims: BatchDims
     modes: Modes
     notes: Notes
     device: torch.device

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.graph import Call, Key, LayerGraph, Recording, Value
+from pipedream_hpc.model.arguments import Arguments
+from pipedream_hpc.model.graph import Call, Key, LayerGraph, Recording, Value, modes_restored
 from pipedream_hpc.model.stage_module import StageModule
 from pipedream_hpc.planning.plan import Edge
 
@@ -121,6 +123,17 @@ class Partition:
     def value(self, what: Crossing) -> Value:
         """Return shape and dtype of what crosses a boundary in training."""
         return self._value(what, True)
+
+    def evaluated(self, arguments: Arguments) -> dict[Edge, tuple[Value, ...]]:
+        """Return what is sent over every edge in an evaluation of other arguments, without computing it."""
+        graph = self.graph
+        with modes_restored(graph.module):
+            found = graph.shapes[False](arguments.args, arguments.kwargs)
+        shapes = {value.name: value.shape for of_call in found for value in of_call}
+        return {
+            edge: tuple(replace(value, shape=shapes.get(value.name, value.shape)) for value in values)
+            for edge, values in self.edges.items()
+        }
 
     # ----------------------------------------------------------------------------------------------------------------
 

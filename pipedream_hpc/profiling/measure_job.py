@@ -23,7 +23,9 @@ from pipedream_hpc.cluster.device import Device
 from pipedream_hpc.cluster.heap import keep_freed_memory
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.job import Job
+from pipedream_hpc.model.batch_dims import TARGET, BatchDims
 from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.model.precision import autocast
 from pipedream_hpc.model.recipe import build_model, tensors_of
 from pipedream_hpc.model.stage_module import move_tensors
@@ -62,8 +64,17 @@ def measure_job(
     if place.type == "cpu":
         keep_freed_memory()  # as in training
     forward_context = autocast(job.train_config.precision, place.type)
-    graph = capture(build_model(job.model), job.example_inputs, job.train_config.leaf_modules, forward_context)
-    target, example_inputs = tree_map(lambda each: to_device(each, place), (_first_target(job), job.example_inputs))
+    config = job.train_config
+    graph = capture(
+        build_model(job.model),
+        job.example_inputs,
+        config.leaf_modules,
+        forward_context,
+        batch_dims=BatchDims(config.batch_dims),
+    )
+    target, example_inputs = tree_map(
+        lambda each: to_device(each, place), (_first_target(job, graph), job.example_inputs)
+    )
     loss_fn = None if target is None else lambda output: read_score(job.loss_fn(output, target), "the loss").mean
     barrier = world.comm.Barrier if world.comm is not None else lambda: None
     with _moved_to(graph.module, place):
@@ -104,7 +115,7 @@ def _moved_to(model: nn.Module, place: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def _first_target(job: Job) -> Any:
+def _first_target(job: Job, graph: LayerGraph) -> Any:
     """Return the target of the job's first minibatch, for the loss; None if its size is not that of the example."""
     with torch.random.fork_rng(devices=[]):
         minibatch = next(iter(job.train_loader), None)
@@ -112,9 +123,8 @@ def _first_target(job: Job) -> Any:
         return job.example_inputs  # a mapping is inputs and target in one
     if not isinstance(minibatch, list | tuple) or len(minibatch) != 2:
         return None
-    target = minibatch[1]
-    sizes = [each.shape[0] for each in (job.example_inputs, target) if isinstance(each, torch.Tensor) and each.dim()]
-    return target if len(sizes) == 2 and sizes[0] == sizes[1] else None
+    target, dims = minibatch[1], graph.batch_dims
+    return target if dims.sizes({TARGET: target}) == {dims.n_samples(graph.inputs)} else None
 
 
 def _read(job: Job, count: int, between: Callable[[], None]) -> tuple[list[Any], float]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.cluster.device import Device
 from pipedream_hpc.cluster.world import World
@@ -128,7 +127,6 @@ class Pipeline:
         )
         self._peak = ProcessPeak(self._run.setup.device)
         self._epoch = 0
-        self._samples = _samples(example_inputs)
         self._verified: set[registry.AnySchedule | Written] = set()
         self._spans: list[Span] | None = None
         self._last_microbatches = 0
@@ -466,7 +464,7 @@ class Pipeline:
         try:
             means = yield from self._run.passes.run(
                 schedule,
-                lambda: self._microbatches(loader, total),
+                lambda: self._microbatches(loader, total, schedule.training),
                 PassPosition(where, self.n_microbatches),
                 minibatches=total,
                 score_fn=score_fn,
@@ -504,7 +502,7 @@ class Pipeline:
                 if done == total * self.n_microbatches:
                     _finish(running)  # before the last steps are seen: whoever has seen all may leave
                 now_s = time.perf_counter()
-                rate = len(trained) * self._samples / max(now_s - since_s, 1e-9)
+                rate = len(trained) * self._run.samples / max(now_s - since_s, 1e-9)
                 training = UserGenerators(self._run.setup.device)
                 users.restore()
                 try:
@@ -524,11 +522,17 @@ class Pipeline:
         parts = [self._run.losses.ask(begun, each) for each in range(first, first + self.n_microbatches)]
         return sum(each.mean * each.weight for each in parts) / (sum(each.weight for each in parts) or 1.0)
 
-    def _microbatches(self, loader: Any, total: int) -> MicrobatchLoader:
+    def _microbatches(self, loader: Any, total: int, training: bool) -> MicrobatchLoader:
         if self.world.size > 1:
             use_forkserver(loader)
         return microbatch_loader(
-            self._run.deployment, self.stages, loader, self._run.setup, epoch=self._epoch, length=total
+            self._run.deployment,
+            self.stages,
+            loader,
+            self._run.setup,
+            epoch=self._epoch,
+            length=total,
+            training=training,
         )
 
     def _checkpoints_in(self, folder: str | Path) -> Checkpoints:
@@ -589,8 +593,3 @@ def _length(loader: Any, steps: int | None) -> int:
     if steps is not None and steps > length:
         raise PipedreamError(f"steps is {steps}, but the loader has {length} minibatches: give at most {length}")
     return length if steps is None else steps
-
-
-def _samples(example_inputs: Any) -> int:
-    tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-    return int(tensors[0].shape[0]) if tensors else 1

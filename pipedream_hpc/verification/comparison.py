@@ -234,6 +234,7 @@ def reference_config_of(pipeline: Pipeline) -> ReferenceConfig:
         config.gradient_accumulation_steps,
         clip,
         config.master_weights,
+        config.batch_dims,
     )
 
 

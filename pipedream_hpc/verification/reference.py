@@ -11,15 +11,16 @@ stage is a copy of its own; nothing is shared with the runtime.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_leaves, tree_map
 
 from pipedream_hpc.job import LossFn
 from pipedream_hpc.verification.rounding import correct_square_roots
@@ -46,6 +47,7 @@ class ReferenceConfig:
         gradient_accumulation_steps: minibatches per replica in a round.
         clip: largest norm of the gradients, and whether of each "stage" or of the "model"; None for no clipping.
         master_weights: whether bfloat16 weights are float32 masters, rounded after each step.
+        batch_dims: name of an input, or "target" -> the dimension of its samples; None for one that has none.
     """
 
     schedule: str = "1f1b"
@@ -54,6 +56,7 @@ class ReferenceConfig:
     gradient_accumulation_steps: int = 1
     clip: tuple[float, str] | None = None
     master_weights: bool = False
+    batch_dims: Mapping[str, int | None] = field(default_factory=dict)
 
     @property
     def unsplit(self) -> str:
@@ -190,11 +193,13 @@ def train(
     lr_schedulers = [lr_scheduler(each) if lr_scheduler and each else None for each in optimizers]
     versions = [[_copy(each)] for each in own]  # versions[s][v]
     pools = any(config.round_size(s) > 1 for s in range(n))
+    names = list(inspect.signature(model.forward).parameters)
+    split = partial(_split, config.batch_dims, names)
     first = 0  # number of the epoch's first microbatch within the run
     for epoch, batches in enumerate(epochs):
         begin = [len(of_stage) - 1 for of_stage in versions]
         accumulation_steps = config.gradient_accumulation_steps if config.cuts_minibatches else 1
-        microbatches = _microbatches(batches, config.per_minibatch, accumulation_steps)
+        microbatches = _microbatches(batches, config.per_minibatch, accumulation_steps, split)
         # sums[s][r]: of the gradients of replica r of stage s in this round
         sums: list[list[Tensors]] = [[{} for _ in range(R)] for R in config.replicas]
         # deferred[s][r]: gradients of its microbatches that are not in the sum yet, the oldest first
@@ -258,7 +263,7 @@ def train(
 
 
 def _microbatches(
-    batches: Batches, n_microbatches: int, gradient_accumulation_steps: int
+    batches: Batches, n_microbatches: int, gradient_accumulation_steps: int, split: Callable[..., Any]
 ) -> list[tuple[Any, Any, float]]:
     """Return (inputs, target, weight of the loss) of each microbatch."""
     microbatches = []
@@ -270,21 +275,48 @@ def _microbatches(
             len(batches) - number // gradient_accumulation_steps * gradient_accumulation_steps,
         )
         for index in range(n_microbatches):
-            x, y = tree_map(lambda each, index=index: _split(each, index, n_microbatches), (inputs, target))
-            weight = 1.0 if n_microbatches == in_round == 1 else _n_samples(x) / _n_samples(inputs) / in_round
+            x, samples = split(inputs, "", index, n_microbatches)
+            y = x if inputs is target else split(target, "target", index, n_microbatches)[0]
+            weight = 1.0 if n_microbatches == in_round == 1 else samples[0] / samples[1] / in_round
             microbatches.append((x, y, weight))
     return microbatches
 
 
-def _split(value: Any, index: int, n_microbatches: int) -> Any:
-    """Return a microbatch's samples of a tensor."""
-    if n_microbatches == 1 or not isinstance(value, torch.Tensor) or not value.dim():
-        return value
-    return value.tensor_split(n_microbatches)[index]
+def _split(
+    batch_dims: Mapping[str, int | None], names: Sequence[str], value: Any, name: str, index: int, count: int
+) -> tuple[Any, tuple[int, int]]:
+    """Return a microbatch's part of a minibatch's inputs or target, and its samples and those of the minibatch.
 
+    Args:
+        batch_dims: of the inputs by name.
+        names: of the model's positional arguments.
+        value: inputs or target.
+        name: "target", or nothing for inputs.
+        index: the microbatch.
+        count: microbatches of the minibatch.
+    """
+    samples: list[tuple[int, int]] = []
 
-def _n_samples(inputs: Any) -> int:
-    return next(len(each) for each in tree_leaves(inputs) if isinstance(each, torch.Tensor))
+    def part(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: part(key if key in batch_dims else name, each) for key, each in value.items()}
+        if isinstance(value, tuple | list):
+            parts = [part(name, each) for each in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        dim = batch_dims.get(name, 0)
+        if not isinstance(value, torch.Tensor) or not value.dim() or dim is None:
+            return value
+        own = value if count == 1 else value.tensor_split(count, dim)[index]
+        samples.append((own.shape[dim], value.shape[dim]))
+        return own
+
+    if name or isinstance(value, Mapping):
+        found = part(name, value)
+    elif isinstance(value, tuple | list):
+        found = tuple(part(own, each) for own, each in zip(names, value, strict=False))
+    else:
+        found = part(names[0], value)
+    return found, samples[0] if samples else (1, 1)
 
 
 def _add(total: Tensors, gradients: Gradients) -> None:

@@ -59,10 +59,10 @@ def test_messages_name_the_position_in_the_run(progress: Any) -> None:
 def test_every_rank_asks_every_rank(board_of: Any) -> None:
     board = board_of(8)
     for microbatch in range(8):
-        board.publish(microbatch, comm.rank + microbatch / 8, 10 + microbatch)
+        board.publish(microbatch, comm.rank + microbatch / 8, 10.5 + microbatch, microbatch == 2)
     for owner in range(comm.size):
         for microbatch in (7, 0, 3):
-            assert board.ask(owner, microbatch, SOON) == (owner + microbatch / 8, 10 + microbatch)
+            assert board.ask(owner, microbatch, SOON) == (owner + microbatch / 8, 10.5 + microbatch, microbatch == 2)
 
 
 def test_an_owner_that_waits_for_the_asker_answers(progress: Any, board_of: Any) -> None:
@@ -77,7 +77,7 @@ def test_an_owner_that_waits_for_the_asker_answers(progress: Any, board_of: Any)
     if comm.rank == 0:
         sender = core.SendChannel(progress, 1, 0, specs)
         time.sleep(0.2)
-        assert board.ask(1, 0, SOON) == (0.5, 4)
+        assert board.ask(1, 0, SOON) == (0.5, 4, False)
         sender.send(0, [(data.ctypes.data, None)], SOON)
         sender.drain(SOON)
 
@@ -88,7 +88,7 @@ def test_an_owner_in_python_code_answers(board_of: Any) -> None:
     board.publish(0, 0.5, 4)
     comm.Barrier()
     if comm.rank == 0:
-        assert board.ask(comm.size - 1, 0, SOON) == (0.5, 4)
+        assert board.ask(comm.size - 1, 0, SOON) == (0.5, 4, False)
     else:
         until = time.monotonic() + 0.5
         while time.monotonic() < until:
@@ -103,7 +103,7 @@ def test_a_loss_that_is_no_longer_kept(progress: Any, board_of: Any) -> None:
     words = rf"the loss of epoch 0, minibatch 2 is no longer kept: read step.loss before rank {NEXT} runs 2 more"
     with pytest.raises(core.CoreError, match=words):
         board.ask(NEXT, 2, SOON)
-    assert board.ask(NEXT, 3, SOON) == (0.0, 1)
+    assert board.ask(NEXT, 3, SOON) == (0.0, 1, False)
     with pytest.raises(ValueError, match="at least 1"):
         core.LossBoard(progress, 0)
 
@@ -122,4 +122,4 @@ def test_ctrl_c_ends_ask(board_of: Any) -> None:
         board.ask(NEXT, 0, SOON)
     comm.Barrier()
     board.publish(0, 1.5, 1)
-    assert board.ask(NEXT, 0, SOON) == (1.5, 1)
+    assert board.ask(NEXT, 0, SOON) == (1.5, 1, False)

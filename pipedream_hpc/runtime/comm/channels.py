@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -64,6 +64,11 @@ class TensorMeta:
         """Name of the dtype, such as `float32`."""
         return str(self.dtype).removeprefix("torch.")
 
+    def larger(self, other: TensorMeta) -> TensorMeta:
+        """Return one that both fit into; the other itself where it has more or fewer dimensions."""
+        same_rank = len(self.shape) == len(other.shape)
+        return replace(self, shape=tuple(map(max, self.shape, other.shape)) if same_rank else other.shape)
+
     def check(self, tensor: torch.Tensor, payload: Payload) -> None:
         """Refuse to send a tensor of another dtype or a larger shape than planned.
 
@@ -77,7 +82,8 @@ class TensorMeta:
             raise PipedreamError(
                 f"{payload} of layer '{self.layer}' (stage {self.stage}) has shape {tuple(tensor.shape)} and dtype "
                 f"{str(tensor.dtype).removeprefix('torch.')}, but example_inputs led to {self.shape} and "
-                f"{self.dtype_name}: give example_inputs that are as large as the largest minibatch"
+                f"{self.dtype_name}: give example_inputs that are as large as the largest minibatch (in an evaluation "
+                "the first minibatch may be the largest instead)"
             )
 
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
+from pipedream_hpc.model.batch_dims import BatchDims
 from pipedream_hpc.model.randomness import seed_for, set_seed
 from pipedream_hpc.model.structure import map_tensors
 from pipedream_hpc.runtime.comm.tensor_view import CPU
@@ -38,41 +39,6 @@ def to_device(value: Any, device: torch.device) -> Any:
     # cache, which reuses it only after the copy.
     source = value if value.is_pinned() or value.is_cuda else value.pin_memory()
     return source.to(device, non_blocking=True)
-
-
-def split_minibatch(value: Any, n_microbatches: int) -> list[Any]:
-    """Split a tensor, or a structure of tensors, along the samples.
-
-    Raises:
-        PipedreamError: there are fewer samples than microbatches, or tensors of different length.
-    """
-    if n_microbatches == 1:
-        return [value]
-    sizes = {tensor.shape[0] for tensor in _tensors(value) if tensor.dim()}
-    if len(sizes) == 1 and min(sizes) < n_microbatches:
-        raise PipedreamError(
-            f"{min(sizes)} samples cannot be split into {n_microbatches} microbatches: use at most {min(sizes)}, or "
-            "drop a last minibatch that is too short (DataLoader(drop_last=True))"
-        )
-    if len(sizes) > 1:
-        raise PipedreamError(
-            f"tensors of {' and '.join(map(str, sorted(sizes)))} samples cannot be split into {n_microbatches} "
-            "microbatches: samples must be the first dimension of every tensor"
-        )
-    return list(_split(value, n_microbatches))
-
-
-def _split(value: Any, count: int) -> Sequence[Any]:
-    # Every tensor is split once: it takes microseconds per microbatch.
-    if isinstance(value, torch.Tensor):
-        return value.tensor_split(count) if value.dim() else [value] * count
-    if type(value) is tuple:
-        return list(zip(*(_split(each, count) for each in value), strict=True)) if value else [()] * count
-    leaves, structure = tree_flatten(value)
-    if len(leaves) == 1 and leaves[0] is value:
-        return [value] * count
-    columns = [_split(leaf, count) for leaf in leaves]
-    return [tree_unflatten([column[index] for column in columns], structure) for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -114,6 +80,8 @@ class MicrobatchLoader:
         gradient_accumulation_steps: minibatches whose losses share a round; 1 if the stages average over a round's
             microbatches themselves.
         example: the model's arguments as captured; the first minibatch is checked against them.
+        may_be_larger: whether minibatches may be larger than the example.
+        batch_dims: where samples are in inputs and targets; the first dimension by default.
         device: where stages compute. Inputs and targets are copied there when they are first read, through pinned
             memory and without waiting; DataLoader(pin_memory=True) saves the copy to pinned memory.
     """
@@ -129,14 +97,18 @@ class MicrobatchLoader:
         n_microbatches: int = 1,
         gradient_accumulation_steps: int = 1,
         example: Arguments | None = None,
+        batch_dims: BatchDims | None = None,
+        may_be_larger: bool = False,
         device: torch.device = CPU,
     ) -> None:
-        self._device = device
+        self._device, self._batch_dims = device, batch_dims or BatchDims()
         self._epoch, self._seed = epoch, (seed, epoch)
         set_seed(seed_for("epoch", *self._seed))
         set_epoch_of(loader, epoch)
         self._runs_python = not isinstance(loader, list | tuple)
-        self._readers, self._example = readers, example
+        self._readers, self._example, self._may_be_larger = readers, example, may_be_larger
+        #: Arguments of the first microbatch, on a rank that reads, once the first minibatch is read.
+        self.first: Arguments | None = None
         self._n_microbatches, self._accumulation_steps = n_microbatches, gradient_accumulation_steps
         self._length = length
         # The next pass continues an iterator where this one stops, which must be the same place on every rank.
@@ -238,8 +210,10 @@ class MicrobatchLoader:
         """Check a minibatch, split it and keep the microbatches that are read here."""
         inputs, target = _inputs_and_target(minibatch)
         if self._taken == 0:
-            self._check(self._arguments(inputs))
+            arguments = self._arguments(inputs)
+            self._check(arguments)
             self._fingerprint = checksum(_tensors(inputs))
+            self.first = self._batch_dims.split(arguments, None, self._n_microbatches)[0][0]
         n_readers = self._reads(self._taken)
         if any(n_readers):
             self._split_and_keep(self._taken * self._n_microbatches, n_readers, self._arguments(inputs), target)
@@ -250,9 +224,12 @@ class MicrobatchLoader:
             return
         planned, given = self._example.named(), arguments.named()
         for name in planned:
-            for expected, actual in zip(_tensors(planned[name]), _tensors(given[name]), strict=False):
+            dims = self._batch_dims.sample_dims(name, planned[name])
+            pairs = zip(_tensors(planned[name]), _tensors(given[name]), strict=False)
+            for (expected, actual), dim in zip(pairs, dims, strict=False):
+                limited = () if self._may_be_larger else [each for each in range(expected.dim()) if each != dim]
                 fits = actual.dim() == expected.dim() and all(
-                    a <= b for a, b in zip(actual.shape[1:], expected.shape[1:], strict=True)
+                    actual.shape[each] <= expected.shape[each] for each in limited
                 )
                 if actual.dtype != expected.dtype or not fits:
                     raise PipedreamError(
@@ -274,17 +251,15 @@ class MicrobatchLoader:
         return self._example.like(inputs) if self._example is not None else Arguments((inputs,), {})
 
     def _split_and_keep(self, first: int, n_readers: list[int], arguments: Arguments, target: Any) -> None:
-        microbatches = split_minibatch((arguments.args, arguments.kwargs, target), self._n_microbatches)
-        sizes = [_n_samples(args, kwargs) for args, kwargs, _ in microbatches]
+        microbatches = self._batch_dims.split(arguments, target, self._n_microbatches)
+        sizes = [self._batch_dims.n_samples(own) for own, _ in microbatches]
         round_begin = self._taken // self._accumulation_steps * self._accumulation_steps
         in_round = min(self._accumulation_steps, max(self._length - round_begin, 1))
-        for index, (args, kwargs, own_target) in enumerate(microbatches):
+        for index, (own, own_target) in enumerate(microbatches):
             if n_readers[index]:
                 full = self._n_microbatches == 1 and in_round == 1
                 weight = 1.0 if full else sizes[index] / sum(sizes) / in_round
-                self._waiting[first + index] = _Microbatch(
-                    Arguments(args, kwargs, arguments.names), own_target, sizes[index], weight, n_readers[index]
-                )
+                self._waiting[first + index] = _Microbatch(own, own_target, sizes[index], weight, n_readers[index])
 
 
 def _inputs_and_target(minibatch: Any) -> tuple[Any, Any]:
@@ -329,10 +304,3 @@ def python_seed(seed: int) -> Iterator[None]:
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
-
-
-def _n_samples(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    if args and isinstance(args[0], torch.Tensor) and args[0].dim():
-        return int(args[0].shape[0])
-    first = next(iter(_tensors((args, kwargs))), None)
-    return int(first.shape[0]) if first is not None and first.dim() else 1

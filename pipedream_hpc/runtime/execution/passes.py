@@ -36,6 +36,7 @@ class PassRunner:
         workers: of this process.
         running_stats: what replicas average after a training pass.
         losses: of the run, published for other ranks.
+        fit_channels: called with the microbatches of an evaluation, which may be larger than the example. Collective.
         stall_limit_s: seconds that a rank waits for another.
         common_epoch_ns: returns a moment that is the same on all ranks, on this process's clock. Collective.
         set_position: tells the core how messages count microbatches.
@@ -52,12 +53,13 @@ class PassRunner:
         workers: Sequence[Worker],
         running_stats: Sequence[RunningStats],
         losses: RunLosses,
+        fit_channels: Callable[[MicrobatchLoader], None],
         stall_limit_s: float,
         common_epoch_ns: Callable[[], int],
         set_position: Callable[[str, int, int], None],
     ) -> None:
         self._world, self._workers, self._running_stats = world, workers, running_stats
-        self._losses, self._stall_limit_s = losses, stall_limit_s
+        self._losses, self._fit_channels, self._stall_limit_s = losses, fit_channels, stall_limit_s
         self._common_epoch_ns, self._set_position = common_epoch_ns, set_position
         self.microbatches_run = self.microbatches_trained = self.began_ns = 0
 
@@ -89,6 +91,8 @@ class PassRunner:
         try:
             loader = data()
             check_data(self._world, minibatches, loader, limit_s=self._stall_limit_s)
+            if not schedule.training:
+                self._fit_channels(loader)
             self._set_position(position.where, self.microbatches_run, position.n_microbatches)
             for worker in self._workers:
                 worker.begin(

@@ -175,6 +175,9 @@ class Stage:
         #: `module` has the weights and buffers under the user's names; what runs are the user's own modules.
         self.stage_module, self.module = stage_module, stage_module.module
         self.stash, self.optimizer, self.grad_allreduce, self.channels = stash, optimizer, grad_allreduce, channels
+        #: For evaluations, where they need larger ones.
+        self.evaluation_channels: StageChannels | None = None
+        self._channels = channels  # of this pass
         self.recomputes = recompute
         self._loss_fn, self._losses, self._pools = loss_fn, losses, pools
         self._counted: bool | None = None  # whether the loss is a pair (sum, count), once that is known
@@ -260,6 +263,7 @@ class Stage:
         """
         self._data, self._score_fn, self._training = data, score_fn or self._loss, training
         self._publishes, self._n_stepped = publish, 0
+        self._channels = self.channels if training else self.evaluation_channels or self.channels
         self._first_microbatch, self._first_trained = first_microbatch, first_trained
         self._first_version = self.stash.version
         self.loss_meter = LossMeter()
@@ -270,7 +274,7 @@ class Stage:
 
     def end(self) -> None:
         """Wait for the last sends of the pass, after which nothing is in flight."""
-        for channel in self.channels.send.values():
+        for channel in self._channels.send.values():
             channel.drain()
         assert not self._in_flight, "a verified schedule leaves no microbatch in flight"
         self._data = None
@@ -280,14 +284,14 @@ class Stage:
         """Return whether `recv` or `send` would not block."""
         key: ChannelKey = (action.payload, action.peer_stage, action.peer_rank)
         if isinstance(action, Recv):
-            return self.channels.recv[key].ready(self._first_microbatch + action.microbatch)
-        return self.channels.send[key].ready()
+            return self._channels.recv[key].ready(self._first_microbatch + action.microbatch)
+        return self._channels.send[key].ready()
 
     # -- one method per action ---------------------------------------------------------------------------------------
 
     def recv(self, action: Recv) -> None:
         """Take the tensors of a microbatch from a channel; they stay in its receive slot."""
-        channel = self.channels.recv[action.payload, action.peer_stage, action.peer_rank]
+        channel = self._channels.recv[action.payload, action.peer_stage, action.peer_rank]
         tensors = channel.receive(self._first_microbatch + action.microbatch)
         state = self._in_flight.setdefault(action.microbatch, MicrobatchState())
         state.held_slots[action.payload, action.peer_stage] = channel
@@ -330,7 +334,7 @@ class Stage:
     def send(self, action: Send) -> None:
         """Send stage outputs, or the gradients of stage inputs."""
         microbatch, state = action.microbatch, self._in_flight[action.microbatch]
-        channel = self.channels.send[action.payload, action.peer_stage, action.peer_rank]
+        channel = self._channels.send[action.payload, action.peer_stage, action.peer_rank]
         if action.payload == "activation":
             channel.send(self._first_microbatch + microbatch, self._outputs_to_send(state, action.peer_stage))
             state.sends_left -= 1

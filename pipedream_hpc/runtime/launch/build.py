@@ -113,7 +113,14 @@ def build_running_stats(stages: Sequence[Stage], layout: Layout, wiring: Wiring)
 
 
 def microbatch_loader(
-    deployment: Deployment, stages: Sequence[Stage], loader: Any, setup: TrainSetup, *, epoch: int, length: int
+    deployment: Deployment,
+    stages: Sequence[Stage],
+    loader: Any,
+    setup: TrainSetup,
+    *,
+    epoch: int,
+    length: int,
+    training: bool = True,
 ) -> MicrobatchLoader:
     """Create one pass over `loader` for those of the stages that read data."""
     return MicrobatchLoader(
@@ -125,6 +132,8 @@ def microbatch_loader(
         gradient_accumulation_steps=deployment.minibatches_per_loss,
         length=length,
         example=deployment.graph.inputs,
+        batch_dims=deployment.graph.batch_dims,
+        may_be_larger=not training,
         device=setup.device,
     )
 

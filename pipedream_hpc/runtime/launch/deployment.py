@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.config import TrainConfig
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.graph import LayerGraph
+from pipedream_hpc.model.arguments import Arguments
+from pipedream_hpc.model.graph import LayerGraph, Value
 from pipedream_hpc.model.partition import Partition
 from pipedream_hpc.planning.plan import Edge, Plan, StagePlan
 from pipedream_hpc.runtime.comm.channels import TensorMeta
@@ -60,13 +61,11 @@ class Deployment:
     @property
     def edge_tensors(self) -> Mapping[Edge, tuple[TensorMeta, ...]]:
         """The tensors that cross every edge."""
-        return {
-            edge: tuple(
-                TensorMeta(value.layer or value.name, edge.source, value.sent_shape, value.dtype, value.needs_gradient)
-                for value in values
-            )
-            for edge, values in self.partition.edges.items()
-        }
+        return _metas(self.partition.edges)
+
+    def evaluation_tensors(self, arguments: Arguments) -> Mapping[Edge, tuple[TensorMeta, ...]]:
+        """Return the tensors that cross every edge when these arguments are evaluated."""
+        return _metas(self.partition.evaluated(arguments))
 
     @property
     def ranks(self) -> int:
@@ -138,6 +137,16 @@ def deploy(plan: Plan, name: str, graph: LayerGraph, schedule: RunSchedule, worl
             f"(pipedream partition --devices {world.size})"
         )
     return deployment
+
+
+def _metas(edges: Mapping[Edge, Sequence[Value]]) -> Mapping[Edge, tuple[TensorMeta, ...]]:
+    return {
+        edge: tuple(
+            TensorMeta(value.layer or value.name, edge.source, value.sent_shape, value.dtype, value.needs_gradient)
+            for value in values
+        )
+        for edge, values in edges.items()
+    }
 
 
 def _layers_of(plan: Plan, graph: LayerGraph, name: str) -> list[list[int]]:

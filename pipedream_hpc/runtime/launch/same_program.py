@@ -126,8 +126,8 @@ def check_microbatches(
     """
     model = graph.module
     remedy = (
-        "samples must be the first dimension of every input, and no sample may see another; otherwise train whole "
-        "minibatches (n_microbatches=1)"
+        "no sample may see another, and samples must be the first dimension of every input, or where "
+        "TrainConfig(batch_dims={name: dimension, or None}) says; otherwise train whole minibatches (n_microbatches=1)"
     )
     with preserve_state(model), torch.no_grad(), (precision or nullcontext)():
         graph.modes.set(model, False)
@@ -143,12 +143,19 @@ def check_microbatches(
         cut = [each[number] for each in found if number < len(each)]
         if not tensor.dim() or len(cut) != len(parts) or any(not each.dim() for each in cut):
             continue  # a loss, which is a mean
-        joined = torch.cat(cut) if all(each.shape[1:] == cut[0].shape[1:] for each in cut) else cut[0]
-        if not _same(tensor, joined):
+        joined = [torch.cat(cut, dim) for dim in range(tensor.dim()) if _fit(tensor, cut, dim)]
+        if not any(_same(tensor, each) for each in joined):
             raise PipedreamError(
                 f"the model's output for a minibatch differs from that for its {len(parts)} microbatches by up to "
-                f"{_distance(tensor, joined):.3g}: {remedy}"
+                f"{_distance(tensor, (joined or cut)[0]):.3g}: {remedy}"
             )
+
+
+def _fit(whole: torch.Tensor, parts: Sequence[torch.Tensor], dim: int) -> bool:
+    """Return whether `parts` joined along a dimension have the shape of `whole`."""
+    shapes = [list(each.shape) for each in (whole, *parts)]
+    sizes = [shape.pop(dim) for shape in shapes if len(shape) == whole.dim()]
+    return len(sizes) == len(shapes) and sum(sizes[1:]) == sizes[0] and all(each == shapes[0] for each in shapes)
 
 
 def _run(

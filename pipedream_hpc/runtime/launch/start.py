@@ -22,6 +22,7 @@ from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.config import RunConfig, ScheduleConfig
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import bind_inputs
+from pipedream_hpc.model.batch_dims import BatchDims
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.counting import count
 from pipedream_hpc.model.graph import LayerGraph
@@ -33,13 +34,13 @@ from pipedream_hpc.planning.resolve import PlanRequest, parse_plan, resolve_plan
 from pipedream_hpc.planning.scale import scale_profile
 from pipedream_hpc.runtime.comm.gpu_route import Route, choose_route
 from pipedream_hpc.runtime.comm.handshake import exchange
-from pipedream_hpc.runtime.execution.data import split_minibatch
 from pipedream_hpc.runtime.execution.passes import PassRunner
 from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.stage import Stage
 from pipedream_hpc.runtime.execution.worker import Worker
 from pipedream_hpc.runtime.launch.build import TrainSetup, build_running_stats, build_workers
 from pipedream_hpc.runtime.launch.deployment import Deployment, deploy
+from pipedream_hpc.runtime.launch.evaluation import EvaluationChannels
 from pipedream_hpc.runtime.launch.preflight import check_devices, check_launch
 from pipedream_hpc.runtime.launch.run_plan import RunSchedule, plan_as_run, run_schedule
 from pipedream_hpc.runtime.launch.same_program import (
@@ -64,6 +65,7 @@ class Run:
         setup: how stages are trained.
         wiring: channels and all-reduces.
         losses: of all microbatches.
+        samples: of the example minibatch.
         workers: of this process, by rank.
         running_stats: what replicas average after a training pass.
         passes: runs passes on the workers.
@@ -77,6 +79,7 @@ class Run:
     setup: TrainSetup
     wiring: Wiring
     losses: RunLosses
+    samples: int
     workers: list[Worker]
     running_stats: list[RunningStats]
     passes: PassRunner
@@ -146,13 +149,20 @@ def start(
     request = parse_plan(plan)
     name = "the plan" if isinstance(plan, Plan) else str(plan) if isinstance(request, Plan) else f"plan {plan}"
     schedule = run_schedule(schedule_config, setup.config, request)
-    microbatches = split_minibatch(example_inputs, schedule.n_microbatches)
-    microbatch = microbatches[0]
-    graph = capture(model, microbatch, setup.config.leaf_modules, setup.autocast)
+    graph = capture(
+        model,
+        example_inputs,
+        setup.config.leaf_modules,
+        setup.autocast,
+        batch_dims=BatchDims(setup.config.batch_dims),
+        n_microbatches=schedule.n_microbatches,
+    )
+    whole = bind_inputs(graph.module, example_inputs)
+    microbatches = [part for part, _ in graph.batch_dims.split(whole, None, schedule.n_microbatches)]
     checks = setup.config.check_model and graph.recipe is None
     orders: list[Any] = []
     if checks and world.rank == 0:
-        orders = measure_orders(graph, bind_inputs(graph.module, microbatch), autocast(setup.config.precision))
+        orders = measure_orders(graph, microbatches[0], autocast(setup.config.precision))
     if checks:
         set_orders(graph, exchange(world, {"orders": orders}, limit_s=limit_s)[0]["orders"])
     as_run = plan_for(graph, request, name, schedule, setup.config.recompute)
@@ -164,15 +174,13 @@ def start(
             "leave compile_backend out"
         )
     if checks and world.rank == 0 and len(microbatches) > 1:
-        parts = [bind_inputs(graph.module, each) for each in microbatches]
-        whole = bind_inputs(graph.module, example_inputs)
-        check_microbatches(graph, whole, parts, autocast(setup.config.precision))
+        check_microbatches(graph, whole, microbatches, autocast(setup.config.precision))
     if checks and world.rank == 0 and (len(deployment.plan.stages) > 1 or graph.notes.random_functions):
         check_same_program(
             graph,
             deployment.partition,
             len(deployment.plan.stages),
-            bind_inputs(graph.module, microbatch),
+            microbatches[0],
             seed=setup.config.seed,
             precision=autocast(setup.config.precision),
         )
@@ -197,5 +205,17 @@ def start(
         keep_freed_memory()
     stages = [stage for worker in workers for stage in worker.stages.values()]
     running_stats = build_running_stats(stages, training.layout, wiring)
-    passes = PassRunner(world, workers, running_stats, losses, limit_s, wiring.common_epoch_ns, wiring.set_position)
-    return Run(world, devices, route, deployment, setup, wiring, losses, workers, running_stats, passes, launch)
+    passes = PassRunner(
+        world,
+        workers,
+        running_stats,
+        losses,
+        EvaluationChannels(world, deployment, wiring, workers, limit_s).fit,
+        limit_s,
+        wiring.common_epoch_ns,
+        wiring.set_position,
+    )
+    samples = graph.batch_dims.n_samples(whole)
+    return Run(
+        world, devices, route, deployment, setup, wiring, losses, samples, workers, running_stats, passes, launch
+    )

@@ -10,9 +10,10 @@ that shares a microbatch::
 from __future__ import annotations
 
 import atexit
+import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,10 +23,10 @@ from pipedream_hpc.cluster.cores import Cores
 from pipedream_hpc.cluster.threads import oversubscribed
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.core import load_comm
-from pipedream_hpc.planning.plan import Edge
 from pipedream_hpc.runtime.comm.allreduce import AllReduce, Buckets, LocalGroup, MpiAllReduce
 from pipedream_hpc.runtime.comm.channels import (
     ChannelSpec,
+    EdgeTensors,
     Endpoint,
     LocalRecvChannel,
     LocalSendChannel,
@@ -35,7 +36,6 @@ from pipedream_hpc.runtime.comm.channels import (
     RecvChannel,
     SendChannel,
     StageChannels,
-    TensorMeta,
 )
 from pipedream_hpc.runtime.comm.gpu_route import ON_CPU, Route
 from pipedream_hpc.runtime.comm.loss_board import LossBoard, local_loss_board, mpi_loss_board
@@ -59,6 +59,7 @@ class Wiring:
         common_epoch_ns: returns a moment that is the same on all ranks, on this process's clock
             (time.perf_counter_ns). Collective.
         set_position: tells the core how messages count microbatches: (pass, number of its first, per minibatch).
+        connect: creates further channels, for other tensors. In the same order on all ranks.
         close: releases the channels. Collective; harmless when called twice.
     """
 
@@ -67,12 +68,13 @@ class Wiring:
     losses: LossBoard
     common_epoch_ns: Callable[[], int]
     set_position: Callable[[str, int, int], None]
+    connect: Callable[[EdgeTensors], dict[Endpoint, StageChannels]]
     close: Callable[[], None]
 
 
-def channel_specs(schedule: Schedule, edge_tensors: Mapping[Edge, tuple[TensorMeta, ...]]) -> Iterator[ChannelSpec]:
-    """Yield every channel of a schedule, in the same order on all ranks."""
-    layout, tag = schedule.layout, 0
+def channel_specs(schedule: Schedule, edge_tensors: EdgeTensors, generation: int = 0) -> Iterator[ChannelSpec]:
+    """Yield every channel of a schedule, in the same order on all ranks; each generation has tags of its own."""
+    layout, tag = schedule.layout, 2 * len(edge_tensors) * generation
     for (source, target), tensors in sorted(edge_tensors.items()):
         returned = tuple(tensor for tensor in tensors if tensor.has_gradient)
         forward, back = activation_slots(schedule, source, target), gradient_slots(schedule, source, target)
@@ -83,20 +85,23 @@ def channel_specs(schedule: Schedule, edge_tensors: Mapping[Edge, tuple[TensorMe
         tag += 2
 
 
-def local_wiring(
-    schedule: Schedule, edge_tensors: Mapping[Edge, tuple[TensorMeta, ...]], device: torch.device = CPU
-) -> Wiring:
+def local_wiring(schedule: Schedule, edge_tensors: EdgeTensors, device: torch.device = CPU) -> Wiring:
     """Connect all ranks within this process, on one device."""
-    own = {(stage, rank): StageChannels() for stage, ranks in enumerate(schedule.layout) for rank in ranks}
-    for spec in channel_specs(schedule, edge_tensors):
-        _connect(spec, own, device)
+
+    def connect(tensors: EdgeTensors) -> dict[Endpoint, StageChannels]:
+        own = {(stage, rank): StageChannels() for stage, ranks in enumerate(schedule.layout) for rank in ranks}
+        for spec in channel_specs(schedule, tensors):
+            _connect(spec, own, device)
+        return own
+
     groups: dict[tuple[int | None, str], LocalGroup] = defaultdict(LocalGroup)
     return Wiring(
-        own,
+        connect(edge_tensors),
         lambda stage, what, buckets: groups[stage, what].join(buckets),
         local_loss_board(),
         time.perf_counter_ns,
         lambda where, first, n_microbatches: None,
+        connect,
         lambda: None,
     )
 
@@ -104,7 +109,7 @@ def local_wiring(
 def mpi_wiring(
     world: World,
     schedule: Schedule,
-    edge_tensors: Mapping[Edge, tuple[TensorMeta, ...]],
+    edge_tensors: EdgeTensors,
     stall_limit_s: float,
     *,
     ordered: bool,
@@ -130,15 +135,21 @@ def mpi_wiring(
         cores=sorted(cores.progress),
         spare=cores.progress_is_dedicated,
     )
-    own = {(stage, world.rank): StageChannels() for stage, ranks in enumerate(layout) if world.rank in ranks}
-    for spec in channel_specs(schedule, edge_tensors):
-        if spec.source in own and spec.target in own:
-            _connect(spec, own, route.device)
-        elif spec.target in own:
-            # Receives are posted before anybody sends: a message never waits for its receiver.
-            own[spec.target].recv[spec.recv_key] = _recv_channel(progress, spec, stall_limit_s, route)
-        elif spec.source in own:
-            own[spec.source].send[spec.send_key] = _send_channel(progress, spec, stall_limit_s, route)
+    generations = itertools.count()
+
+    def connect(tensors: EdgeTensors) -> dict[Endpoint, StageChannels]:
+        own = {(stage, world.rank): StageChannels() for stage, ranks in enumerate(layout) if world.rank in ranks}
+        for spec in channel_specs(schedule, tensors, next(generations)):
+            if spec.source in own and spec.target in own:
+                _connect(spec, own, route.device)
+            elif spec.target in own:
+                # Receives are posted before anybody sends: a message never waits for its receiver.
+                own[spec.target].recv[spec.recv_key] = _recv_channel(progress, spec, stall_limit_s, route)
+            elif spec.source in own:
+                own[spec.source].send[spec.send_key] = _send_channel(progress, spec, stall_limit_s, route)
+        return own
+
+    own = connect(edge_tensors)
     offset_ns = _clock_offset_ns(world)
 
     def common_epoch_ns() -> int:
@@ -158,7 +169,7 @@ def mpi_wiring(
 
     losses = mpi_loss_board(progress, stall_limit_s)
     atexit.register(progress.close)  # registered after mpi4py's own finalizer, so it runs before MPI ends
-    return Wiring(own, all_reduce, losses, common_epoch_ns, progress.set_position, progress.close)
+    return Wiring(own, all_reduce, losses, common_epoch_ns, progress.set_position, connect, progress.close)
 
 
 def _connect(spec: ChannelSpec, own: dict[Endpoint, StageChannels], device: torch.device) -> None:
