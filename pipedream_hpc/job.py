@@ -57,6 +57,8 @@ class Job:
         metrics: computed over `test_loader`: name to mean score of a minibatch from (output, target), or to a pair
             (sum, count).
         epochs: how many to train at most.
+        cut_points: qualified names of the modules that stages begin with, as in `Pipeline`; `--cut-points` replaces
+            them.
         schedule: the schedule, by name or as a ScheduleConfig; None for the plan's own.
         train_config: how stages are trained. Options of the command line replace its fields.
         run_config: where it computes and what it records; options replace these fields, too.
@@ -70,6 +72,7 @@ class Job:
     test_loader: Any = None
     metrics: Mapping[str, LossFn] = dataclasses.field(default_factory=lambda: {"accuracy": accuracy})
     epochs: int = 1
+    cut_points: Sequence[str] = ()
     schedule: str | ScheduleConfig | None = None
     train_config: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     run_config: RunConfig = dataclasses.field(default_factory=RunConfig)

@@ -12,6 +12,14 @@ from pipedream_hpc.config import RunConfig, ScheduleConfig, TrainConfig
 
 TARGET = typer.Argument(help="Python file or module with a function job(args) that returns a pipedream_hpc.Job.")
 PLAN = typer.Option(help="A plan file, a number of stages to cut evenly, or their replicas as in 2-1-1.")
+CUT_POINTS = typer.Option(
+    help="Modules A,B,... that stages begin with, one fewer than stages; the plan says the replicas."
+)
+
+
+def names_of(cut_points: str | None) -> list[str] | None:
+    """Return the names that `--cut-points` lists; None if it was not given."""
+    return None if cut_points is None else [name.strip() for name in cut_points.split(",") if name.strip()]
 
 
 @with_options(schedule=ScheduleConfig, train_config=TrainConfig, run_config=RunConfig)
@@ -22,6 +30,7 @@ def run(
     run_config: Given,
     args: Annotated[Optional[list[str]], typer.Argument(help="Passed on to job(args), after --.")] = None,  # noqa: UP045
     plan: Annotated[str, PLAN] = "plan.json",
+    cut_points: Annotated[Optional[str], CUT_POINTS] = None,  # noqa: UP045
     out: Annotated[Path, typer.Option(help="Folder for trace.json, timeline.png and summary.json.")] = Path("out"),
     epochs: Annotated[Optional[int], typer.Option(help="Instead of the job's own number.", min=1)] = None,  # noqa: UP045
     until_accuracy: Annotated[
@@ -63,6 +72,7 @@ def run(
     pipeline = Pipeline.from_job(
         job,
         plan=plan,
+        cut_points=names_of(cut_points),
         schedule=schedule_of(schedule, job.schedule),
         train_config=train_config.applied_to(job.train_config),
         run_config=recording.applied_to(job.run_config),

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 import typer
 
 from pipedream_hpc.cli.options import Given, schedule_of, with_options
-from pipedream_hpc.cli.train import PLAN, TARGET
+from pipedream_hpc.cli.train import CUT_POINTS, PLAN, TARGET, names_of
 from pipedream_hpc.config import RunConfig, ScheduleConfig, TrainConfig
 
 
@@ -19,6 +19,7 @@ def run(
     run_config: Given,
     args: Annotated[Optional[list[str]], typer.Argument(help="Passed on to job(args), after --.")] = None,  # noqa: UP045
     plan: Annotated[str, PLAN] = "plan.json",
+    cut_points: Annotated[Optional[str], CUT_POINTS] = None,  # noqa: UP045
     minibatches: Annotated[int, typer.Option(help="Minibatches of each epoch, from the first.", min=1)] = 8,
     epochs: Annotated[int, typer.Option(help="Epochs to run.", min=1)] = 2,
     tolerance: Annotated[
@@ -67,6 +68,7 @@ def run(
     pipeline = Pipeline.from_job(
         job,
         plan=plan,
+        cut_points=names_of(cut_points),
         schedule=schedule_of(schedule, job.schedule),
         train_config=train_config.applied_to(job.train_config),
         run_config=run_config.applied_to(job.run_config),

@@ -76,7 +76,7 @@ def capture(
 
     def keep_whole(module: nn.Module, name: str) -> bool:
         whole = name in closed or type(module) in classes
-        return whole or isinstance(module, tuple(leaf_modules)) or _is_leaf(module)
+        return whole or isinstance(module, tuple(leaf_modules)) or is_leaf(module)
 
     with modes_restored(model):
         while True:
@@ -183,7 +183,7 @@ def _refuse(model: nn.Module) -> None:
             )
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
     """Return whether a module is kept whole because of its class."""
     if isinstance(module, _CONTAINERS):
         return False

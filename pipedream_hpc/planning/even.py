@@ -24,6 +24,11 @@ def even_plan(profile: Profile, replicas: Sequence[int]) -> Plan:
     Raises:
         PipedreamError: there are more stages than layers.
     """
+    return plan_with_cuts(profile, replicas, _even_cuts(profile, replicas))
+
+
+def _even_cuts(profile: Profile, replicas: Sequence[int]) -> list[int]:
+    """Return the first layer of every stage but the first."""
     layers, n_stages = profile.layers, len(replicas)
     if n_stages > len(layers):
         raise PipedreamError(
@@ -46,7 +51,18 @@ def even_plan(profile: Profile, replicas: Sequence[int]) -> Plan:
     for by_end in reversed(best[1:]):
         ends.append(end)
         end = by_end[end][1]
-    bounds = [0, *reversed(ends)]
+    return ends[:0:-1]
+
+
+def plan_with_cuts(profile: Profile, replicas: Sequence[int], cuts: Sequence[int]) -> Plan:
+    """Return the plan of contiguous stages with these replicas.
+
+    Args:
+        profile: costs of the layers.
+        replicas: of every stage.
+        cuts: number of the first layer of every stage but the first, in ascending order.
+    """
+    layers, bounds = profile.layers, [0, *cuts, len(profile.layers)]
     stages, rank = [], 0
     for index, count in enumerate(replicas):
         own = layers[bounds[index] : bounds[index + 1]]

@@ -8,19 +8,20 @@
 a Plan                 itself
 =====================  ==================================================================================
 
-A number or replicas alone say nothing about costs; such plans are made from counted operations.
+A number or replicas alone say nothing about costs; such plans are made from counted operations. Cut points say with
+which modules the stages of such a plan begin.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import load
-from pipedream_hpc.planning.even import even_plan, parse_replicas
+from pipedream_hpc.planning.even import even_plan, parse_replicas, plan_with_cuts
 from pipedream_hpc.planning.plan import COUNTED, Plan
 from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.planning.solver import Request, solve
@@ -58,7 +59,42 @@ def parse_plan(plan: Plan | str | Path | int | tuple[int, ...]) -> PlanRequest:
     return _checked(plan, plan)
 
 
-def resolve_plan(request: PlanRequest, counted: Callable[[], Profile], schedule: str | None = None) -> Plan:
+def check_cut_points(cut_points: Sequence[str], request: PlanRequest, schedule: str | None = None) -> None:
+    """Refuse cut points that no model could be cut at under this plan.
+
+    Args:
+        cut_points: names of the modules that stages begin with; none for a cut by costs.
+        request: result of `parse_plan`.
+        schedule: as for `resolve_plan`.
+
+    Raises:
+        PipedreamError: they are no list of names, have a name twice, or their number does not fit the plan.
+    """
+    if isinstance(cut_points, str) or not all(isinstance(each, str) for each in cut_points):
+        raise PipedreamError(
+            f"cut_points should be a list of names of modules, not {cut_points!r}: give the names that the model has "
+            "for them, such as ['layers.8', 'layers.16']"
+        )
+    if not cut_points:
+        return
+    if isinstance(request, Plan):
+        raise PipedreamError(
+            "the plan says itself where stages begin: leave cut_points out, or give a number of stages or replicas per "
+            "stage as the plan"
+        )
+    if twice := [name for name in cut_points if cut_points.count(name) > 1]:
+        raise PipedreamError(f"cut_points has '{twice[0]}' twice: name every module once")
+    needed = len(_replicas(request, schedule)) - 1
+    if len(cut_points) != needed:
+        raise PipedreamError(
+            f"the plan's {needed + 1} stages need {needed} cut points, for the first begins with the model, but "
+            f"cut_points has {len(cut_points)}: give a plan of {len(cut_points) + 1} stages, or {needed} cut points"
+        )
+
+
+def resolve_plan(
+    request: PlanRequest, counted: Callable[[], Profile], schedule: str | None = None, cuts: Sequence[int] = ()
+) -> Plan:
     """Return the plan for a parsed request.
 
     Args:
@@ -66,16 +102,18 @@ def resolve_plan(request: PlanRequest, counted: Callable[[], Profile], schedule:
         counted: returns a profile of the model made from counted operations; not called for a Plan.
         schedule: name of the schedule, if it is not the plan's: for `data-parallel` a number is that of the
             replicas of a single stage.
+        cuts: number of the first layer of every stage but the first, where the user has named them; their number has
+            been checked by `check_cut_points`.
 
     Raises:
         PipedreamError: the model cannot be cut into so many stages.
     """
     if isinstance(request, Plan):
         return request
-    if isinstance(request, int) and schedule == "data-parallel":
-        request = (request,)
     profile = counted()
-    if isinstance(request, int):
+    if cuts:
+        plan = plan_with_cuts(profile, _replicas(request, schedule), cuts)
+    elif isinstance(request, int) and schedule != "data-parallel":
         if request > len(profile.layers):
             raise PipedreamError(
                 f"plan {request}: '{profile.model}' has {len(profile.layers)} layers and cannot be cut into "
@@ -84,8 +122,15 @@ def resolve_plan(request: PlanRequest, counted: Callable[[], Profile], schedule:
         flat = Topology((Level("node", request, 0.0, 1e9),), device="counted")
         plan = solve(profile, flat, Request(straight=True))
     else:
-        plan = even_plan(profile, request)
+        plan = even_plan(profile, _replicas(request, schedule))
     return dataclasses.replace(plan, notes=(*plan.notes, COUNTED))
+
+
+def _replicas(request: tuple[int, ...] | int, schedule: str | None) -> tuple[int, ...]:
+    """Return the replicas of every stage."""
+    if isinstance(request, tuple):
+        return request
+    return (request,) if schedule == "data-parallel" else (1,) * request
 
 
 def _parse_text(text: str) -> PlanRequest:

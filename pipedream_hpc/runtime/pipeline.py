@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,9 @@ class Pipeline:
         plan: a Plan, the file of one, a number of stages into which the model is cut evenly (by counted
             floating-point operations: the same cut on every machine), or the replicas of such
             stages, as in "2-1-1".
+        cut_points: qualified names of the modules that stages begin with, in the order of the forward, one fewer than
+            stages: then the plan gives the number of stages or their replicas alone. A module that is called more than
+            once begins with its first call. None for a cut by counted operations.
         schedule: the schedule, by name or as a ScheduleConfig; None for the plan's own.
         train_config: how stages are trained.
         run_config: where the run computes, and what it records.
@@ -112,6 +115,7 @@ class Pipeline:
         optimizer: OptimizerFactory,
         example_inputs: Any,
         plan: Plan | str | Path | int,
+        cut_points: Sequence[str] | None = None,
         schedule: str | ScheduleConfig | None = None,
         train_config: TrainConfig | None = None,
         run_config: RunConfig | None = None,
@@ -121,6 +125,7 @@ class Pipeline:
             model,
             example_inputs,
             plan,
+            cut_points or (),
             ScheduleConfig.of(schedule),
             TrainSetup(loss_fn, optimizer, train_config or TrainConfig()),
             self.run_config,
@@ -141,6 +146,7 @@ class Pipeline:
         job: Job,
         *,
         plan: Plan | str | Path | int,
+        cut_points: Sequence[str] | None = None,
         schedule: str | ScheduleConfig | None = None,
         train_config: TrainConfig | None = None,
         run_config: RunConfig | None = None,
@@ -152,6 +158,7 @@ class Pipeline:
             optimizer=job.optimizer,
             example_inputs=job.example_inputs,
             plan=plan,
+            cut_points=job.cut_points if cut_points is None else cut_points,
             schedule=job.schedule if schedule is None else schedule,
             train_config=train_config or job.train_config,
             run_config=run_config or job.run_config,

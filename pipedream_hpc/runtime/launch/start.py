@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ from pipedream_hpc.model.arguments import bind_inputs
 from pipedream_hpc.model.batch_dims import BatchDims
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.counting import count
+from pipedream_hpc.model.cut_points import first_layers
 from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.model.precision import autocast
 from pipedream_hpc.model.recipe import ModelFactory
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.profile import Profile
-from pipedream_hpc.planning.resolve import PlanRequest, parse_plan, resolve_plan
+from pipedream_hpc.planning.resolve import PlanRequest, check_cut_points, parse_plan, resolve_plan
 from pipedream_hpc.planning.scale import scale_profile
 from pipedream_hpc.runtime.comm.gpu_route import Route, choose_route
 from pipedream_hpc.runtime.comm.handshake import exchange
@@ -91,7 +93,14 @@ class Run:
         return [stage for worker in self.workers for stage in worker.stages.values()]
 
 
-def plan_for(graph: LayerGraph, request: PlanRequest, name: str, schedule: RunSchedule, recompute: bool | None) -> Plan:
+def plan_for(
+    graph: LayerGraph,
+    request: PlanRequest,
+    name: str,
+    schedule: RunSchedule,
+    recompute: bool | None,
+    cut_points: Sequence[str] = (),
+) -> Plan:
     """Return the plan as it is run.
 
     Args:
@@ -100,6 +109,7 @@ def plan_for(graph: LayerGraph, request: PlanRequest, name: str, schedule: RunSc
         name: its name in messages.
         schedule: the run's.
         recompute: run forwards again; None for what the plan says.
+        cut_points: names of the modules that stages begin with; none for a cut by costs.
 
     Raises:
         PipedreamError: there is no such plan, or it does not go with model or schedule.
@@ -109,8 +119,9 @@ def plan_for(graph: LayerGraph, request: PlanRequest, name: str, schedule: RunSc
         profile = count(graph)  # the graph was captured with one microbatch
         return scale_profile(profile, minibatch=profile.minibatch * schedule.n_microbatches)
 
+    cuts = first_layers(graph, cut_points)
     try:
-        resolved = resolve_plan(request, counted, schedule=schedule.name)
+        resolved = resolve_plan(request, counted, schedule.name, cuts)
     except PipedreamError as error:
         if "" in graph.closed:
             raise PipedreamError(f"{error}; the model cannot be cut, because {graph.closed['']}") from None
@@ -122,6 +133,7 @@ def start(
     model: nn.Module | ModelFactory,
     example_inputs: Any,
     plan: Plan | str | Path | int,
+    cut_points: Sequence[str],
     schedule_config: ScheduleConfig,
     setup: TrainSetup,
     run_config: RunConfig,
@@ -132,6 +144,7 @@ def start(
         model: the user's, or a function that builds it.
         example_inputs: one minibatch of inputs.
         plan: what the user gave.
+        cut_points: names of the modules that stages begin with; none for a cut by costs.
         schedule_config: which schedule runs it.
         setup: how stages are trained; the device is chosen here.
         run_config: where it computes.
@@ -149,6 +162,7 @@ def start(
     request = parse_plan(plan)
     name = "the plan" if isinstance(plan, Plan) else str(plan) if isinstance(request, Plan) else f"plan {plan}"
     schedule = run_schedule(schedule_config, setup.config, request)
+    check_cut_points(cut_points, request, schedule.name)
     graph = capture(
         model,
         example_inputs,
@@ -165,7 +179,7 @@ def start(
         orders = measure_orders(graph, microbatches[0], autocast(setup.config.precision))
     if checks:
         set_orders(graph, exchange(world, {"orders": orders}, limit_s=limit_s)[0]["orders"])
-    as_run = plan_for(graph, request, name, schedule, setup.config.recompute)
+    as_run = plan_for(graph, request, name, schedule, setup.config.recompute, cut_points)
     deployment = deploy(as_run, name, graph, schedule, world)
     training = deployment.example_training()
     if setup.config.compile_backend and any(training.splits(stage) for stage in range(len(training.layout))):
