@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +50,7 @@ class ModuleState:
         self._attributes = {name: dict(vars(module)) for name, module in self._modules.items()}
         # Hooks, buffers, weights and the like are in containers of the module.
         self._contents = [
-            (value, copy.copy(value))
+            (value, value.copy() if type(value) is OrderedDict else copy.copy(value))  # which copy.copy takes long for
             for attributes in self._attributes.values()
             for key, value in attributes.items()
             if isinstance(value, _CONTAINERS) and (key.startswith("_") or not isinstance(value, nn.Module))
@@ -76,8 +77,9 @@ class ModuleState:
     def changed_buffers(self) -> set[str]:
         """Return the names of buffers that have been written or replaced since."""
         written = {name for name, buffer, _, version in self._values.values() if version_of(buffer) != version}
+        contents = {id(value): copied for value, copied in self._contents}
         for name, module in self._modules.items():
-            before: Any = next(copied for value, copied in self._contents if value is module._buffers)
+            before: Any = contents[id(module._buffers)]
             written |= {
                 f"{name}.{key}" if name else key for key, each in module._buffers.items() if before.get(key) is not each
             }

@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import numpy
@@ -369,7 +370,7 @@ class _Recorder:
         )
         call.memory = frozenset(map(_storage_id, values))
         call.writes = frozenset(_storage_id(given[position]) for position in written)
-        self._live += [each.detach() for each in values] + [given[position].detach() for position in written]
+        self._live += [_memory(each) for each in [*values, *(given[position] for position in written)]]
         call.returned, _ = self._describe(returned, originals)
         call.flops = counter.flops
         self._calls.append(call)
@@ -484,11 +485,11 @@ class _Recorder:
             setattr(made, name, value)
         return made
 
-    def note_operation(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def note_operation(self, function: Any, args: tuple[Any, ...], draws: bool) -> None:
         """Note what an operation inside a call does besides computing."""
-        if self._within and _draws(function, args, kwargs):
+        if self._within and draws:
             self.notes.random.add(self._within[-1])
-        if function._schema.is_mutable:
+        if _is_mutable(function):
             for each in args:
                 if id(each) in self._buffers:
                     self.notes.writes_buffers.add(self._buffers[id(each)])
@@ -503,8 +504,9 @@ class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = function(*args, **(kwargs or {}))
-        self._recorder.note_operation(function, args, kwargs or {})
-        self.draws |= _draws(function, args, kwargs or {})
+        draws = _draws(function, args, kwargs or {})
+        self._recorder.note_operation(function, args, draws)
+        self.draws |= draws
         count = flop_registry.get(function._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=returned)
@@ -554,11 +556,24 @@ def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
 
 def _draws(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Return whether an operation draws random numbers. Attention without dropout has the tag, but does not."""
-    if torch.Tag.nondeterministic_seeded not in function.tags:
+    names = _names_if_random(function)
+    if names is None:
         return False
-    names = [argument.name for argument in function._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     return "dropout_p" not in names or bool(given.get("dropout_p"))
+
+
+@cache  # a model calls few operations, each of them often
+def _names_if_random(function: Any) -> list[str] | None:
+    """Return the names of an operation's arguments if it may draw random numbers."""
+    if torch.Tag.nondeterministic_seeded not in function.tags:
+        return None
+    return [argument.name for argument in function._schema.arguments]
+
+
+@cache
+def _is_mutable(function: Any) -> bool:
+    return bool(function._schema.is_mutable)
 
 
 def function_name(function: Any) -> str:
@@ -577,6 +592,11 @@ def _mark(tensor: torch.Tensor) -> Key | None:
 
 def _storage_id(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    """Return what keeps the identity of a tensor's storage its own."""
+    return tensor.untyped_storage() if tensor.layout is torch.strided else tensor
 
 
 def _python_generators() -> tuple[int, int]:
