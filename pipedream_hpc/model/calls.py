@@ -9,8 +9,8 @@ themselves, and decides what it returns::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -106,8 +106,7 @@ def _watched_apply(kind: type[torch.autograd.Function], *args: Any, **kwargs: An
     return _watcher.function(Applied(kind), args, kwargs)
 
 
-@contextmanager
-def watched(watcher: Watcher, *, functions: bool = True, applied: bool = True) -> Iterator[None]:
+def watched(watcher: Watcher, *, functions: bool = True, applied: bool = True) -> AbstractContextManager[None]:
     """Report the calls in the block to `watcher`.
 
     Args:
@@ -115,36 +114,55 @@ def watched(watcher: Watcher, *, functions: bool = True, applied: bool = True) -
         functions: report torch's functions as well.
         applied: report autograd.Functions as well, as Applied.
     """
-    global _watcher
-    before, _watcher = _watcher, watcher
-    if applied:
-        torch.autograd.Function.apply = classmethod(_watched_apply)  # type: ignore[assignment, method-assign]
-    if functions:
-        _push_mode(_MODE)  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if functions:
-            _remove_mode()
-        if applied:
-            torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
-        _watcher = before
+    return _Watched(watcher, functions, applied)
 
 
-@contextmanager
-def unwatched() -> Iterator[None]:
+def unwatched() -> AbstractContextManager[None]:
     """Report no calls in the block, which runs at full speed."""
-    global _watcher
-    before, _watcher = _watcher, None
-    on_top = _get_current_function_mode() is _MODE  # type: ignore[no-untyped-call]
-    if on_top:
-        _pop_mode()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if on_top:
+    return _Unwatched()
+
+
+# Both are entered for every microbatch, or for every module of it; generators would take three times as long.
+
+
+class _Watched(AbstractContextManager[None]):
+    __slots__ = ("_applied", "_before", "_functions", "_watcher")
+
+    def __init__(self, watcher: Watcher, functions: bool, applied: bool) -> None:
+        self._watcher, self._functions, self._applied = watcher, functions, applied
+
+    def __enter__(self) -> None:
+        global _watcher
+        self._before, _watcher = _watcher, self._watcher
+        if self._applied:
+            torch.autograd.Function.apply = classmethod(_watched_apply)  # type: ignore[assignment, method-assign]
+        if self._functions:
             _push_mode(_MODE)  # type: ignore[no-untyped-call]
-        _watcher = before
+
+    def __exit__(self, *error: object) -> None:
+        global _watcher
+        if self._functions:
+            _remove_mode()
+        if self._applied:
+            torch.autograd.Function.apply = _APPLY  # type: ignore[method-assign]
+        _watcher = self._before
+
+
+class _Unwatched(AbstractContextManager[None]):
+    __slots__ = ("_before", "_on_top")
+
+    def __enter__(self) -> None:
+        global _watcher
+        self._before, _watcher = _watcher, None
+        self._on_top = _get_current_function_mode() is _MODE  # type: ignore[no-untyped-call]
+        if self._on_top:
+            _pop_mode()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: object) -> None:
+        global _watcher
+        if self._on_top:
+            _push_mode(_MODE)  # type: ignore[no-untyped-call]
+        _watcher = self._before
 
 
 def _remove_mode() -> None:

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy
@@ -51,20 +51,29 @@ _reseed: Callable[[str], None] | None = None
 _calls: Counter[str] = Counter()
 
 
-@contextmanager
-def seeding(reseed: Callable[[str], None] | None) -> Iterator[None]:
+def seeding(reseed: Callable[[str], None] | None) -> AbstractContextManager[None]:
     """Seed what modules and functions draw in the block, one by one, by their names: it does not depend on the plan.
 
     Args:
         reseed: seeds the generators for a draw with a name; None to seed nothing.
     """
-    global _reseed, _calls
-    before, counted = _reseed, _calls
-    _reseed, _calls = reseed, Counter()
-    try:
-        yield
-    finally:
-        _reseed, _calls = before, counted
+    return _Seeding(reseed)
+
+
+class _Seeding(AbstractContextManager[None]):
+    __slots__ = ("_before", "_now")
+
+    def __init__(self, reseed: Callable[[str], None] | None) -> None:
+        self._now = reseed
+
+    def __enter__(self) -> None:
+        global _reseed, _calls
+        self._before = _reseed, _calls
+        _reseed, _calls = self._now, Counter()
+
+    def __exit__(self, *error: object) -> None:
+        global _reseed, _calls
+        _reseed, _calls = self._before
 
 
 def count_calls(calls: Mapping[str, int]) -> None:

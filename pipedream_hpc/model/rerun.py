@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import _has_any_global_hook
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.calls import Applied, call_unwatched, unwatched, watched
@@ -44,6 +45,9 @@ class _Left(BaseException):
 class _ShownError(Exception):
     """A hook computes with the output of a call that another stage makes."""
 
+
+#: Answers to questions about a tensor that are the same whenever it is asked.
+_ANSWERS = (int, torch.Size, torch.dtype, torch.device, torch.layout)
 
 #: Key of a placeholder for one of the model's arguments.
 INPUT: Key = (-1, 0)
@@ -227,6 +231,7 @@ class StageForward:
         self._drawing, self._shapes, self.device = drawing, shapes, device
         self._given: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})
         self._values: Sequence[Sequence[Value]] | None = None
+        self._answers: dict[tuple[Any, ...], Any] = {}  # to questions about placeholders
         self._model, self._steps, self._opened, self._is_last = model, steps, opened, is_last
         self._functions, self._n_outputs = functions, n_outputs
         self._applies = any(isinstance(step.function, Applied) for step in steps)
@@ -240,6 +245,7 @@ class StageForward:
         self._received: Sequence[torch.Tensor] = ()
         self._outputs: list[Any] = []
         self._aliases: dict[int, tuple[Any, Any]] = {}
+        self._direct = None if functions else _direct_chain(model, steps)
         #: Called instead of the modules of a step, such as a compiled form of them, by the step's identity.
         self.replacements: dict[int, Callable[..., Any]] = {}
         #: Called after every step of the stage, with the step and its outputs.
@@ -255,6 +261,16 @@ class StageForward:
             kwargs: its keyword arguments.
             received: tensors from earlier stages.
         """
+        if self._direct is not None and self.after is None and not self.replacements and not self._trying:
+            steps, number = self._direct
+            if (number is not None or len(args) == 1) and not _has_hooks(self._model):
+                value = args[0] if number is None else received[number]
+                for step in steps:
+                    value = step.module(value)  # type: ignore[misc]
+                outputs: list[Any] = [None] * self._n_outputs
+                for *_, slot in steps[-1].captures:
+                    outputs[slot] = value
+                return outputs, value if self._is_last else None
         self._n_draws = 0
         self._position, self._received, self._outputs = 0, received, [None] * self._n_outputs
         self._aliases, self._given, self._values = {}, (args, kwargs), None
@@ -427,22 +443,34 @@ class StageForward:
         """Answer a question about a tensor, such as x.size(0); a placeholder's size follows from the minibatch's."""
         if self._trying:
             raise _Needed
+        # A tensor without values takes most of a millisecond to make, and forwards ask the same of every microbatch.
+        asked = None
+        if args and isinstance(args[0], Placeholder) and not kwargs and all(isinstance(each, int) for each in args[1:]):
+            asked = (function, self._value_of(args[0]), self.device, *args[1:])
+            if asked in self._answers:
+                return self._answers[asked]
         if any(isinstance(each, Placeholder) for each in tensors_of_value((args, kwargs))):
             args, kwargs = map_tensors(self._without_values, (args, kwargs))
         answer = function(*args, **kwargs)
         if tensors_of_value(answer):
             raise self._other_path(f"function {function_name(function)}")
+        if asked is not None and isinstance(answer, _ANSWERS):
+            self._answers[asked] = answer
         return answer
 
     def _without_values(self, tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, Placeholder):
             return tensor
-        if self._values is None:
-            self._values = self._shapes(*self._given)
-        assert tensor.key is not None
-        value = self._values[tensor.key[0]][tensor.key[1]]
+        value = self._value_of(tensor)
         with FakeTensorMode():
             return torch.empty(value.shape, dtype=value.dtype, device=self.device, requires_grad=value.needs_gradient)
+
+    def _value_of(self, placeholder: Placeholder) -> Value:
+        """Return what the call that a placeholder stands for puts out for this minibatch."""
+        if self._values is None:
+            self._values = self._shapes(*self._given)
+        assert placeholder.key is not None
+        return self._values[placeholder.key[0]][placeholder.key[1]]
 
     def _other_path(self, what: str) -> PipedreamError:
         expected = self._steps[self._position].name if self._position < len(self._steps) else "the end"
@@ -455,6 +483,39 @@ class StageForward:
 def is_plain_sequential(module: nn.Module) -> bool:
     """Return whether a module passes its argument through its children, one after the other, and nothing else."""
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+
+
+def _direct_chain(model: nn.Module, steps: Sequence[Step]) -> tuple[Sequence[Step], int | None] | None:
+    """Return the calls of a stage that are children of an nn.Sequential and all that the stage does, if they are.
+
+    Nothing else runs in such a forward, so that the stage need not rerun it.
+
+    Returns:
+        the calls, and the number of the received tensor that the first one takes; None for the model's argument.
+    """
+    own = [number for number, step in enumerate(steps) if step.own]
+    if not own or type(model) is not nn.Sequential or not is_plain_sequential(model):
+        return None  # a class of its own may do more when it is called
+    if [step.module for step in steps] != list(model):
+        return None
+    first, last = own[0], own[-1]
+    calls = steps[first : last + 1]
+    if len(calls) != len(own) or any(step.counts for step in steps) or any(step.captures for step in calls[:-1]):
+        return None
+    if not isinstance(calls[-1].returned, Returned):
+        return None  # several tensors
+    if first == 0:
+        return calls, None
+    given = steps[first - 1]
+    if len(given.received) != 1 or not isinstance(given.returned, Returned):
+        return None
+    (number,) = given.received.values()
+    return calls, number
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or _has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 def _join_chain(steps: Sequence[Step]) -> None:

@@ -16,12 +16,36 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.graph import AVERAGES_TARGETS
 
 
+#: The samples of a microbatch, and what its loss divides by.
+Divisors = tuple[int, list[float]]
+
+
+def compare_divisors(one: Divisors, other: Divisors) -> None:
+    """Compare the divisors of two microbatches of a minibatch.
+
+    Raises:
+        PipedreamError: they differ per sample.
+    """
+    (samples, divisors), (other_samples, others) = one, other
+    for divisor, another in zip(divisors, others, strict=False):
+        if abs(divisor * other_samples - another * samples) > 1e-6 * max(abs(divisor * other_samples), 1.0):
+            raise PipedreamError(
+                f"the loss is a mean over {another:g} targets of {other_samples} samples in one microbatch, and over "
+                f"{divisor:g} of {samples} in another of the same minibatch, because some are ignored or weighted: the "
+                "mean over microbatches would be another; let loss_fn return a pair (sum, count), such as the sum of "
+                "the losses and how many targets they are of"
+            )
+
+
 class LossMeans(TorchFunctionMode):
     """Watches what a loss divides by: one that a loss function computes, or the model itself.
 
     Args:
         n_microbatches: microbatches per minibatch.
         in_forward: whether the model computes means over targets itself.
+
+    Attributes:
+        first: of the first microbatch of every minibatch of the pass that ran here.
     """
 
     def __init__(self, n_microbatches: int, *, in_forward: bool) -> None:
@@ -29,7 +53,20 @@ class LossMeans(TorchFunctionMode):
         self.in_forward = in_forward
         self._n_microbatches = n_microbatches
         self._divisors: list[float] = []  # of the current microbatch
-        self._minibatch, self._first = -1, (0, [0.0])
+        self.first: dict[int, Divisors] = {}
+
+    def begin(self) -> None:
+        """Begin a pass."""
+        self.first.clear()
+
+    def is_needed(self, microbatch: int) -> bool:
+        """Return whether to watch a microbatch.
+
+        If the loss of a minibatch's first microbatch divides by nothing, there is nothing to compare the others with:
+        watching costs more than a small loss itself.
+        """
+        first = self.first.get(microbatch // self._n_microbatches)
+        return first is None or bool(first[1])
 
     def end(self, microbatch: int, samples: int, *, compare: bool) -> None:
         """End a microbatch.
@@ -42,20 +79,8 @@ class LossMeans(TorchFunctionMode):
         Raises:
             PipedreamError: they differ per sample.
         """
-        divisors, self._divisors = self._divisors, []
-        minibatch = microbatch // self._n_microbatches
-        if minibatch != self._minibatch:
-            self._minibatch, self._first = minibatch, (samples, divisors)
-            return
-        first_samples, first = self._first
-        for divisor, other in zip(divisors, first, strict=False) if compare else ():
-            if abs(divisor * first_samples - other * samples) > 1e-6 * max(abs(divisor * first_samples), 1.0):
-                raise PipedreamError(
-                    f"the loss is a mean over {divisor:g} targets of {samples} samples here, and over {other:g} of "
-                    f"{first_samples} in another microbatch of the minibatch, because some are ignored or weighted: "
-                    "the mean over microbatches would be another; let loss_fn return a pair (sum, count), such as the "
-                    "sum of the losses and how many targets they are of"
-                )
+        own, self._divisors = (samples, self._divisors if compare else []), []
+        compare_divisors(self.first.setdefault(microbatch // self._n_microbatches, own), own)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}

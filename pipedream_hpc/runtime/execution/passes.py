@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
@@ -16,6 +16,7 @@ from pipedream_hpc.runtime.comm.stall import is_stall, report
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader
 from pipedream_hpc.runtime.execution.emulator import carry_out, emulate
 from pipedream_hpc.runtime.execution.garbage import deferred_collection
+from pipedream_hpc.runtime.execution.loss_means import Divisors, compare_divisors
 from pipedream_hpc.runtime.execution.position import PassPosition
 from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.score import ScoreFn
@@ -161,7 +162,8 @@ def finish_pass(world: World, workers: Sequence[Worker], *, training: bool, limi
     """Compare replicas after training; return the mean scores of the pass, the same on every rank.
 
     Raises:
-        PipedreamError: names two ranks whose replicas of a stage have drifted apart.
+        PipedreamError: replicas of a stage have drifted apart, which names two ranks; or the means of a loss in replicas
+            are over different numbers of targets.
     """
     placed = [(worker.rank, stage) for worker in workers for stage in worker.stages.values()]
     facts = {
@@ -171,8 +173,14 @@ def finish_pass(world: World, workers: Sequence[Worker], *, training: bool, limi
             for rank, stage in placed
             if training and stage.grad_allreduce is not None
         ],
+        "divisors": [
+            stage.loss_means.first
+            for _, stage in placed
+            if training and stage.grad_allreduce is not None and stage.loss_means is not None
+        ],
     }
     answers = exchange(world, facts, limit_s=limit_s)
+    _compare_divisors([each for answer in answers for each in answer["divisors"]])
     first: dict[int, tuple[int, int]] = {}
     for index, rank, weights in sorted(each for answer in answers for each in answer["weights"]):
         other, expected = first.setdefault(index, (rank, weights))
@@ -185,6 +193,14 @@ def finish_pass(world: World, workers: Sequence[Worker], *, training: bool, limi
     scores = sorted(score for answer in answers for score in answer["scores"])
     width = len(scores[0][1]) if scores else 1
     return [_weighted_mean([(means[index], weights[index]) for _, means, weights in scores]) for index in range(width)]
+
+
+def _compare_divisors(of_replicas: Sequence[Mapping[int, Divisors]]) -> None:
+    """Compare what the losses divide by in the replicas of the output stage, minibatch by minibatch."""
+    first: dict[int, Divisors] = {}
+    for of_replica in of_replicas:
+        for minibatch, divisors in of_replica.items():
+            compare_divisors(first.setdefault(minibatch, divisors), divisors)
 
 
 def _weighted_mean(scores: Sequence[tuple[float, float]]) -> float:

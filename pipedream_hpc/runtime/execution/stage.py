@@ -186,7 +186,7 @@ class Stage:
         self.is_last = stage_module.is_last
         #: Whether it reads inputs or targets from the data set.
         self.reads_data = stage_module.reads_inputs or stage_module.is_last
-        self._loss_means = loss_means
+        self.loss_means = loss_means
         self.loss_meter, self.memory_probe = LossMeter(), MemoryProbe()
         self.watch: Watch | None = None
         self._seed, self._precision, self._split_backward = seed, precision, split_backward
@@ -263,6 +263,8 @@ class Stage:
         """
         self._data, self._score_fn, self._training = data, score_fn or self._loss, training
         self._publishes, self._n_stepped = publish, 0
+        if self.loss_means is not None:
+            self.loss_means.begin()
         self._channels = self.channels if training else self.evaluation_channels or self.channels
         self._first_microbatch, self._first_trained = first_microbatch, first_trained
         self._first_version = self.stash.version
@@ -441,7 +443,9 @@ class Stage:
         recording: AbstractContextManager[Any] = _NULL_CONTEXT
         if self._split_backward is not None and state.split and graph:
             recording = self._split_backward.recording(microbatch)
-        watched = self._loss_means if self._training and graph != self.recomputes else None
+        watched = self.loss_means if self._training and graph != self.recomputes else None
+        if watched is not None and not watched.is_needed(microbatch):
+            watched = None
         with _grad_mode(graph), self._precision():
             with watched if watched and watched.in_forward else _NULL_CONTEXT, recording, seeding(self._reseed):
                 outputs, returned = self.stage_module.run(state.arguments, leaves)
