@@ -126,7 +126,7 @@ def test_a_round_is_one_mean_over_all_that_was_counted(in_round: int, case: Case
     net = model()
     net.load_state_dict(expected)
     totals, counts = zip(*(per_token(net(words), target) for words, target in batches), strict=True)
-    assert after == pytest.approx(float(sum(totals) / sum(counts)), rel=1e-5)
+    assert after == pytest.approx(float(sum(totals).detach() / sum(counts)), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss_fn", [per_token, per_token_on_host])
@@ -261,14 +261,20 @@ def own_pair(output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor,
     return output.loss * count, count
 
 
-def train_own(loss_fn: Any, batches: Sequence[dict[str, torch.Tensor]], recompute: bool = False) -> dict[str, Any]:
+def train_own(
+    loss_fn: Any,
+    batches: Sequence[dict[str, torch.Tensor]],
+    recompute: bool = False,
+    plan: Any = 2,
+    n_microbatches: int = 4,
+) -> dict[str, Any]:
     with Pipeline(
         OwnLoss(),
         loss_fn=loss_fn,
         optimizer=SGD,
         example_inputs=batches[0],
-        plan=2,
-        schedule=ScheduleConfig("1f1b-flush", 4),
+        plan=plan,
+        schedule=ScheduleConfig("1f1b-flush", n_microbatches),
         train_config=TrainConfig(recompute=recompute),
     ) as pipeline:
         pipeline.fit(batches)
@@ -290,3 +296,12 @@ def test_a_mean_that_the_model_computes_over_equal_numbers_of_targets_is_that_of
     batches = [{"input_ids": words, "labels": words.roll(-1, 1)} for words, _ in minibatches()]
     expected = plain([(each["input_ids"], each["labels"]) for each in batches])[1]
     assert_close(train_own(own_mean, batches), expected)
+
+
+def test_means_of_replicas_are_compared_at_the_end_of_the_pass() -> None:
+    """Two microbatches, one for each replica of the output stage: neither sees what the other divides by."""
+    batches = [{"input_ids": words, "labels": words.clone()} for words, _ in minibatches()]
+    train_own(own_mean, batches, plan="1-2", n_microbatches=2)
+    batches[2]["labels"][0, :3] = PADDING
+    with pytest.raises(PipedreamError, match=r"a mean over 24 targets of 4 samples .* over 21 of 4 in another"):
+        train_own(own_mean, batches, plan="1-2", n_microbatches=2)

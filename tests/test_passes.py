@@ -91,6 +91,7 @@ def stage(
         index=index,
         is_last=scores is not None,
         loss_meter=meter,
+        loss_means=None,
         module=module,
         stash=SimpleNamespace(trained=[torch.tensor([weight])]),
         grad_allreduce=object() if replicated else None,
@@ -122,7 +123,7 @@ def test_every_metric_has_its_mean() -> None:
 
 
 def test_scores_of_other_ranks_count(other_ranks: list[dict[str, Any]]) -> None:
-    other_ranks.append({"scores": [(0, [2.0], [1])], "weights": []})
+    other_ranks.append({"scores": [(0, [2.0], [1])], "weights": [], "divisors": []})
     assert finish(stage(0, 1.0, replicated=False)) == [2.0]
 
 

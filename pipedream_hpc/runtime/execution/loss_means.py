@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.graph import AVERAGES_TARGETS
 
-
 #: The samples of a microbatch, and what its loss divides by.
 Divisors = tuple[int, list[float]]
 

@@ -162,7 +162,7 @@ def finish_pass(world: World, workers: Sequence[Worker], *, training: bool, limi
     """Compare replicas after training; return the mean scores of the pass, the same on every rank.
 
     Raises:
-        PipedreamError: replicas of a stage have drifted apart, which names two ranks; or the means of a loss in replicas
+        PipedreamError: replicas of a stage have drifted apart: it names two ranks; or the means of a loss in replicas
             are over different numbers of targets.
     """
     placed = [(worker.rank, stage) for worker in workers for stage in worker.stages.values()]
