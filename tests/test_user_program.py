@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 from pipedream_hpc import PipedreamError, Pipeline, ScheduleConfig, TrainConfig
 from pipedream_hpc.model.capture import capture
@@ -164,6 +165,126 @@ class Checkpointed(Net):
 @pytest.mark.parametrize("build", [ReversedInAModule, ReversedInTheForward, Checkpointed])
 def test_a_custom_backward_runs(build: Callable[[], nn.Module], plan: int) -> None:
     assert_trained_alike(build, plan)
+
+
+# -- parts of a forward that run again in backward ---------------------------------------------------------------------
+
+
+class Parts(Net):
+    """Two parts, each of two modules and functions that draw; `reentrant` is None where nothing is checkpointed."""
+
+    def __init__(self, reentrant: bool | None, p: float = 0.5) -> None:
+        super().__init__()
+        self.reentrant, self.p = reentrant, p
+        self.norm, self.drop = nn.BatchNorm1d(16), nn.Dropout(p)
+
+    def first(self, h: torch.Tensor) -> torch.Tensor:
+        return self.drop(self.b(h).tanh()) * nn.functional.linear(h, self.b.weight)
+
+    def second(self, h: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(self.norm(h).relu(), self.p, self.training) + self.b(h)
+
+    def again(self, part: Callable[..., Any], h: torch.Tensor) -> torch.Tensor:
+        if self.reentrant is None:
+            return part(h)  # type: ignore[no-any-return]
+        return checkpoint(part, h, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.again(self.second, self.again(self.first, self.a(x)))
+        return self.c(h.relu() + self.b(h))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("plan", [1, 2, 3, 4])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_checkpointed_runs_again_as_it_ran(reentrant: bool, plan: int, recompute: bool) -> None:
+    """BatchNorm counts a minibatch twice, as in a plain loop. (Reentrant backwards add gradients in another order.)"""
+    batches = minibatches()
+    pipeline = pipeline_of(Parts(reentrant, 0.0), plan, batches, recompute=recompute)
+    pipeline.fit(batches)
+    expected, found = plain(Parts(reentrant, 0.0), batches), pipeline.state_dict()
+    for name, each in expected.items():
+        torch.testing.assert_close(found[name], each, rtol=2e-6 if reentrant else 0, atol=2e-7 if reentrant else 0)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b-flush", "1f1b", "zb-h1"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_checkpointed_runs_again_with_its_weights_and_draws(reentrant: bool, schedule: str) -> None:
+    """The same stages train the same without checkpoints. The weight that all parts use travels between them."""
+    batches, trained = minibatches(8), []
+    for checkpoints in (False, True):
+        model = Parts(reentrant)
+        pipeline = Pipeline(model, loss_fn=LOSS, optimizer=SGD, example_inputs=batches[0][0], plan=3, schedule=schedule)
+        model.reentrant = reentrant if checkpoints else None
+        losses = [step.loss for step in pipeline.train(batches)]
+        trained.append((losses, {name: each for name, each in pipeline.state_dict().items() if "norm.r" not in name}))
+    (expected_losses, expected), (losses, found) = trained
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    del expected["norm.num_batches_tracked"]
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def test_no_boundary_lies_in_what_is_checkpointed() -> None:
+    inside = {call.name for layer in capture(Parts(False), torch.zeros(8, 6)).layers for call in layer.calls}
+    layers = [{call.name for call in each.calls} for each in capture(Parts(False), torch.zeros(8, 6)).layers]
+    assert {"drop", "linear"} <= inside
+    assert any({"drop", "tanh", "linear"} <= each for each in layers)
+    assert any({"norm", "relu", "dropout"} <= each for each in layers)
+
+
+# -- more in evaluation than in training -------------------------------------------------------------------------------
+
+
+class Remembers(Net):
+    """Returns in evaluation what it computed in the middle, and uses it once more."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.a(x).relu()
+        memory = None if self.training else h[:, :3].detach() * 2
+        out = self.c(self.b(h).tanh())
+        return out if memory is None else (out + memory, memory)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 16)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.a(x)
+        return (h, None) if self.training else (h, h[:, :3] * 2)
+
+
+class RemembersInABlock(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = Block()  # type: ignore[assignment]
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h, memory = self.a(x)
+        out = self.c(self.b(h).tanh())
+        return out if memory is None else (out + memory, memory)
+
+
+def remembering_loss(output: Any, target: torch.Tensor) -> torch.Tensor:
+    out, memory = output if isinstance(output, tuple) else (output, torch.zeros(()))
+    return LOSS(out, target) + memory.mean()
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+@pytest.mark.parametrize("build", [Remembers, RemembersInABlock])
+@pytest.mark.parametrize("whole", [(), (Block,)])
+def test_more_is_passed_on_in_evaluation(build: Callable[[], nn.Module], plan: int, whole: Any) -> None:
+    batches = minibatches()
+    pipeline = assert_trained_alike(build, plan, batches, remembering_loss, leaf_modules=whole)
+    model = build()
+    model.load_state_dict(pipeline.state_dict())
+    model.eval()
+    with torch.no_grad():
+        expected = sum(float(remembering_loss(model(x), target)) for x, target in batches) / len(batches)
+    assert pipeline.evaluate(batches)["loss"] == pytest.approx(expected, rel=1e-6)
+    pipeline.fit(batches)
 
 
 # -- d, e: hooks, parametrizations, patched forwards -------------------------------------------------------------------

@@ -117,6 +117,11 @@ def watched(watcher: Watcher, *, functions: bool = True, applied: bool = True) -
     return _Watched(watcher, functions, applied)
 
 
+def is_watching(watcher: Watcher) -> bool:
+    """Return whether calls are reported to `watcher` now."""
+    return _watcher is watcher
+
+
 def unwatched() -> AbstractContextManager[None]:
     """Report no calls in the block, which runs at full speed."""
     return _Unwatched()

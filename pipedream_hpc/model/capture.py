@@ -107,7 +107,12 @@ def capture(
         modes=modes,
         notes=notes,
         device=_device_of(precision),
-        shapes={mode: _Shapes(model, keep_whole, modes, precision, mode, real) for mode in (True, False)},
+        shapes={
+            mode: _Shapes(
+                partial(_record, model, keep_whole, modes, precision, training=mode, real=real), bound, recording
+            )
+            for mode, recording in ((True, training), (False, evaluation))
+        },
         closed=closed,
         recipe=recipe,
     )
@@ -142,30 +147,39 @@ def _device_of(precision: Precision | None) -> torch.device:
 
 
 class _Shapes:
-    """Returns the outputs of all calls for any arguments, without computing them; remembers them by the shapes."""
+    """Returns the outputs of all calls for any arguments, without computing them; remembers them by the shapes.
+
+    Args:
+        record: records the forward with some arguments.
+        example: the arguments of the recording that was made.
+        recording: that one.
+    """
 
     def __init__(
-        self,
-        model: nn.Module,
-        keep_whole: Callable[[nn.Module, str], bool],
-        modes: Modes,
-        precision: Precision | None,
-        training: bool,
-        real: bool,
+        self, record: Callable[[Arguments], tuple[Recording, Notes]], example: Arguments, recording: Recording
     ) -> None:
-        self._record = partial(_record, model, keep_whole, modes, precision, training=training, real=real)
-        self._known: dict[Any, list[tuple[Value, ...]]] = {}
+        self._record = record
+        self._known = {_described(example.args, example.kwargs): _values(recording)}
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Sequence[Value]]:
-        def described(value: Any) -> Any:
-            return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else repr(value)
-
-        key = tuple(described(leaf) for leaf in tree_leaves((args, kwargs)))
+        key = _described(args, kwargs)
         if key not in self._known:
             with unwatched():
                 recording, _ = self._record(Arguments(tuple(args), dict(kwargs)))
-            self._known[key] = [call.values for call in recording.calls]
+            self._known[key] = _values(recording)
         return self._known[key]
+
+
+def _described(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what the shapes in a forward depend on."""
+    return tuple(
+        (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf)
+        for leaf in tree_leaves((tuple(args), dict(kwargs)))
+    )
+
+
+def _values(recording: Recording) -> list[tuple[Value, ...]]:
+    return [call.values for call in recording.calls]
 
 
 def _refuse(model: nn.Module) -> None:

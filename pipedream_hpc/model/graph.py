@@ -40,7 +40,8 @@ class Value:
     """One tensor that a call puts out, for the example inputs.
 
     Attributes:
-        name: name of the call; the outputs of a call with several are numbered, as in `chunk#1`.
+        name: name of the call; outputs after the first are numbered, as in `chunk#1`. It is the same in training and
+            in evaluation, where a call may return more.
         shape: its shape.
         dtype: its dtype.
         needs_gradient: whether it depends on a trained weight, so that a gradient comes back for it.
@@ -148,6 +149,7 @@ class Call:
     flops: int = 0
     entered: tuple[str, ...] = ()
     draws: bool = False
+    checkpoint: int | None = None
 
     @property
     def kind(self) -> str:
@@ -279,6 +281,7 @@ class Notes:
         sets_attributes: modules whose attributes are set in a forward -> the names.
         writes_inputs: whether the model writes into its arguments.
         averages_targets: whether it computes means over targets, of which some may be ignored or weighted.
+        checkpoints: whether parts of the forward run again in backward.
     """
 
     random: set[str] = field(default_factory=set)
@@ -289,6 +292,7 @@ class Notes:
     sets_attributes: dict[str, set[str]] = field(default_factory=dict)
     writes_inputs: bool = False
     averages_targets: bool = False
+    checkpoints: bool = False
 
     def merge(self, other: Notes) -> None:
         """Add what another recording has seen."""
@@ -301,6 +305,7 @@ class Notes:
             self.sets_attributes.setdefault(name, set()).update(attributes)
         self.writes_inputs |= other.writes_inputs
         self.averages_targets |= other.averages_targets
+        self.checkpoints |= other.checkpoints
 
     def stateful(self) -> set[str]:
         """Return the names of modules whose forward changes their state."""

@@ -60,6 +60,7 @@ class _Grouping:
         """Return the calls of every layer, in a topological order of the layers."""
         self._join_written()
         self._join_stateful()
+        self._join_checkpointed()
         for block in self._blocks():
             self._join_cheap(block)
         groups: dict[int, list[Call]] = {}
@@ -119,6 +120,15 @@ class _Grouping:
         for numbers in calls_of.values():
             if len(numbers) > 1:
                 self._join(range(numbers[0], numbers[-1] + 1))
+
+    def _join_checkpointed(self) -> None:
+        """Join the calls that run again together in backward."""
+        parts: dict[int, list[int]] = {}
+        for call in self._calls:
+            if call.checkpoint is not None:
+                parts.setdefault(call.checkpoint, []).append(call.number)
+        for numbers in parts.values():
+            self._join(numbers)
 
     def _ordered(self, groups: list[tuple[Call, ...]]) -> list[tuple[Call, ...]]:
         """Return the groups in a topological order; groups that need each other are merged until there is one."""

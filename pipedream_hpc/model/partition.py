@@ -18,7 +18,7 @@ version per minibatch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -30,7 +30,7 @@ from pipedream_hpc.model.stage_module import StageModule
 from pipedream_hpc.planning.plan import Edge
 
 #: What crosses a boundary: a tensor of the graph, or a weight by its qualified name.
-Crossing = Key | str
+Crossing = Value | str
 
 
 class Partition:
@@ -42,7 +42,8 @@ class Partition:
 
     Attributes:
         graph: the captured model.
-        edges: the values that are sent over every edge between two stages.
+        edges: the values that are sent over every edge between two stages. Those of one mode alone are sent empty in
+            the other.
 
     Raises:
         PipedreamError: a layer is missing or in two stages, or a stage needs an output of a later one.
@@ -56,13 +57,9 @@ class Partition:
         self._first_names = _first_names(graph.module)
         self._home = self._assign_weights(stage_of_layer)
         self._stage_of[False] = self._assign_evaluation()
-        self._crossing = {
-            mode: self._find_crossing(self._recording(mode), self._stage_of[mode]) for mode in (True, False)
-        }
-        self._check_evaluation()
+        self._crossing = self._find_all_crossing()
         self.edges: dict[Edge, tuple[Value, ...]] = {
-            edge: tuple(self._value(each, True) for each in crossing)
-            for edge, crossing in sorted(self._crossing[True].items())
+            edge: tuple(map(self.value, crossing)) for edge, crossing in sorted(self._crossing.items())
         }
 
     def stage_module(self, stage: int, *, whole: bool = True) -> StageModule:
@@ -88,29 +85,29 @@ class Partition:
         """Return the stage of every call, in training or in evaluation mode."""
         return self._stage_of[training]
 
-    def received(self, stage: int, training: bool) -> list[tuple[int, Crossing]]:
-        """Return (source stage, what) for everything that a stage receives in training, and may receive here."""
+    def received(self, stage: int) -> list[tuple[int, Crossing]]:
+        """Return (source stage, what) for everything that a stage receives."""
         return [
             (edge.source, each)
-            for edge, crossing in sorted(self._crossing[training].items())
+            for edge, crossing in sorted(self._crossing.items())
             if edge.target == stage
             for each in crossing
         ]
 
     def sent(self, stage: int) -> list[Crossing]:
-        """Return what a stage sends to later stages in training."""
+        """Return what a stage sends to later stages."""
         return _in_order(
-            {each for edge, found in self._crossing[True].items() if edge.source == stage for each in found}
+            each for edge, found in sorted(self._crossing.items()) if edge.source == stage for each in found
         )
 
     def keys_of(self, crossing: Sequence[Crossing], training: bool) -> dict[Key, int]:
-        """Return the positions in `crossing`, what crosses in training, by the tensors of one mode's recording."""
-        position = {self.value(each).name: index for index, each in enumerate(crossing) if not isinstance(each, str)}
+        """Return the positions in `crossing` by the tensors of one mode's recording."""
+        position = {each.name: index for index, each in enumerate(crossing) if not isinstance(each, str)}
         return {
-            (call.number, index): position[value.name]
+            (call.number, index): position[name]
             for call in self._recording(training).calls
             for index, value in enumerate(call.values)
-            if value.name in position
+            if (name := self._name_of(value, training)) in position
         }
 
     def home(self, name: str) -> int | None:
@@ -121,15 +118,22 @@ class Partition:
         return stage == self._last
 
     def value(self, what: Crossing) -> Value:
-        """Return shape and dtype of what crosses a boundary in training."""
-        return self._value(what, True)
+        """Return shape and dtype of what crosses a boundary."""
+        if not isinstance(what, str):
+            return what
+        parameter = _parameter(self.graph.module, what)
+        return Value(what, tuple(parameter.shape), parameter.dtype, parameter.requires_grad, what)
 
     def evaluated(self, arguments: Arguments) -> dict[Edge, tuple[Value, ...]]:
         """Return what is sent over every edge in an evaluation of other arguments, without computing it."""
         graph = self.graph
         with modes_restored(graph.module):
             found = graph.shapes[False](arguments.args, arguments.kwargs)
-        shapes = {value.name: value.shape for of_call in found for value in of_call}
+        shapes = {
+            self._name_of(value, False): new.shape
+            for call, values in zip(graph.evaluation.calls, found, strict=True)
+            for value, new in zip(call.values, values, strict=True)
+        }
         return {
             edge: tuple(replace(value, shape=shapes.get(value.name, value.shape)) for value in values)
             for edge, values in self.edges.items()
@@ -195,9 +199,50 @@ class Partition:
             stages.append(stage)
         return stages
 
-    def _find_crossing(self, recording: Recording, stage_of: Sequence[int]) -> dict[Edge, list[Crossing]]:
-        """Return what crosses every edge, in the order of the message: weights first."""
-        crossing: dict[Edge, set[Crossing]] = defaultdict(set)
+    def _find_all_crossing(self) -> dict[Edge, list[Crossing]]:
+        """Return what crosses every edge, in the order of the message: weights first, then what training needs."""
+        found = {mode: self._find_crossing(mode) for mode in (True, False)}
+        training = (
+            self.graph.training.value(each) for keys in found[True].values() for each in keys if type(each) is tuple
+        )
+        self._in_training = {value.name: value for value in training}
+        crossing: dict[Edge, list[Crossing]] = defaultdict(list)
+        for mode, of_mode in found.items():
+            for edge, keys in of_mode.items():
+                crossing[edge] += [self._slot(each, mode) for each in keys]
+        # Every stage has an edge from an earlier stage and an edge to a later one, even if no tensor crosses it:
+        # schedules order the stages by their messages.
+        for stage in range(1, self._last + 1):
+            if not any(edge.target == stage for edge in crossing):
+                crossing[Edge(stage - 1, stage)] = []
+        for stage in range(self._last):
+            if not any(edge.source == stage for edge in crossing):
+                crossing[Edge(stage, stage + 1)] = []
+        return {edge: _in_order(each) for edge, each in crossing.items()}
+
+    def _slot(self, what: Key | str, training: bool) -> Crossing:
+        """Return under which name, and with which shape and dtype, something travels."""
+        if isinstance(what, str):
+            return what
+        value = self._recording(training).value(what)
+        name = self._name_of(value, training)
+        return self._in_training.get(name) or replace(value, name=name, needs_gradient=False)
+
+    def _name_of(self, value: Value, training: bool) -> str:
+        """Return the name under which a tensor of one mode's recording travels, if it does.
+
+        What training passes on as well travels in the same place.
+        """
+        if training:
+            return value.name
+        same = self._in_training.get(value.name)
+        fits = same is not None and same.dtype == value.dtype and _is_within(value.shape, same.shape)
+        return value.name if fits else f"{value.name} in evaluation"
+
+    def _find_crossing(self, training: bool) -> dict[Edge, list[Key | str]]:
+        """Return what crosses every edge in one mode, weights first."""
+        recording, stage_of = self._recording(training), self._stage_of[training]
+        crossing: dict[Edge, set[Key | str]] = defaultdict(set)
         for call in recording.calls:
             stage = stage_of[call.number]
             for key in call.sources:
@@ -214,51 +259,9 @@ class Partition:
             home = self._home.get(self._first_names[name], self._last)
             if home != self._last:
                 crossing[Edge(home, self._last)].add(self._first_names[name])
-        # Every stage has an edge from an earlier stage and an edge to a later one, even if no tensor crosses it:
-        # schedules order the stages by their messages.
-        for stage in range(1, self._last + 1):
-            if not any(edge.target == stage for edge in crossing):
-                crossing[Edge(stage - 1, stage)] = set()
-        for stage in range(self._last):
-            if not any(edge.source == stage for edge in crossing):
-                crossing[Edge(stage, stage + 1)] = set()
-        return {edge: _in_order(found) for edge, found in crossing.items()}
-
-    def _check_evaluation(self) -> None:
-        """Refuse a model that passes more between its stages in evaluation than in training."""
-        if self._stage_of[False] is self._stage_of[True]:
-            return
-        for edge, found in self._crossing[False].items():
-            if edge.source > edge.target:
-                raise self._evaluation_error(found[0], edge)
-            for each in found:
-                if isinstance(each, str):
-                    continue
-                if self._in_training(edge, each) is None:
-                    raise self._evaluation_error(each, edge)
-
-    def _in_training(self, edge: Edge, what: Crossing) -> Crossing | None:
-        """Return what crosses `edge` in training in place of what crosses it in evaluation."""
-        if isinstance(what, str):
-            return what if what in self._crossing[True].get(edge, ()) else None
-        name = self.graph.evaluation.value(what).name
-        for each in self._crossing[True].get(edge, ()):
-            if not isinstance(each, str) and self.graph.training.value(each).name == name:
-                return each
-        return None
-
-    def _evaluation_error(self, what: Crossing, edge: Edge) -> PipedreamError:
-        name = what if isinstance(what, str) else self.graph.evaluation.value(what).name
-        return PipedreamError(
-            f"in evaluation mode the model needs '{name}' of stage {edge.source} in stage {edge.target}, but not in "
-            "training: keep the module that differs whole with TrainConfig(leaf_modules=[its class]), or cut elsewhere"
-        )
-
-    def _value(self, what: Crossing, training: bool) -> Value:
-        if not isinstance(what, str):
-            return self._recording(training).value(what)
-        parameter = _parameter(self.graph.module, what)
-        return Value(what, tuple(parameter.shape), parameter.dtype, parameter.requires_grad, what)
+        return {
+            edge: sorted(found, key=lambda each: (not isinstance(each, str), each)) for edge, found in crossing.items()
+        }
 
 
 def _same_call(one: Call, other: Call) -> bool:
@@ -270,9 +273,14 @@ def _same_call(one: Call, other: Call) -> bool:
     )
 
 
-def _in_order(found: set[Crossing]) -> list[Crossing]:
-    names = sorted(each for each in found if isinstance(each, str))
-    return [*names, *sorted(each for each in found if not isinstance(each, str))]
+def _in_order(found: Iterable[Crossing]) -> list[Crossing]:
+    """Return each once, weights first."""
+    once = {each if isinstance(each, str) else each.name: each for each in found}
+    return sorted(once.values(), key=lambda each: not isinstance(each, str))
+
+
+def _is_within(shape: Sequence[int], other: Sequence[int]) -> bool:
+    return len(shape) == len(other) and all(own <= most for own, most in zip(shape, other, strict=True))
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:

@@ -6,14 +6,14 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy
 import torch
 from torch import nn
 
-from pipedream_hpc.model.calls import call_unwatched, unwatched
+from pipedream_hpc.model.calls import call_unwatched, is_watching, unwatched, watched
 from pipedream_hpc.model.graph import Notes
 
 
@@ -76,6 +76,19 @@ class _Seeding(AbstractContextManager[None]):
         _reseed, _calls = self._before
 
 
+def seeding_from_here() -> Callable[[], AbstractContextManager[None]]:
+    """Return what makes a context, at any time later, in which draws are seeded as they are from here on."""
+    reseed, calls = _reseed, Counter(_calls)
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with seeding(reseed):
+            count_calls(calls)
+            yield
+
+    return again
+
+
 def count_calls(calls: Mapping[str, int]) -> None:
     """Count calls of modules that another stage makes."""
     _calls.update(calls)
@@ -122,6 +135,22 @@ class DrawsOnly:
         returned, drew = run_drawing(self._n_draws, lambda: function(*args, **kwargs))
         self._n_draws += drew
         return returned
+
+    @contextmanager
+    def checkpointed(self, arguments: Any) -> Iterator[Callable[[Any], AbstractContextManager[None]]]:
+        """Let what runs again in backward draw what it drew (see checkpoints.Begin)."""
+        n_draws, watching, seeded = self._n_draws, is_watching(self), seeding_from_here()
+
+        @contextmanager
+        def again(arguments: Any) -> Iterator[None]:
+            before, self._n_draws = self._n_draws, n_draws
+            try:
+                with seeded(), watched(self) if watching else nullcontext():
+                    yield
+            finally:
+                self._n_draws = before
+
+        yield again
 
 
 def seed_modules(model: nn.Module, notes: Notes) -> Callable[[], None]:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from pipedream_hpc.model.calls import call_unwatched, watch_modules, watched
+from pipedream_hpc.model.checkpoints import checkpoints
 from pipedream_hpc.model.graph import (
     AVERAGES_TARGETS,
     Call,
@@ -148,6 +149,7 @@ class _Recorder:
         self._module_calls: Counter[str] = Counter()
         self._within: list[str] = []  # names of the modules whose code runs, also of those in modules kept whole
         self._in_call = False
+        self._checkpoint: int | None = None  # number of the checkpointed part that runs
         self._generators = _python_generators()
         self._entered: list[str] = []  # by the call that is being recorded
         self._live: list[Any] = []  # a storage's identity is unique only while the storage is live
@@ -159,7 +161,7 @@ class _Recorder:
         model = self._model
         undo = watch_modules(model.modules())
         try:
-            with self._without_values(), watched(self):
+            with self._without_values(), watched(self), checkpoints(self._checkpointed):
                 returned = model(*args, **kwargs)
         finally:
             undo()
@@ -269,6 +271,18 @@ class _Recorder:
         self._local.update((id(each), each) for each in tensors_of_value(returned))
         return returned
 
+    @contextmanager
+    def _checkpointed(self, arguments: Any) -> Iterator[None]:
+        """Note which calls run again together in backward; there is none after a recording."""
+        self.notes.checkpoints = True
+        before = self._checkpoint
+        if before is None:
+            self._checkpoint = len(self._calls)
+        try:
+            yield
+        finally:
+            self._checkpoint = before
+
     def _note_draw(self, function: Callable[..., Any]) -> None:
         """Note that the forward of an opened module draws random numbers by a function.
 
@@ -339,6 +353,7 @@ class _Recorder:
         call.number = number
         if call.function is not None:
             call.name = self._numbered(call.name)
+        call.checkpoint = self._checkpoint
         call.draws = call.function is not None and counter.draws
         if call.draws:
             self._note_draw(run)
@@ -360,7 +375,7 @@ class _Recorder:
             name = (name or type(call.module).__name__) + (f"@{count}" if count > 1 else "")
         call.values = tuple(
             Value(
-                name if len(values) == 1 else f"{name}#{index}",
+                f"{name}#{index}" if index else name,
                 tuple(value.shape),
                 value.dtype,
                 value.requires_grad,

@@ -17,9 +17,9 @@ the model's arguments alone. Modules in which no boundary lies run without being
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import _has_any_global_hook
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.calls import Applied, call_unwatched, unwatched, watched
+from pipedream_hpc.model.calls import Applied, call_unwatched, is_watching, unwatched, watched
 from pipedream_hpc.model.graph import Call, Key, Notes, Recording, Returned, Scope, Value
 from pipedream_hpc.model.randomness import count_calls, is_seeding, run_drawing, seed_draw
 from pipedream_hpc.model.record import function_name
@@ -240,6 +240,7 @@ class StageForward:
         self._placeholders: dict[Key, Placeholder] = {}
         self._position = 0
         self._trying = self._showing = False
+        self._n_checkpointed = 0  # checkpointed parts that run, one in another
         self._n_draws = 0
         self._n_received = len({number for step in steps for number in step.received.values()})
         self._received: Sequence[torch.Tensor] = ()
@@ -281,7 +282,7 @@ class StageForward:
         try:
             if self._end == 0 and not self._is_last:
                 return self._outputs, None
-            with watched(self, functions=self._functions, applied=self._applies):
+            with self._watched():
                 returned = self._model(*args, **kwargs)
         except _Left:
             pass
@@ -304,6 +305,53 @@ class StageForward:
         finally:
             self._functions, self._trying = functions, False
         return False
+
+    @contextmanager
+    def checkpointed(self, arguments: Any) -> Iterator[Callable[[Any], AbstractContextManager[None]]]:
+        """Make a part of the forward run again from here in backward (see checkpoints.Begin)."""
+        watching = is_watching(self)
+        marked = [_MARK in each.__dict__ for each in tensors_of_value(arguments)]
+        here = self._here()
+
+        @contextmanager
+        def again(arguments: Any) -> Iterator[None]:
+            for each, is_marked in zip(tensors_of_value(arguments), marked, strict=True):
+                if is_marked:
+                    setattr(each, _MARK, True)
+            now, outputs = self._here(), self._outputs
+            self._go(here)
+            self._outputs = [None] * self._n_outputs
+            self._n_checkpointed += 1
+            try:
+                with self._watched() if watching else nullcontext():
+                    yield
+            finally:
+                self._n_checkpointed -= 1
+                self._outputs = outputs
+                self._go(now)
+
+        self._n_checkpointed += 1
+        try:
+            yield again
+        finally:
+            self._n_checkpointed -= 1
+        if watching:
+            self._leave()
+
+    def _here(self) -> tuple[Any, ...]:
+        """Return where in the forward it is."""
+        return self._position, self._n_draws, self._received, dict(self._aliases), self._given, self._values
+
+    def _go(self, where: tuple[Any, ...]) -> None:
+        self._position, self._n_draws, self._received, self._aliases, self._given, self._values = where
+
+    def _watched(self) -> AbstractContextManager[None]:
+        return watched(self, functions=self._functions, applied=self._applies)
+
+    def _leave(self) -> None:
+        """Leave the forward after the last call of the stage; not from within what runs again in backward."""
+        if self._position >= self._end and not self._is_last and not self._n_checkpointed:
+            raise _Left
 
     # -- the watcher -------------------------------------------------------------------------------------------------
 
@@ -366,8 +414,7 @@ class StageForward:
                 if self.after is not None:
                     with unwatched():
                         self.after(step, outputs)
-        if self._position >= self._end and not self._is_last:
-            raise _Left
+        self._leave()
         return returned
 
     def _skip(self, step: Step, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -414,7 +461,7 @@ class StageForward:
             for number, hook in module._forward_hooks.items():
                 if is_seeding(hook):
                     continue
-                with contextlib.suppress(_ShownError):
+                with suppress(_ShownError):
                     if number in module._forward_hooks_with_kwargs:
                         hook(module, args, kwargs, returned)
                     else:

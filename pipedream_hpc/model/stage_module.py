@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,9 @@ from torch import nn
 
 from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.calls import watch_modules
+from pipedream_hpc.model.checkpoints import checkpoints
 from pipedream_hpc.model.graph import LayerGraph, modes_restored
+from pipedream_hpc.model.randomness import seeding_from_here
 from pipedream_hpc.model.recipe import TensorPlace, tensors_of
 from pipedream_hpc.model.rerun import INPUT, Placeholder, StageForward, Step, steps_of
 from pipedream_hpc.model.structure import map_tensors
@@ -71,7 +73,7 @@ class StageModule:
         self._partition, self._stage, self._whole = partition, stage, whole
         self._graph: LayerGraph = partition.graph
         self._model = self._graph.module
-        received = partition.received(stage, True)
+        received = partition.received(stage)
         self.is_last = partition.is_last(stage)
         self.stage_inputs = tuple((source, partition.value(each)) for source, each in received)
         self._sent = partition.sent(stage)
@@ -95,6 +97,7 @@ class StageModule:
         self.reads_inputs = self._needs_inputs()
         self.state = self._find_state()
         self.bound: list[Any] = [None]
+        self._checkpoints = self._graph.notes.checkpoints
         self._private: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def _needs_inputs(self) -> bool:
@@ -120,28 +123,49 @@ class StageModule:
         Returns:
             the stage outputs, where None is what this mode does not compute; and the model's output, in the last stage.
         """
-        before = []
-        for position, entries in self._borrowed:
-            for container, key in entries:
-                before.append((container, key, container[key]))
-                container[key] = received[position]
-        for real, own in self._private:
-            before += [(real, key, real[key]) for key in own]
-            real.update(own)
+        borrowed = [(*entry, received[position]) for position, entries in self._borrowed for entry in entries]
         args, kwargs = self._nothing if arguments is None else (arguments.args, arguments.kwargs)
         if self._graph.notes.writes_inputs and arguments is not None:
             args, kwargs = map_tensors(torch.clone, (args, kwargs))
-        try:
+        with self._holding(borrowed), checkpoints(self._checkpointed) if self._checkpoints else nullcontext():
             outputs, returned = self._running(args, kwargs, received)
+        for slot, name in self._sent_weights:
+            container, key = self.entries[name][0]
+            outputs[slot] = container[key]
+        return outputs, returned
+
+    @contextmanager
+    def _holding(self, weights: Sequence[tuple[Any, Any, Any]]) -> Iterator[None]:
+        """Let modules refer to these weights, given as (container, key, weight), and to the stage's own buffers."""
+        before = [(container, key, container[key]) for container, key, _ in weights]
+        for container, key, weight in weights:
+            container[key] = weight
+        for real, own in self._private:
+            before += [(real, key, real[key]) for key in own]
+            real.update(own)
+        try:
+            yield
         finally:
             for real, own in self._private:
                 own.update((key, real[key]) for key in own)
             for container, key, value in reversed(before):
                 container[key] = value
-        for slot, name in self._sent_weights:
-            container, key = self.entries[name][0]
-            outputs[slot] = container[key]
-        return outputs, returned
+
+    @contextmanager
+    def _checkpointed(self, arguments: Any) -> Iterator[Callable[[Any], AbstractContextManager[None]]]:
+        """Make a part of the forward run again, in backward, on the weights and with the draws of now."""
+        borrowed = [entries for _, entries in self._borrowed]
+        entries = [entry for each in (*self.entries.values(), *borrowed) for entry in each]
+        weights = [(container, key, container[key]) for container, key in entries]
+        seeded = seeding_from_here()
+        with self._running.checkpointed(arguments) as calls:
+
+            @contextmanager
+            def again(arguments: Any) -> Iterator[None]:
+                with self._holding(weights), seeded(), calls(arguments):
+                    yield
+
+            yield again
 
     def move_tensors(self, device: torch.device) -> None:
         """Move all tensors that the stage needs besides its weights to a device, on which it will compute."""
@@ -297,7 +321,7 @@ class StageModule:
         partition, graph = self._partition, self._graph
         recording = graph.training if training else graph.evaluation
         slots = partition.keys_of(self._sent, training)
-        received = partition.keys_of([each for _, each in partition.received(self._stage, True)], training)
+        received = partition.keys_of([each for _, each in partition.received(self._stage)], training)
         steps, opened = steps_of(
             recording,
             partition.stage_of(training),
@@ -379,11 +403,8 @@ class StageModule:
         """Return the positions of stage inputs that calls of the stage write into."""
         calls, stage_of = self._graph.training.calls, self._partition.stage_of(True)
         written = {memory for call in calls if stage_of[call.number] == self._stage for memory in call.writes}
-        return frozenset(
-            position
-            for position, (_, each) in enumerate(received)
-            if not isinstance(each, str) and calls[each[0]].memory & written
-        )
+        keys = self._partition.keys_of([each for _, each in received], True)
+        return frozenset(position for key, position in keys.items() if calls[key[0]].memory & written)
 
 
 def move_tensors(places: Iterable[TensorPlace], device: torch.device) -> None:

@@ -187,7 +187,9 @@ def _measure_memory(
         unsplit = [each for each in trained if id(each) not in used_once or uses[id(each)] > 1]
         memory.append(dataclasses.replace(kept, unsplit_bytes=sum(each.nbytes for each in unsplit)))
         values.update(
-            (value.name, output.detach()) for value, output in zip(stage.stage_outputs, returned, strict=True)
+            (value.name, output.detach())
+            for value, output in zip(stage.stage_outputs, returned, strict=True)
+            if output is not None
         )
     return memory
 

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
 
+from pipedream_hpc.model.checkpoints import NotKeptError, counting_what_is_kept
 from pipedream_hpc.planning.memory import MemoryParts
 from pipedream_hpc.planning.plan import Edge
 from pipedream_hpc.runtime.comm.channels import ChannelKey, EdgeTensors, StageChannels
@@ -100,7 +101,10 @@ def _saved_tensors(node: Any) -> list[torch.Tensor]:
     for name in dir(node):
         if name.startswith("_saved_") or name == "saved_tensors":
             try:
-                value = getattr(node, name)
+                with counting_what_is_kept():
+                    value = getattr(node, name)
+            except NotKeptError as error:
+                value = error.arguments
             except RuntimeError:
                 continue  # overwritten or freed since then: it is not kept any more
             found.extend(leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))

@@ -481,6 +481,7 @@ class Stage:
         """Check the version, recompute if the stage does, and return the roots of backward with their gradients."""
         microbatch = action.microbatch
         self._check_version(microbatch, action)
+        self._trained_microbatch = self._first_trained + microbatch  # the model's own forward may run again in backward
         if self.recomputes:
             self._recompute(microbatch, state)
         roots: list[torch.Tensor] = []

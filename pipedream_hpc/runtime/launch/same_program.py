@@ -17,6 +17,7 @@ import torch
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.calls import watch_modules, watched
+from pipedream_hpc.model.checkpoints import checkpoints
 from pipedream_hpc.model.graph import LayerGraph, memory_order
 from pipedream_hpc.model.partition import Partition
 from pipedream_hpc.model.precision import Precision
@@ -190,14 +191,19 @@ def _alone(graph: LayerGraph, arguments: Arguments, training: bool, reseed: _Res
     whole = {id(call.module) for call in recording.calls if call.module is not None}
     draws = graph.notes.drawing
     undo = watch_modules(graph.module.modules()) if draws else lambda: None
+    watcher = DrawsOnly(whole, draws)
     try:
-        with watched(DrawsOnly(whole, draws)) if draws else nullcontext(), seeding(reseed):
+        with (
+            watched(watcher) if draws else nullcontext(),
+            checkpoints(watcher.checkpointed) if graph.notes.checkpoints else nullcontext(),
+            seeding(reseed),
+        ):
             outputs = output_tensors(graph.module(*arguments.args, **arguments.kwargs))
+        roots, gradients = _seeds(outputs)
+        if training and roots:
+            torch.autograd.backward(roots, gradients)
     finally:
         undo()
-    roots, gradients = _seeds(outputs)
-    if training and roots:
-        torch.autograd.backward(roots, gradients)
     return outputs
 
 
