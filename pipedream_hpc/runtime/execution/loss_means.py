@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from pipedream_hpc.errors import PipedreamError
@@ -90,8 +91,8 @@ class LossMeans(TorchFunctionMode):
     def _note(
         self, _: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None, *more: Any, **options: Any
     ) -> None:
-        if target.is_floating_point():
-            return  # probabilities: a mean over samples
+        if target.is_floating_point() or isinstance(target, FakeTensor):
+            return  # probabilities, which are a mean over samples; or a forward that is recorded
         ignored = options.get("ignore_index", -100)
         kept = target[target != ignored]
         self._divisors.append(float(kept.numel()) if weight is None else float(weight[kept].sum()))
