@@ -161,8 +161,43 @@ class Checkpointed(Net):
         return self.c(h.tanh())
 
 
+class Reversible(torch.autograd.Function):
+    """Keeps nothing for the backward, but what two modules need to compute their inputs from their outputs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, f: nn.Module, g: nn.Module) -> torch.Tensor:
+        one, other = x.chunk(2, -1)
+        one = one + f(other)
+        ctx.modules, ctx.outputs = (f, g), (one.detach(), (other + g(one)).detach())
+        return torch.cat(ctx.outputs, -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (f, g), (one, other) = ctx.modules, ctx.outputs
+        to_one, to_other = gradient.chunk(2, -1)
+        with torch.enable_grad():
+            one.requires_grad_()
+            moved = g(one)
+            moved.backward(to_other)
+        other, to_one = other - moved.detach(), to_one + one.grad
+        with torch.enable_grad():
+            other.requires_grad_()
+            f(other).backward(to_one)
+        return torch.cat([to_one, to_other + other.grad], -1), None, None
+
+
+class ReversibleLayers(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = Reversible.apply(self.a(x), self.f[0], self.f[1])
+        return self.c(Reversible.apply(self.b(h), self.f[2], self.f[3]))
+
+
 @pytest.mark.parametrize("plan", [1, 2, 3])
-@pytest.mark.parametrize("build", [ReversedInAModule, ReversedInTheForward, Checkpointed])
+@pytest.mark.parametrize("build", [ReversedInAModule, ReversedInTheForward, Checkpointed, ReversibleLayers])
 def test_a_custom_backward_runs(build: Callable[[], nn.Module], plan: int) -> None:
     assert_trained_alike(build, plan)
 

@@ -86,8 +86,7 @@ class Applied:
         self.kind, self.__name__ = kind, kind.__name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with unwatched():
-            return _APPLY.__func__(self.kind, *args, **kwargs)
+        return _APPLY.__func__(self.kind, *args, **kwargs)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Applied) and other.kind is self.kind
@@ -168,6 +167,14 @@ class _Unwatched(AbstractContextManager[None]):
         if self._on_top:
             _push_mode(_MODE)  # type: ignore[no-untyped-call]
         _watcher = self._before
+
+
+def call_function(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Call a function; the calls in an autograd.Function are not reported."""
+    if not isinstance(function, Applied):
+        return function(*args, **kwargs)
+    with unwatched():
+        return function(*args, **kwargs)
 
 
 def _remove_mode() -> None:

@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch import nn
 
-from pipedream_hpc.model.calls import call_unwatched, is_watching, unwatched, watched
+from pipedream_hpc.model.calls import call_function, call_unwatched, is_watching, unwatched, watched
 from pipedream_hpc.model.graph import Notes
 
 
@@ -131,7 +131,7 @@ class DrawsOnly:
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if function not in self._drawing:
-            return function(*args, **kwargs)
+            return call_function(function, args, kwargs)
         returned, drew = run_drawing(self._n_draws, lambda: function(*args, **kwargs))
         self._n_draws += drew
         return returned

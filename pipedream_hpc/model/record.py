@@ -407,6 +407,9 @@ class _Recorder:
     def _parameters_of(self, call: Call, given: list[torch.Tensor]) -> tuple[str, ...]:
         direct = [self._parameters[id(each)] for each in given if id(each) in self._parameters]
         inner = [] if call.module is None else [name for name, _ in call.module.named_parameters(call.name)]
+        if call.function is not None:  # an autograd.Function may call modules
+            modules = [(name, self._model.get_submodule(name)) for name in call.entered]
+            inner += [each for name, module in modules for each, _ in module.named_parameters(name, recurse=False)]
         return tuple(dict.fromkeys([*inner, *direct]))
 
     def _numbered(self, name: str) -> str:

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import _has_any_global_hook
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.calls import Applied, call_unwatched, is_watching, unwatched, watched
+from pipedream_hpc.model.calls import Applied, call_function, call_unwatched, is_watching, unwatched, watched
 from pipedream_hpc.model.graph import Call, Key, Notes, Recording, Returned, Scope, Value
 from pipedream_hpc.model.randomness import count_calls, is_seeding, run_drawing, seed_draw
 from pipedream_hpc.model.record import function_name
@@ -380,7 +380,7 @@ class StageForward:
                 returned, drew = run_drawing(self._n_draws, lambda: function(*args, **kwargs))
                 self._n_draws += drew
                 return returned
-            return function(*args, **kwargs)
+            return call_function(function, args, kwargs)
         if self._showing:
             raise _ShownError
         step = self._steps[self._position] if self._position < len(self._steps) else None
@@ -393,7 +393,7 @@ class StageForward:
             return self._skip(step, args, kwargs)
         if self._aliases:
             args, kwargs = self._with_aliases((args, kwargs))
-        return self._made(step, function(*args, **kwargs), args, kwargs)
+        return self._made(step, call_function(function, args, kwargs), args, kwargs)
 
     # ----------------------------------------------------------------------------------------------------------------
 

@@ -21,9 +21,9 @@ import torch
 from torch import nn
 
 from pipedream_hpc.model.arguments import Arguments
-from pipedream_hpc.model.calls import watch_modules
+from pipedream_hpc.model.calls import Applied, watch_modules
 from pipedream_hpc.model.checkpoints import checkpoints
-from pipedream_hpc.model.graph import LayerGraph, modes_restored
+from pipedream_hpc.model.graph import Call, LayerGraph, modes_restored
 from pipedream_hpc.model.randomness import seeding_from_here
 from pipedream_hpc.model.recipe import TensorPlace, tensors_of
 from pipedream_hpc.model.rerun import INPUT, Placeholder, StageForward, Step, steps_of
@@ -66,6 +66,7 @@ class StageModule:
         is_last: whether it is the last stage, which returns the model's output.
         written_inputs: positions of stage inputs that the stage writes into in place.
         state: (container, key) of what forwards change, besides running statistics.
+        runs_modules_in_backward: whether an autograd.Function of the stage calls modules, as reversible layers do.
         bound: what the entries point at; replicas in one process have it in common (see WeightStash).
     """
 
@@ -96,6 +97,10 @@ class StageModule:
         )
         self.reads_inputs = self._needs_inputs()
         self.state = self._find_state()
+        self.runs_modules_in_backward = any(
+            step.own and isinstance(step.function, Applied) and isinstance(step.item, Call) and step.item.entered
+            for step in self._steps
+        )
         self.bound: list[Any] = [None]
         self._checkpoints = self._graph.notes.checkpoints
         self._private: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -352,10 +357,13 @@ class StageModule:
         own: dict[nn.Module, None] = {}
         elsewhere: set[int] = set()
         for step in self._steps:
-            if step.module is not None and step.own:
-                own.update(dict.fromkeys(step.module.modules()))
-            elif step.module is not None:
-                elsewhere.update(map(id, step.module.modules()))
+            called = [] if step.module is None else list(step.module.modules())
+            if step.function is not None and isinstance(step.item, Call):
+                called += map(self._model.get_submodule, step.item.entered)
+            if step.own:
+                own.update(dict.fromkeys(called))
+            else:
+                elsewhere.update(map(id, called))
         self._own, self._elsewhere = own, elsewhere
         return tuple(own)
 

@@ -482,6 +482,8 @@ class Stage:
         microbatch = action.microbatch
         self._check_version(microbatch, action)
         self._trained_microbatch = self._first_trained + microbatch  # the model's own forward may run again in backward
+        if self.stage_module.runs_modules_in_backward:
+            self.stash.bind(self._first_microbatch + microbatch)
         if self.recomputes:
             self._recompute(microbatch, state)
         roots: list[torch.Tensor] = []
