@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import chains
@@ -9,7 +10,7 @@ import pytest
 import ranks
 import torch
 import train_zoo
-from zoo import ZOO, seed_masks
+from zoo import ZOO, masks_seeded
 
 from pipedream_hpc.verification import reference
 from pipedream_hpc.verification.reference import ReferenceConfig
@@ -44,8 +45,9 @@ def one_thread() -> None:
 def reference_weights(training: dict[str, Any], stage_of: dict[str, int]) -> dict[str, torch.Tensor]:
     """Return the weights that the reference implementation computes."""
     case, schedule = ZOO[training["name"]], training.get("schedule", {})
+    model = case.model()
     return reference.train(
-        case.model(),
+        model,
         stage_of,
         [case.minibatches(count, training["last"]) for count in training["epochs"]],
         case.loss,
@@ -55,7 +57,7 @@ def reference_weights(training: dict[str, Any], stage_of: dict[str, int]) -> dic
             [int(count) for count in training["plan"].split("-")],
             schedule.get("n_microbatches", 1),
         ),
-        before_forward=seed_masks,
+        during=partial(masks_seeded, model),
     )
 
 

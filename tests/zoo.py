@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,13 +89,15 @@ ZOO = {
 }
 
 
-def seed_masks(model: nn.Module, microbatch: int) -> None:
+@contextmanager
+def masks_seeded(model: nn.Module, microbatch: int) -> Iterator[None]:
     """Make the dropout layers of a whole model draw the same masks as those of its stages for this microbatch."""
     for name, module in model.named_modules():
         number = getattr(module, "dropout", None)
         if isinstance(module, nn.modules.dropout._DropoutNd) or (isinstance(number, float) and number > 0):
             module._forward_pre_hooks.clear()
             module.register_forward_pre_hook(_seed_hook(name, microbatch))
+    yield
 
 
 def _seed_hook(name: str, microbatch: int) -> Callable[[nn.Module, Any], None]:

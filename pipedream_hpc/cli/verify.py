@@ -54,11 +54,13 @@ def run(
     from pipedream_hpc.verification.comparison import (
         compare,
         deterministic_algorithms,
+        draws_in_one_stage,
         first_minibatches,
         pipeline_events,
         reference_config_of,
         reference_events,
     )
+    from pipedream_hpc.verification.draws import merged, plan_problem, problems_of
 
     if not tolerance >= 0:
         raise PipedreamError(f"--tolerance should be 0 or more, not {tolerance:g}")
@@ -76,24 +78,33 @@ def run(
     config = reference_config_of(pipeline)
     data = first_minibatches(job, minibatches, epochs, pipeline.train_config.seed)
     with deterministic_algorithms():
-        events = pipeline_events(pipeline, data)
+        parts = [pipeline_events(pipeline, data)]
     if world.comm is not None and world.size > 1:
-        parts = world.comm.gather(events, root=0)
-        events = [event for part in parts or () for event in part]
+        parts = world.comm.gather(parts[0], root=0) or []
+    events = [event for part, _ in parts for event in part]
     problem = None
     if model is not None:
-        with deterministic_algorithms():
-            expected = reference_events(pipeline, job, model, config, data)
-        verdict = compare(events, expected, pipeline.n_microbatches)
         console = terminal.console()
-        console.print(verdict_table(verdict))
-        if verdict.exact:
-            console.print("exact: every bit of the pipelined training is that of the reference")
+        draws, problems = merged(forwards for _, forwards in parts)
+        problems += problems_of(draws)
+        if any(draws.values()):
+            alone = draws_in_one_stage(pipeline, job, copy_model(model), data[0][:2])
+            problems += [each for each in [plan_problem(draws, alone)] if each]
+        if problems:
+            problem = f"random numbers are wrong: {problems[0]}"
         else:
-            console.print(f"first difference: {verdict.differences[0]}", highlight=False)
-        if not verdict.within(tolerance):
-            worst = next(each for each in verdict.differences if each.relative > tolerance)
-            problem = f"pipelined training differs from the reference: {worst}; the tolerance is {tolerance:g}"
+            console.print(f"random numbers: {sum(map(len, draws.values()))} draws, no two alike")
+            with deterministic_algorithms():
+                expected = reference_events(pipeline, job, model, config, data, draws)
+            verdict = compare(events, expected, pipeline.n_microbatches)
+            console.print(verdict_table(verdict))
+            if verdict.exact:
+                console.print("exact: every bit of the pipelined training is that of the reference")
+            else:
+                console.print(f"first difference: {verdict.differences[0]}", highlight=False)
+            if not verdict.within(tolerance):
+                worst = next(each for each in verdict.differences if each.relative > tolerance)
+                problem = f"pipelined training differs from the reference: {worst}; the tolerance is {tolerance:g}"
     pipeline.close()
     if problem is not None:
         raise PipedreamError(problem)

@@ -522,7 +522,7 @@ class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = function(*args, **(kwargs or {}))
-        draws = _draws(function, args, kwargs or {})
+        draws = draws_numbers(function, args, kwargs or {})
         self._recorder.note_operation(function, args, draws)
         self.draws |= draws
         count = flop_registry.get(function._overloadpacket)
@@ -547,6 +547,10 @@ def _unchanged(model: nn.Module, notes: Notes) -> Iterator[None]:
     state = ModuleState(model)
     python, numbers = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[], enabled=True):
+        # A path that depends on random numbers is recorded the same in every process.
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        numpy.random.seed(0)
         try:
             yield
         finally:
@@ -572,7 +576,7 @@ def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
     return name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv", "ipow", "ior", "iand", "ixor")
 
 
-def _draws(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def draws_numbers(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Return whether an operation draws random numbers. Attention without dropout has the tag, but does not."""
     names = _names_if_random(function)
     if names is None:

@@ -17,6 +17,7 @@ the model's arguments alone. Modules in which no boundary lies run without being
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -75,6 +76,7 @@ class Step:
 
     Attributes:
         item: what was recorded.
+        number: number of its first call in the recording.
         own: whether the stage makes the call.
         captures: (where, position, slot): outputs that are sent, by their slot among the stage's outputs.
         received: tensor of the graph -> number among the tensors that the stage receives.
@@ -95,6 +97,7 @@ class Step:
         "item",
         "module",
         "name",
+        "number",
         "own",
         "received",
         "replaces",
@@ -103,6 +106,7 @@ class Step:
 
     def __init__(self, item: Call | Scope, own: bool, slots: Mapping[Key, int], received: Mapping[Key, int]) -> None:
         self.item, self.own = item, own
+        self.number = item.number if isinstance(item, Call) else next(item.calls()).number
         self.name, self.module = item.name, item.module
         self.function = item.function if isinstance(item, Call) else None
         self.draws = isinstance(item, Call) and item.draws
@@ -239,7 +243,7 @@ class StageForward:
         self._end = len(steps) if is_last or not own else own[-1] + 1
         self._placeholders: dict[Key, Placeholder] = {}
         self._position = 0
-        self._trying = self._showing = False
+        self._trying = self._showing = self._making = False
         self._n_checkpointed = 0  # checkpointed parts that run, one in another
         self._n_draws = 0
         self._n_received = len({number for step in steps for number in step.received.values()})
@@ -272,7 +276,7 @@ class StageForward:
                 for *_, slot in steps[-1].captures:
                     outputs[slot] = value
                 return outputs, value if self._is_last else None
-        self._n_draws = 0
+        self._n_draws, self._making = 0, False
         self._position, self._received, self._outputs = 0, received, [None] * self._n_outputs
         self._aliases, self._given, self._values = {}, (args, kwargs), None
         if self._functions:
@@ -353,6 +357,18 @@ class StageForward:
         if self._position >= self._end and not self._is_last and not self._n_checkpointed:
             raise _Left
 
+    @property
+    def place(self) -> tuple[int, bool, str]:
+        """Where the forward is: number of the call that comes next or is being made, whether it is, and its name.
+
+        While calls are watched; otherwise a stage may run modules without counting them.
+        """
+        position = self._position - self._making
+        if position >= len(self._steps):
+            return sys.maxsize, False, ""
+        step = self._steps[position]
+        return step.number, self._making, step.name if self._making else ""
+
     # -- the watcher -------------------------------------------------------------------------------------------------
 
     def module(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -368,6 +384,7 @@ class StageForward:
             args, kwargs = self._with_aliases((args, kwargs))
         if step.done:
             return self._made(step, args[0], args, kwargs)
+        self._making = True
         with unwatched():
             returned = self.replacements.get(id(step), module._call_impl)(*args, **kwargs)
             for following in step.chain[1:] if step.chain and id(step) not in self.replacements else ():
@@ -393,12 +410,14 @@ class StageForward:
             return self._skip(step, args, kwargs)
         if self._aliases:
             args, kwargs = self._with_aliases((args, kwargs))
+        self._making = True
         return self._made(step, call_function(function, args, kwargs), args, kwargs)
 
     # ----------------------------------------------------------------------------------------------------------------
 
     def _made(self, step: Step, returned: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Keep what is sent of a call that was made, and mark its outputs."""
+        self._making = False
         if step.captures or self._functions or self.after is not None:
             tensors = [returned] if isinstance(returned, torch.Tensor) else tensors_of_value(returned)
             given = tensors_of_value((args, kwargs)) if step.replaces else []

@@ -219,6 +219,16 @@ class StageModule:
             for (held, key), value in zip(self.state, now, strict=True):
                 held[key] = value
 
+    @property
+    def place(self) -> tuple[int, bool, str]:
+        """Where the forward is that runs (see StageForward.place)."""
+        return self._running.place
+
+    def drawing_python(self) -> dict[str, nn.Module]:
+        """Return the modules of this stage whose own code draws random numbers of Python or NumPy, by name."""
+        drawing = self._graph.notes.python_random
+        return {name: module for name, module in self._model.named_modules() if module in self._own and name in drawing}
+
     def stateful_modules(self) -> list[str]:
         """Return the names of modules that run in this stage and keep state of their own from forward to forward."""
         notes = self._graph.notes
@@ -265,8 +275,8 @@ class StageModule:
                 return f"'{name}'"
         return f"a tensor of shape {tuple(leaf.shape)}"
 
-    def watch_calls(self, after: Callable[[Step, Sequence[torch.Tensor]], None]) -> None:
-        """Call `after` with every call of the stage and its outputs."""
+    def watch_calls(self, after: Callable[[Step, Sequence[torch.Tensor]], None] | None) -> None:
+        """Call `after` with every call of the stage and its outputs; None to end it."""
         for forward in self._forwards.values():
             forward.after = after
 

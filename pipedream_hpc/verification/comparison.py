@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,20 +19,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from pipedream_hpc.cluster.world import World
+from pipedream_hpc.config import ScheduleConfig
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Job
-from pipedream_hpc.model.capture import capture
-from pipedream_hpc.model.partition import Partition
-from pipedream_hpc.model.randomness import seed_for, seed_modules, seeding, set_seed
-from pipedream_hpc.runtime.execution.data import to_device
+from pipedream_hpc.model.arguments import bind_inputs
+from pipedream_hpc.model.graph import Modes
+from pipedream_hpc.model.randomness import seed_for, set_seed
+from pipedream_hpc.model.recipe import tensors_of
+from pipedream_hpc.model.stage_module import move_tensors
+from pipedream_hpc.model.structure import map_tensors
+from pipedream_hpc.runtime.execution.data import MicrobatchLoader, to_device
 from pipedream_hpc.runtime.execution.position import PassPosition
+from pipedream_hpc.runtime.launch.build import TrainSetup, microbatch_loader
+from pipedream_hpc.runtime.launch.start import start
 from pipedream_hpc.runtime.pipeline import Pipeline
 from pipedream_hpc.schedule import registry
 from pipedream_hpc.verification import reference
-from pipedream_hpc.verification.reference import Event, ReferenceConfig, Tensors
+from pipedream_hpc.verification.draws import DrawLog, Draws, Forwards, Replay, merged
+from pipedream_hpc.verification.reference import Event, ReferenceConfig
 
 Batches = list[tuple[Any, Any]]
 
@@ -107,9 +115,11 @@ def first_minibatches(job: Job, count: int, epochs: int, seed: int) -> list[Batc
     return epochs_of_batches
 
 
-def pipeline_events(pipeline: Pipeline, epochs: Sequence[Batches]) -> list[Event]:
-    """Train in the pipeline; return the events of this process's stages, of each stage's first replica."""
+def pipeline_events(pipeline: Pipeline, epochs: Sequence[Batches]) -> tuple[list[Event], Forwards]:
+    """Train in the pipeline; return the events of this process's stages, of each stage's first replica, and draws."""
     events: list[Event] = []
+    log = DrawLog()
+    end_log = log.watch(pipeline.stages)
     for epoch, batches in enumerate(epochs):
         for stage in pipeline.stages:
             if stage.replica == 0:
@@ -127,7 +137,8 @@ def pipeline_events(pipeline: Pipeline, epochs: Sequence[Batches]) -> list[Event
                     )
                     for microbatch, (loss, *_), _ in stage.loss_meter.read()
                 )
-    return events
+    end_log()
+    return events, log.forwards
 
 
 def _record(
@@ -144,45 +155,26 @@ def _record(
 
 
 def reference_events(
-    pipeline: Pipeline, job: Job, model: nn.Module, config: ReferenceConfig, epochs: Sequence[Batches]
+    pipeline: Pipeline, job: Job, model: nn.Module, config: ReferenceConfig, epochs: Sequence[Batches], draws: Draws
 ) -> list[Event]:
-    """Train `model`, which has the initial weights, in the reference; return the events."""
+    """Train `model`, which has the initial weights, in the reference; return the events.
+
+    The model runs by itself, without hooks of the runtime, and draws the random numbers `draws`.
+    """
     events: list[Event] = []
-    graph = capture(model, job.example_inputs, pipeline.train_config.leaf_modules)
-    whole = Partition(graph, [range(len(graph.layers))]).stage_module(0)
-    seed_modules(model, graph.notes)
-    current = 0
-
-    def reseed(name: str) -> None:
-        set_seed(seed_for(pipeline.train_config.seed, current, name))
-
-    class Whole(nn.Module):
-        """The model as one stage, so that functional_call finds its weights."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, inputs: Any) -> Any:
-            with seeding(reseed):
-                return whole.run(graph.inputs.like(inputs), [])[1]
-
-    def before_forward(_: nn.Module, microbatch: int) -> None:
-        nonlocal current
-        current = microbatch
-
-    def forward(_: nn.Module, weights: Tensors, inputs: Any) -> Any:
-        named = {f"model.{name}": value for name, value in weights.items()}
-        return functional_call(wrapped, named, (inputs,))
-
-    wrapped = Whole()
-    whole.train(True)
     device = pipeline.devices[pipeline.rank].torch
     if device.type != "cpu":
         # Dropout masks and rounding are those of the device.
         model.to(device)
-        whole.move_tensors(device)
+        move_tensors(tensors_of(model), device)
         epochs = [tree_map(lambda each: to_device(each, device), batches) for batches in epochs]
+    arguments, replay = bind_inputs(model, job.example_inputs), Replay(model, draws)
+    Modes.of(model).set(model, True)
+
+    def forward(model: nn.Module, inputs: Any) -> Any:
+        given = arguments.like(map_tensors(torch.clone, inputs))  # a forward may write into its arguments
+        return model(*given.args, **given.kwargs)
+
     reference.train(
         model,
         pipeline.stage_of_parameters(),
@@ -193,10 +185,33 @@ def reference_events(
         lr_scheduler=pipeline.train_config.lr_scheduler,
         precision=pipeline.precision or nullcontext,
         forward=forward,
-        before_forward=before_forward,
+        during=replay.microbatch,
         on_event=lambda event: events.append(_on_host(event)),
     )
     return events
+
+
+def draws_in_one_stage(pipeline: Pipeline, job: Job, model: nn.Module, minibatches: Batches) -> Draws:
+    """Return what `model`, which has the initial weights, draws where one stage in this process has all of it."""
+    n_microbatches = pipeline.n_microbatches
+    schedule = ScheduleConfig("gpipe", n_microbatches) if n_microbatches > 1 else ScheduleConfig("1f1b")
+    config = dataclasses.replace(
+        pipeline.train_config, recompute=False, check_model=False, gradient_accumulation_steps=1
+    )
+    setup = TrainSetup(copy.deepcopy(job.loss_fn), job.optimizer, config)
+    run = start(model, job.example_inputs, 1, (), schedule, setup, pipeline.run_config, World(0, 1, 0, 1, ""))
+    log, count = DrawLog(), len(minibatches)
+    log.watch(run.stages)
+
+    def data() -> MicrobatchLoader:
+        return microbatch_loader(run.deployment, run.stages, minibatches, run.setup, epoch=0, length=count)
+
+    position = PassPosition("epoch 0", n_microbatches)
+    for _ in run.passes.run(run.deployment.training(count), data, position, minibatches=count):
+        pass
+    run.wiring.close()
+    run.deployment.graph.close()
+    return merged([log.forwards])[0]
 
 
 def _on_host(event: Event) -> Event:

@@ -159,8 +159,8 @@ def train(
     *,
     lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    forward: Callable[[nn.Module, Tensors, Any], Any] = functional_call,
-    before_forward: Callable[[nn.Module, int], None] = lambda model, microbatch: None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    during: Callable[[int], AbstractContextManager[None]] = lambda microbatch: nullcontext(),
     on_event: Callable[[Event], None] = lambda event: None,
 ) -> Tensors:
     """Train and return the weights of the model after all epochs, by name.
@@ -177,8 +177,8 @@ def train(
         config: the way of training; 1F1B on single replicas by default.
         lr_scheduler: creates a learning-rate scheduler from an optimizer; stepped once per minibatch.
         precision: a context for forwards.
-        forward: runs (model, weights by name, inputs).
-        before_forward: called with the model and the number of the microbatch within the run.
+        forward: runs (model, inputs), where the model has the weights to use; by default inputs are its arguments.
+        during: makes the context of a microbatch, forward and backward, from its number within the run.
         on_event: called with every result, in the order of training.
     """
     n = max(stage_of.values()) + 1
@@ -195,6 +195,7 @@ def train(
     pools = any(config.round_size(s) > 1 for s in range(n))
     names = list(inspect.signature(model.forward).parameters)
     split = partial(_split, config.batch_dims, names)
+    training = _Training(model, loss_fn, precision, forward or _call, pools)
     first = 0  # number of the epoch's first microbatch within the run
     for epoch, batches in enumerate(epochs):
         begin = [len(of_stage) - 1 for of_stage in versions]
@@ -210,17 +211,12 @@ def train(
             for s in range(n):
                 used = versions[s][begin[s] + config.version(s, k)]
                 leaves.update({name: w.clone().requires_grad_() for name, w in used.items()})
-            before_forward(model, first + k)
-            with precision():
-                returned = loss_fn(forward(model, leaves, inputs), target)
-                total, count = returned if isinstance(returned, tuple) else (returned, None)
-                loss = total if count is None else total / max(count, 1)
-            on_event(Event("loss", n - 1, epoch, k, {"loss": loss.detach()}))
+            with during(first + k):
+                named = {f"model.{name}": leaf for name, leaf in leaves.items()}
+                loss, count = functional_call(training, named, (inputs, target, weight))
+            on_event(Event("loss", n - 1, epoch, k, {"loss": loss}))
             if count is not None:
                 counts[k] = float(count)
-                loss, weight = total if pools else loss, 1.0
-            if loss.requires_grad:
-                torch.autograd.backward(loss if weight == 1 else loss * weight)
             for s in range(n):
                 r, (turn, count) = k % config.replicas[s], config.turn(s, k, len(microbatches))
                 gradients = {name: leaf.grad for name, leaf in leaves.items() if stage_of[name] == s}
@@ -260,6 +256,45 @@ def train(
                         own_scheduler.step()
         first += len(microbatches)
     return {name: value for of_stage in versions for name, value in of_stage[-1].items()} | frozen
+
+
+class _Training(nn.Module):
+    """A model's forward, loss and backward, for which functional_call gives the model other weights.
+
+    A backward needs them, too, where the model has activation checkpointing of its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        precision: Callable[[], AbstractContextManager[Any]],
+        run: Callable[[nn.Module, Any], Any],
+        pools: bool,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._precision, self._run, self._pools = precision, run, pools
+        self._loss = [loss_fn]  # a loss may be a module, and is not ours
+
+    def forward(self, inputs: Any, target: Any, weight: float) -> tuple[torch.Tensor, Any]:
+        """Return the loss of a microbatch and its count, if it has one.
+
+        Its backward has left `weight` times the gradients of the loss; with a count those of the sum, if rounds have
+        several microbatches, and of the loss otherwise.
+        """
+        with self._precision():
+            returned = self._loss[0](self._run(self.model, inputs), target)
+            total, count = returned if isinstance(returned, tuple) else (returned, None)
+            loss = total if count is None else total / max(count, 1)
+        root = loss if count is None or not self._pools else total
+        if root.requires_grad:
+            torch.autograd.backward(root if weight == 1 or count is not None else root * weight)
+        return loss.detach(), count
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def _microbatches(

@@ -189,6 +189,8 @@ class Stage:
         self.loss_means = loss_means
         self.loss_meter, self.memory_probe = LossMeter(), MemoryProbe()
         self.watch: Watch | None = None
+        #: Makes the context of every forward from the microbatch's number among those trained. For verification.
+        self.around_forward: Callable[[int], AbstractContextManager[None]] | None = None
         self._seed, self._precision, self._split_backward = seed, precision, split_backward
         # By source stage: whether each stage input needs a gradient.
         self._needs_gradient: dict[int, list[bool]] = {}
@@ -446,7 +448,8 @@ class Stage:
         watched = self.loss_means if self._training and graph != self.recomputes else None
         if watched is not None and not watched.is_needed(microbatch):
             watched = None
-        with _grad_mode(graph), self._precision():
+        around = self.around_forward(self._trained_microbatch) if self.around_forward is not None else _NULL_CONTEXT
+        with _grad_mode(graph), self._precision(), around:
             with watched if watched and watched.in_forward else _NULL_CONTEXT, recording, seeding(self._reseed):
                 outputs, returned = self.stage_module.run(state.arguments, leaves)
             if not self.is_last:

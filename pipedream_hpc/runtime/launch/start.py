@@ -137,6 +137,7 @@ def start(
     schedule_config: ScheduleConfig,
     setup: TrainSetup,
     run_config: RunConfig,
+    world: World | None = None,
 ) -> Run:
     """Start a run. Collective.
 
@@ -148,13 +149,14 @@ def start(
         schedule_config: which schedule runs it.
         setup: how stages are trained; the device is chosen here.
         run_config: where it computes.
+        world: the ranks; all ranks of the job by default.
 
     Raises:
         PipedreamError: the plan does not fit the model or the ranks, or ranks do not run the same.
     """
     if setup.config.clip_grad_over == "model" and setup.config.clip_grad_norm is None:
         raise PipedreamError("clip_grad_over='model' clips nothing without a norm: give clip_grad_norm as well")
-    world, limit_s = join(), run_config.stall_limit_s
+    world, limit_s = world or join(), run_config.stall_limit_s
     own = choose(run_config.device, world)
     devices = check_devices(world, own, limit_s=limit_s)
     route = choose_route(world, own, limit_s=limit_s)
