@@ -203,3 +203,24 @@ def test_workers_of_a_loader_on_ranks() -> None:
     losses = [line for line in alone.output.splitlines() if line.startswith("losses")]
     assert len(losses) == 1
     assert losses[0] in finished.output
+
+
+@pytest.mark.parametrize(
+    ("what", "method", "said"),
+    [
+        ("dataset", "fit", "pipedream: the dataset of the DataLoader cannot be sent to its worker processes"),
+        (
+            "collate_fn",
+            "evaluate",
+            "pipedream: the collate_fn of the DataLoader cannot be sent to its worker processes",
+        ),
+        ("worker_init_fn", "fit", "pipedream: the worker_init_fn of the DataLoader cannot be sent to its worker"),
+        ("main", "fit", "exited unexpectedly; what it printed is above: a worker imports the program anew"),
+    ],
+)
+def test_workers_that_cannot_be_given_what_they_need(what: str, method: str, said: str) -> None:
+    """One sentence, at once, and no traceback of this process."""
+    finished = ranks.python(2, "unpicklable.py", what, method, timeout=120)
+    assert finished.status == 2, finished.output
+    assert said in finished.output
+    assert "dataloader.py" not in finished.output, "no traceback, and no advice of torch's"

@@ -12,12 +12,14 @@ import pytest
 import ranks
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 from pipedream_hpc.cli import app
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model import randomness
 from pipedream_hpc.runtime.execution import stage
+from pipedream_hpc.runtime.execution.memory_probe import kept_storages
 from pipedream_hpc.verification.draws import Draw, Replay, problems_of
 
 JOB = """
@@ -123,6 +125,22 @@ ALL = ("LayerDrop", "Checkpointed", "Attention", "Reentrant", "LayerDrop", "Bloc
 )
 def test_the_model_by_itself_draws_what_its_stages_draw(job: Path, plan: str) -> None:
     assert EXACT in output_of(job, plan, *ALL)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_between_modules_of_a_stage(job: Path, reentrant: bool) -> None:
+    """The forward of the model itself calls it; its modules are trained, and run once more per minibatch, not more."""
+    job.write_text(JOB.replace("block(x)", f"checkpoint(block, x, use_reentrant={reentrant})"))
+    assert EXACT in output_of(job, "--plan 3", "Attention", "Block", "Block", "Block")
+
+
+def test_measuring_memory_computes_nothing() -> None:
+    """Activations that checkpointing has left out are not kept, and not computed to be measured."""
+    layer, runs = nn.Linear(4, 4), []
+    layer.register_forward_hook(lambda *_: runs.append(1))
+    x = torch.randn(3, 4, requires_grad=True)
+    kept = kept_storages([checkpoint(lambda x: layer(x).tanh(), x, use_reentrant=False).grad_fn])
+    assert (len(runs), kept) == (1, {})
 
 
 def test_on_ranks(job: Path) -> None:

@@ -10,11 +10,17 @@ loader allows drawing without reading::
 
 from __future__ import annotations
 
+import io
+import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+
+from pipedream_hpc.errors import PipedreamError
 
 #: Stands for a minibatch that is not needed here and was not read.
 SKIPPED = object()
@@ -26,12 +32,63 @@ def minibatches(loader: Iterable[Any], is_needed: Callable[[int], bool]) -> Iter
     Args:
         loader: the user's loader.
         is_needed: whether the minibatch with this number is needed here.
+
+    Raises:
+        PipedreamError: the loader's workers cannot be given its data set or functions, or one of them has ended.
     """
     if _reads_by_indices(loader):
         # As DataLoader does at the start of a pass, so that the user's own generator draws the same numbers after it.
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # type: ignore[attr-defined]
         return _by_indices(loader, is_needed)  # type: ignore[arg-type]
-    return iter(loader)
+    try:
+        with warnings.catch_warnings():
+            # torch's advice to fork is none for processes that use MPI.
+            warnings.filterwarnings("ignore", "Got pickle error")
+            iterator = iter(loader)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        problem = _not_carried(loader)
+        if problem is None:
+            raise
+        raise PipedreamError(problem) from error
+    return _from_workers(iterator) if _has_workers(loader) else iterator
+
+
+def _has_workers(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and loader.num_workers > 0
+
+
+def _from_workers(iterator: Iterator[Any]) -> Iterator[Any]:
+    """Yield what the worker processes of a DataLoader read.
+
+    Raises:
+        PipedreamError: one of them has ended.
+    """
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise PipedreamError(
+            f"{error}; what it printed is above: a worker imports the program anew, so let classes and functions that "
+            "it needs be defined when the program is imported, outside of its start under "
+            '`if __name__ == "__main__":`, or read without workers (num_workers=0)'
+        ) from error
+
+
+def _not_carried(loader: Any) -> str | None:
+    """Return in words what of a DataLoader cannot be sent to its workers; None if everything can."""
+    if not _has_workers(loader):
+        return None
+    for name in ("dataset", "collate_fn", "worker_init_fn"):
+        try:
+            ForkingPickler(io.BytesIO()).dump(getattr(loader, name))
+        except Exception as error:
+            return (
+                f"the {name} of the DataLoader cannot be sent to its worker processes, which are not forked from this "
+                f"one: {error}: define its classes and functions at the top level of a module, or read without workers "
+                "(num_workers=0)"
+            )
+    return None
 
 
 def use_forkserver(loader: Any) -> None:
@@ -39,7 +96,7 @@ def use_forkserver(loader: Any) -> None:
 
     A fork of a process that uses MPI and threads may hang, or inherit MPI's connections.
     """
-    if isinstance(loader, DataLoader) and loader.num_workers > 0 and loader.multiprocessing_context is None:
+    if _has_workers(loader) and loader.multiprocessing_context is None:
         loader.multiprocessing_context = "forkserver"
 
 
