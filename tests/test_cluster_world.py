@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import ranks
 
 from pipedream_hpc.cluster import threads
-from pipedream_hpc.cluster.world import World, check_size, check_threads, launched
+from pipedream_hpc.cluster.world import World, check_size, check_threads, launched, refuse_torch_launchers
 from pipedream_hpc.errors import PipedreamError
 
 CORES = len(os.sched_getaffinity(0))
@@ -25,6 +26,9 @@ STEP = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
         ({"PMI_RANK": "3"}, True),
         ({"PMIX_RANK": "0"}, True),
         ({"PALS_RANKID": "0"}, True),
+        ({"ALPS_APP_PE": "0"}, True),
+        ({"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2"}, True),
+        ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "1"}, False),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, True),
         ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, False),
         # The shell of a batch script or of salloc.
@@ -50,6 +54,8 @@ def test_whether_a_launcher_started_this_process(environment: dict[str, str], ex
         ),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "use the mpirun that belongs to Open MPI v5"),
         ({"PMI_SIZE": "4", "PMI_RANK": "0"}, "use the mpirun that belongs to Open MPI v5"),
+        ({"ALPS_APP_PE": "3"}, "use the mpirun that belongs to Open MPI v5"),
+        ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "4"}, "use the mpirun that belongs to Open MPI v5"),
     ],
 )
 def test_tasks_that_mpi_does_not_connect_are_refused(environment: dict[str, str], remedy: str) -> None:
@@ -138,3 +144,46 @@ def test_ranks_are_oversubscribed_when_they_need_more_cores_than_the_node_has(mo
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert not threads.oversubscribed(8)  # an even share each
     assert threads.oversubscribed(9)
+
+
+STARTED_BY_TORCH = """
+import sys, torch
+from pipedream_hpc.cluster.world import join
+from pipedream_hpc.errors import PipedreamError
+
+def main(number=0):
+    try:
+        print("alone, rank", join().rank, flush=True)
+    except PipedreamError as error:
+        print("refused:", error, flush=True)
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        torch.multiprocessing.spawn(main, nprocs=2)
+    else:
+        main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "words", "said"),
+    [
+        (["-m", "torch.distributed.run", "--nproc-per-node", "2"], [], "torchrun (or a launcher like it) started"),
+        ([], ["spawn"], "torch.multiprocessing.spawn started"),
+    ],
+)
+def test_launchers_of_torch_are_refused(launcher: list[str], words: list[str], said: str, tmp_path: Path) -> None:
+    """In each process, in one sentence; and a process is alone where torchrun has started one."""
+    program = tmp_path / "program.py"
+    program.write_text(STARTED_BY_TORCH)
+    finished = ranks.without_launcher(sys.executable, *launcher, program, *words)
+    assert finished.output.count(f"refused: {said} this process, and each process would train the whole") == 2
+    assert "`mpirun -n " in finished.output
+    assert "alone" not in finished.output.replace("model alone", "")
+
+
+def test_torchrun_with_one_process_is_a_process_alone() -> None:
+    refuse_torch_launchers({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"})
+    refuse_torch_launchers({"WORLD_SIZE": "4"})
+    with pytest.raises(PipedreamError, match="`mpirun -n 4 python PROGRAM`"):
+        refuse_torch_launchers({"WORLD_SIZE": "4", "RANK": "3"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import time
@@ -16,9 +17,9 @@ from pipedream_hpc.errors import PipedreamError
 #: Variables that launchers set in every process they start: Open MPI and PRRTE, MPICH's and Intel's Hydra,
 #: Cray's PALS, and all that use PMIx (such as `srun --mpi=pmix`). Slurm's own variables are ambiguous, see
 #: `launched`.
-_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "MPI_LOCALRANKID")
+_RANK = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PALS_RANKID", "PMIX_RANK", "MPI_LOCALRANKID", "ALPS_APP_PE")
 #: Variables with the number of processes, most reliable first.
-_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_NRANKS")
+_SIZE = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PALS_NRANKS", "FLUX_JOB_SIZE")
 #: Variables with the local rank, most reliable first. Slurm's is near the end: Hydra starts one helper per node with
 #: srun, and all ranks inherit the helper's variable.
 _LOCAL_RANK = (
@@ -81,10 +82,11 @@ def join() -> World:
 
     Raises:
         PipedreamError: a launcher started this process but there is no MPI; or the launcher started
-            several processes and MPI sees only one, so that each would train alone; or MPI cannot be called
-            from several threads.
+            several processes and MPI sees only one, so that each would train alone; or a launcher of torch's started
+            it; or MPI cannot be called from several threads.
     """
     if not launched(os.environ):
+        refuse_torch_launchers(os.environ)
         return World(0, 1, 0, 1, socket.gethostname())
     try:
         from mpi4py import MPI
@@ -127,7 +129,27 @@ def launched(environment: Mapping[str, str]) -> bool:
     if any(name in environment for name in _RANK):
         return True
     # A single task under `srun -n 1` does not need MPI.
-    return (_step_tasks(environment) or 1) > 1
+    return (_step_tasks(environment) or 1) > 1 or (_first_number(environment, ("FLUX_JOB_SIZE",)) or 1) > 1
+
+
+def refuse_torch_launchers(environment: Mapping[str, str]) -> None:
+    """Refuse processes that torch started for torch.distributed: each of them would train the whole model alone.
+
+    Raises:
+        PipedreamError: torchrun, or a launcher with its variables, started several; or torch.multiprocessing.spawn did.
+    """
+    count = _first_number(environment, ("WORLD_SIZE",)) or 1
+    starter, ranks = (
+        ("torchrun (or a launcher like it)", str(count)) if count > 1 and "RANK" in environment else ("", "")
+    )
+    target = getattr(multiprocessing.current_process(), "_target", None)
+    if not starter and getattr(target, "__module__", "") == "torch.multiprocessing.spawn":
+        starter, ranks = "torch.multiprocessing.spawn", "N"
+    if starter:
+        raise PipedreamError(
+            f"{starter} started this process, and each process would train the whole model alone: start the program by "
+            f"`mpirun -n {ranks} python PROGRAM`, or by itself, where one process runs all stages"
+        )
 
 
 def check_size(environment: Mapping[str, str], size: int, library: str) -> None:
@@ -138,6 +160,8 @@ def check_size(environment: Mapping[str, str], size: int, library: str) -> None:
     """
     step_tasks = _step_tasks(environment)
     expected = _first_number(environment, _SIZE) or step_tasks or _first_number(environment, ("MPI_LOCALNRANKS",))
+    if expected is None:
+        expected = (_first_number(environment, _RANK) or 0) + 1  # at least: ALPS does not tell how many it started
     if size != 1 or expected is None or expected == 1:
         return
     # In a batch job mpirun starts one helper per node with srun; its ranks are not srun's tasks.

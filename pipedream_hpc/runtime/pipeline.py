@@ -252,6 +252,7 @@ class Pipeline:
         if not isinstance(epochs, int) or epochs < 1:
             raise PipedreamError(f"epochs should be an integer of at least 1, not {epochs!r}")
         loss = float("nan")
+        self._check_lr_schedulers(_length(loader, steps) * epochs)
         for _ in range(epochs):
             total = _length(loader, steps)
             running = self._training_pass(loader, total, publish=on_step is not None)
@@ -443,7 +444,12 @@ class Pipeline:
 
     # ----------------------------------------------------------------------------------------------------------------
 
+    def _check_lr_schedulers(self, minibatches: int) -> None:
+        for stage in self.stages:
+            stage.optimizer.check_steps(minibatches)
+
     def _training_pass(self, loader: Any, total: int, *, publish: bool) -> Generator[Ran, None, list[float]]:
+        self._check_lr_schedulers(total)
         if not self._peak.begun:
             tensors = self._run.deployment.edge_tensors
             stages = [(stage.state, stage.channels) for stage in self.stages]

@@ -64,7 +64,16 @@ def measure_orders(graph: LayerGraph, arguments: Arguments, precision: Precision
         orders.append([])
         with preserve_state(graph.module), torch.no_grad(), (precision or nullcontext)():
             whole.train(training)
-            whole.run(arguments, [])
+            try:
+                whole.run(arguments, [])
+            except PipedreamError:
+                raise
+            except Exception as error:
+                mode = "training" if training else "evaluation"
+                raise RuntimeError(
+                    f"rank 0, before training: the forward of the model failed on example_inputs in {mode} mode: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
     return orders
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 from pipedream_hpc.config import LRSchedulerFactory
 from pipedream_hpc.errors import PipedreamError
@@ -121,6 +121,20 @@ class StageOptimizer:
         """Set the squared norm over all stages for the next step, and whether a gradient overflowed in any stage."""
         self._model_norm = (squared_norm, overflow)
 
+    def check_steps(self, minibatches: int) -> None:
+        """Refuse a learning-rate scheduler that ends before so many further minibatches are trained.
+
+        Raises:
+            PipedreamError: it does.
+        """
+        left = steps_left(self.lr_scheduler)
+        if minibatches > left:
+            raise PipedreamError(
+                f"the learning rates of {type(self.lr_scheduler).__name__} end after {left:g} more minibatches, but "
+                f"{minibatches} are to be trained: create it for the minibatches of all epochs, such as "
+                "total_steps=epochs * len(loader)"
+            )
+
     def apply(self, stash: WeightStash, gradients: list[torch.Tensor | None], n_microbatches: int) -> int:
         """Write the next weight version and return its number.
 
@@ -176,4 +190,25 @@ def _advance(lr_scheduler: LRScheduler) -> None:
     with warnings.catch_warnings():
         # The stash may take the step itself; torch looks for a call of optimizer.step.
         warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-        lr_scheduler.step()
+        try:
+            lr_scheduler.step()
+        except ValueError as error:
+            raise PipedreamError(
+                f"{type(lr_scheduler).__name__} takes no step after {lr_scheduler.last_epoch - 1}: {error}: create "
+                "lr_scheduler for as many steps as there are minibatches in all epochs"
+            ) from error
+
+
+def steps_left(lr_scheduler: object) -> float:
+    """Return the steps that a learning-rate scheduler still takes; infinite if none of torch's has an end in it."""
+    if isinstance(lr_scheduler, OneCycleLR):
+        return int(lr_scheduler.total_steps - lr_scheduler.last_epoch)
+    if isinstance(lr_scheduler, ChainedScheduler):
+        return min(map(steps_left, lr_scheduler._schedulers))
+    if isinstance(lr_scheduler, SequentialLR):
+        begins = [0, *lr_scheduler._milestones]
+        for each, begin, end in zip(lr_scheduler._schedulers, begins, [*begins[1:], math.inf], strict=True):
+            last = begin + each.total_steps if isinstance(each, OneCycleLR) else math.inf
+            if last < end - 1:
+                return last - lr_scheduler.last_epoch
+    return math.inf
