@@ -12,14 +12,12 @@ import pytest
 import ranks
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 from pipedream_hpc.cli import app
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model import randomness
+from pipedream_hpc.model import randomness, stage_module
 from pipedream_hpc.runtime.execution import stage
-from pipedream_hpc.runtime.execution.memory_probe import kept_storages
 from pipedream_hpc.verification.draws import Draw, Replay, problems_of
 
 JOB = """
@@ -134,15 +132,6 @@ def test_checkpointing_between_modules_of_a_stage(job: Path, reentrant: bool) ->
     assert EXACT in output_of(job, "--plan 3", "Attention", "Block", "Block", "Block")
 
 
-def test_measuring_memory_computes_nothing() -> None:
-    """Activations that checkpointing has left out are not kept, and not computed to be measured."""
-    layer, runs = nn.Linear(4, 4), []
-    layer.register_forward_hook(lambda *_: runs.append(1))
-    x = torch.randn(3, 4, requires_grad=True)
-    kept = kept_storages([checkpoint(lambda x: layer(x).tanh(), x, use_reentrant=False).grad_fn])
-    assert (len(runs), kept) == (1, {})
-
-
 def test_on_ranks(job: Path) -> None:
     finished = ranks.pipedream(2, *words_of(job, "--plan 2", *ALL))
     assert finished.status == 0, finished.output
@@ -217,8 +206,10 @@ def test_a_mask_that_depends_on_the_stage(job: Path, monkeypatch: pytest.MonkeyP
 
 def test_backwards_that_draw_other_masks_than_their_forwards(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the seeds of a forward were not set again in the model's own activation checkpointing."""
-    monkeypatch.setattr(stage, "seeding_again", lambda seeds: randomness.seeding(None))
+    monkeypatch.setattr(stage_module, "seeding_from_here", lambda: lambda: randomness.seeding(None))
     with pytest.raises(PipedreamError, match="pipelined training differs from the reference: the gradient of"):
+        output_of(job, "--plan 2 --no-check-model", "Checkpointed", "Checkpointed")
+    with pytest.raises(PipedreamError, match="the stages do not compute what the model computes by itself"):
         output_of(job, "--plan 2", "Checkpointed", "Checkpointed")
 
 
