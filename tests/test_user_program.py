@@ -25,6 +25,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from pipedream_hpc import PipedreamError, Pipeline, ScheduleConfig, TrainConfig
+from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.partition import Partition
 from pipedream_hpc.runtime.launch.same_program import check_same_program
@@ -268,6 +269,36 @@ def test_no_boundary_lies_in_what_is_checkpointed() -> None:
     assert any({"norm", "relu", "dropout"} <= each for each in layers)
 
 
+# -- functions whose outputs depend on values --------------------------------------------------------------------------
+
+
+class Selects(nn.Module):
+    """Puts out as many rows as its mask has, and a loss that only values have: the layers can be cut all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
+        rows = None
+        for layer in self.layers:
+            x = layer(x).tanh() if rows is None else layer(x).tanh() / rows.shape[0]
+            rows = x[mask] if rows is None else rows + x[: rows.shape[0]]
+        lengths = torch.full((len(x),), 4)
+        frames = x.view(1, -1, 6).log_softmax(-1).expand(4, -1, 6)
+        return rows.sum() + nn.functional.ctc_loss(frames, torch.ones(len(x), 1).long(), lengths, lengths // 4)
+
+
+def test_functions_of_values_leave_the_layers_to_be_cut() -> None:
+    draw = torch.Generator().manual_seed(5)
+    batches = [((x, torch.rand(8, generator=draw) > 0.4), target) for x, target in minibatches()]
+    batches[0][0][1].fill_(True)  # the largest comes first, as example_inputs
+    assert len({int(mask.sum()) for (_, mask), _ in batches}) > 2
+    for plan in (2, 4):
+        assert_trained_alike(Selects, plan, batches, lambda output, _: output)
+
+
 # -- more in evaluation than in training -------------------------------------------------------------------------------
 
 
@@ -441,6 +472,47 @@ def test_hooks_and_patches_are_the_users_own(build: Callable[[], nn.Module], pla
 
 
 # -- h: modules used twice ---------------------------------------------------------------------------------------------
+
+
+class Watched(Net):
+    """Hooks in blocks keep what they put out, for a penalty; they are there once the model has run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Inner() for _ in range(3)])
+        self.kept: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor) -> Any:
+        if not self.blocks[0].layer._forward_hooks:
+            for block in self.blocks:
+                block.layer.register_forward_hook(lambda module, inputs, output: self.kept.append(output))
+        self.kept.clear()
+        h = self.a(x)
+        for block in self.blocks:
+            h = block(h)
+        return self.c(h + self.kept[0]), list(self.kept)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.other(self.layer(h).tanh()) + h  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3, 4])
+def test_hooks_in_blocks_of_other_stages_keep_what_they_kept(plan: int) -> None:
+    def penalized(output: Any, target: torch.Tensor) -> torch.Tensor:
+        return LOSS(output[0], target) + sum(each.square().mean() for each in output[1])
+
+    batches = minibatches()
+    pipeline = pipeline_of(Watched(), plan, batches, penalized)
+    pipeline.fit(batches)
+    found = pipeline.state_dict()
+    for name, expected in plain(Watched(), batches, penalized).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-7)
 
 
 class Siamese(nn.Module):
@@ -1081,6 +1153,25 @@ def test_the_check_passes_whichever_boundary_is_chosen(build: Callable[[], nn.Mo
     cuts = [[list(range(first)), list(range(first, count))] for first in range(1, count)]
     for stages in [*cuts, [[layer] for layer in range(count)]]:
         check_same_program(graph, Partition(graph, stages), len(stages), arguments, seed=0, precision=None)
+
+
+def test_the_check_lets_a_gradient_pass_that_is_zero_but_for_rounding() -> None:
+    """BatchNorm takes the mean away, so the bias before it has no gradient."""
+
+    class Skips(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(16)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            h = self.a(x)
+            return self.c(self.norm(h + self.b(h.tanh())) + 0 * h)
+
+    batches = minibatches(1, 512)
+    graph = capture(Skips(), batches[0][0])
+    for boundary in range(1, len(graph.layers)):
+        partition = Partition(graph, [range(boundary), range(boundary, len(graph.layers))])
+        check_same_program(graph, partition, 2, Arguments((batches[0][0],), {}), seed=0, precision=None)
 
 
 def test_the_check_finds_what_a_stage_does_differently() -> None:

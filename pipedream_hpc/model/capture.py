@@ -22,11 +22,11 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments, bind_inputs
 from pipedream_hpc.model.batch_dims import BatchDims
 from pipedream_hpc.model.calls import unwatched
-from pipedream_hpc.model.graph import LayerGraph, Modes, Notes, Recording, Value, modes_restored
+from pipedream_hpc.model.graph import Key, LayerGraph, Modes, Notes, Recording, Value, modes_restored
 from pipedream_hpc.model.layers import group_into_layers
 from pipedream_hpc.model.precision import Autocast, Precision
 from pipedream_hpc.model.recipe import ModelFactory, ModelRecipe, build_model
-from pipedream_hpc.model.record import CannotOpenError, NeedsValuesError, record
+from pipedream_hpc.model.record import CannotOpenError, NeedsValuesError, is_list, record
 
 #: Modules of torch.nn that are opened; all others of torch.nn are kept whole.
 _CONTAINERS = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
@@ -72,7 +72,7 @@ def capture(
     modes = Modes.of(model)
     closed: dict[str, str] = {}
     classes: set[type[nn.Module]] = set()
-    real = False
+    real, is_meta = False, any(parameter.is_meta for parameter in model.parameters())
 
     def keep_whole(module: nn.Module, name: str) -> bool:
         whole = name in closed or type(module) in classes
@@ -85,13 +85,17 @@ def capture(
                 evaluation, others = _record(model, keep_whole, modes, precision, bound, training=False, real=real)
                 break
             except CannotOpenError as error:
+                whole = model.get_submodule(error.name)
+                if error.needs_values and not real and not is_meta and any(map(is_list, whole.modules())):
+                    real = True
+                    continue
                 closed[error.name] = error.reason
                 # Others of the same class are alike, and need not be tried one by one.
-                kind = type(model.get_submodule(error.name))
+                kind = type(whole)
                 if error.name and not kind.__module__.startswith("torch.nn"):
                     classes.add(kind)
             except NeedsValuesError as error:
-                if real or any(parameter.is_meta for parameter in model.parameters()):
+                if real or is_meta:
                     raise _not_accepted(error, bound.tensors(), model) from error
                 real = True
     notes.merge(others)
@@ -109,7 +113,7 @@ def capture(
         device=_device_of(precision),
         shapes={
             mode: _Shapes(
-                partial(_record, model, keep_whole, modes, precision, training=mode, real=real), bound, recording
+                partial(_record, model, keep_whole, modes, precision, training=mode), bound, recording, real=real
             )
             for mode, recording in ((True, training), (False, evaluation))
         },
@@ -127,6 +131,7 @@ def _record(
     *,
     training: bool,
     real: bool,
+    partial: bool = False,
 ) -> tuple[Recording, Notes]:
     modes.set(model, training)
     return record(
@@ -138,6 +143,7 @@ def _record(
         # In a run on a GPU, shapes are asked for with arguments that are there.
         device=next((each.device for each in bound.tensors() if each.is_cuda), _device_of(precision)),
         real=real,
+        partial=partial,
     )
 
 
@@ -147,27 +153,32 @@ def _device_of(precision: Precision | None) -> torch.device:
 
 
 class _Shapes:
-    """Returns the outputs of all calls for any arguments, without computing them; remembers them by the shapes.
+    """Tells the outputs of calls for any arguments; remembers what follows from the shapes of the arguments alone.
 
     Args:
         record: records the forward with some arguments.
         example: the arguments of the recording that was made.
         recording: that one.
+        real: whether it was made with values, on which shapes may depend.
     """
 
     def __init__(
-        self, record: Callable[[Arguments], tuple[Recording, Notes]], example: Arguments, recording: Recording
+        self, record: Callable[..., tuple[Recording, Notes]], example: Arguments, recording: Recording, *, real: bool
     ) -> None:
-        self._record = record
-        self._known = {_described(example.args, example.kwargs): _values(recording)}
+        self._record, self._real = record, real
+        self._known = {} if real else {_described(example.args, example.kwargs): _values(recording)}
 
-    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Sequence[Value]]:
-        key = _described(args, kwargs)
-        if key not in self._known:
-            with unwatched():
-                recording, _ = self._record(Arguments(tuple(args), dict(kwargs)))
-            self._known[key] = _values(recording)
-        return self._known[key]
+    def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any], key: Key) -> Value:
+        described = _described(args, kwargs)
+        arguments = Arguments(tuple(args), dict(kwargs))
+        with unwatched():
+            if described not in self._known:
+                recording, _ = self._record(arguments, real=False, partial=self._real)
+                self._known[described] = _values(recording)
+            values = self._known[described]
+            if key[0] >= len(values):
+                values = _values(self._record(arguments, real=True)[0])
+        return values[key[0]][key[1]]
 
 
 def _described(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -282,6 +282,7 @@ class Notes:
         writes_inputs: whether the model writes into its arguments.
         averages_targets: whether it computes means over targets, of which some may be ignored or weighted.
         checkpoints: whether parts of the forward run again in backward.
+        hooked: modules with forward hooks, which may keep their outputs.
     """
 
     random: set[str] = field(default_factory=set)
@@ -293,6 +294,7 @@ class Notes:
     writes_inputs: bool = False
     averages_targets: bool = False
     checkpoints: bool = False
+    hooked: set[str] = field(default_factory=set)
 
     def merge(self, other: Notes) -> None:
         """Add what another recording has seen."""
@@ -306,6 +308,7 @@ class Notes:
         self.writes_inputs |= other.writes_inputs
         self.averages_targets |= other.averages_targets
         self.checkpoints |= other.checkpoints
+        self.hooked |= other.hooked
 
     def stateful(self) -> set[str]:
         """Return the names of modules whose forward changes their state."""
@@ -327,7 +330,7 @@ class LayerGraph:
         modes: how the model is set to training and to evaluation.
         notes: what else the forward does.
         device: what the forward was recorded for.
-        shapes: by mode: returns the outputs of all calls for given arguments, without computing them.
+        shapes: by mode: returns an output of a call for given arguments, without computing it.
         closed: modules that cannot be cut, and why.
         recipe: creates the weights of a model that was given as a function; None for a built model.
         on_close: what takes hooks and watchers off the model's modules, once no stage runs any more.
@@ -343,7 +346,7 @@ class LayerGraph:
     modes: Modes
     notes: Notes
     device: torch.device
-    shapes: Mapping[bool, Callable[[Sequence[Any], Mapping[str, Any]], Sequence[Sequence[Value]]]]
+    shapes: Mapping[bool, Callable[[Sequence[Any], Mapping[str, Any], Key], Value]]
     closed: Mapping[str, str] = field(default_factory=dict)
     recipe: ModelRecipe | None = None
     on_close: list[Callable[[], None]] = field(default_factory=list)

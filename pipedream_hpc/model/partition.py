@@ -127,13 +127,17 @@ class Partition:
     def evaluated(self, arguments: Arguments) -> dict[Edge, tuple[Value, ...]]:
         """Return what is sent over every edge in an evaluation of other arguments, without computing it."""
         graph = self.graph
-        with modes_restored(graph.module):
-            found = graph.shapes[False](arguments.args, arguments.kwargs)
-        shapes = {
-            self._name_of(value, False): new.shape
-            for call, values in zip(graph.evaluation.calls, found, strict=True)
-            for value, new in zip(call.values, values, strict=True)
+        sent = {value.name for values in self.edges.values() for value in values}
+        keys = {
+            name: (call.number, index)
+            for call in graph.evaluation.calls
+            for index, value in enumerate(call.values)
+            if (name := self._name_of(value, False)) in sent
         }
+        with modes_restored(graph.module):
+            shapes = {
+                name: graph.shapes[False](arguments.args, arguments.kwargs, key).shape for name, key in keys.items()
+            }
         return {
             edge: tuple(replace(value, shape=shapes.get(value.name, value.shape)) for value in values)
             for edge, values in self.edges.items()

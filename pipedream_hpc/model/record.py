@@ -19,6 +19,7 @@ from typing import Any
 import numpy
 import torch
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
@@ -39,7 +40,7 @@ from pipedream_hpc.model.graph import (
     memory_order,
 )
 from pipedream_hpc.model.preserve_state import ModuleState, version_of
-from pipedream_hpc.model.randomness import seeding
+from pipedream_hpc.model.randomness import is_seeding, seeding
 from pipedream_hpc.model.recipe import tensors_of
 from pipedream_hpc.model.structure import map_tensors, output_tensors, tensors_of_value
 
@@ -76,17 +77,27 @@ _STATE = (int, float, torch.Tensor)
 _MOST_FUNCTIONS = 8
 
 
+#: Raised by functions that cannot run on tensors without values.
+_NEED_VALUES = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedOperatorException,
+)
+
+
 class CannotOpenError(Exception):
     """The forward of a module cannot be recorded: the module has to be kept whole.
 
     Attributes:
         name: qualified name of the module.
         reason: why.
+        needs_values: whether it might be recorded with values: a function in it, such as nn.functional.ctc_loss or
+            torch.masked_select, puts out what depends on them.
     """
 
-    def __init__(self, name: str, reason: str) -> None:
+    def __init__(self, name: str, reason: str, *, needs_values: bool = False) -> None:
         super().__init__(name, reason)
-        self.name, self.reason = name, reason
+        self.name, self.reason, self.needs_values = name, reason, needs_values
 
 
 class NeedsValuesError(Exception):
@@ -110,6 +121,7 @@ def record(
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
     real: bool = False,
+    partial: bool = False,
 ) -> tuple[Recording, Notes]:
     """Run the forward once in the model's present mode; the model and all generators are left as they were.
 
@@ -121,6 +133,7 @@ def record(
         precision: context of the forward.
         device: the device that tensors without values are on.
         real: compute with values, for modules that need them even when kept whole.
+        partial: instead of an error return what was recorded until then.
 
     Raises:
         CannotOpenError: the forward of a module that is not kept whole cannot be recorded.
@@ -130,7 +143,12 @@ def record(
     # What does not run without values is tried again with values: no reason to print a traceback.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     with _unchanged(model, recorder.notes), seeding(None), torch.enable_grad(), precision():
-        return recorder.run(args, kwargs), recorder.notes
+        try:
+            return recorder.run(args, kwargs), recorder.notes
+        except (CannotOpenError, NeedsValuesError):
+            if not partial:
+                raise
+            return recorder.recording(), recorder.notes
 
 
 class _Recorder:
@@ -165,16 +183,22 @@ class _Recorder:
                 returned = model(*args, **kwargs)
         finally:
             undo()
-        root = self._scopes[0] if self._scopes else Scope("", model, list(self._calls))
         tensors = output_tensors(returned)
         output = tuple(key for each in tensors if (key := _mark(each)) is not None)
         parameters = [self._parameters[id(each)] for each in tensors if id(each) in self._parameters]
-        return Recording(root, tuple(self._calls), tuple(dict.fromkeys(output)), tuple(dict.fromkeys(parameters)))
+        return self.recording(tuple(dict.fromkeys(output)), tuple(dict.fromkeys(parameters)))
+
+    def recording(self, output: tuple[Key, ...] = (), parameters: tuple[str, ...] = ()) -> Recording:
+        """Return the calls that have been recorded so far."""
+        root = self._scopes[0] if self._scopes else Scope("", self._model, list(self._calls))
+        return Recording(root, tuple(self._calls), output, parameters)
 
     # -- what calls are made -----------------------------------------------------------------------------------------
 
     def module(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         name = self._names.get(id(module), type(module).__name__)
+        if not all(map(is_seeding, module._forward_hooks.values())):
+            self.notes.hooked.add(name)
         if self._in_call:
             with self._inside(name):
                 return call_unwatched(module, args, kwargs)
@@ -195,7 +219,7 @@ class _Recorder:
         except (CannotOpenError, NeedsValuesError):
             raise
         except Exception as error:
-            raise CannotOpenError(name, _first_line(error)) from error
+            raise CannotOpenError(name, _first_line(error), needs_values=isinstance(error, _NEED_VALUES)) from error
         finally:
             if len(self._scopes) > 1:
                 self._scopes.pop()
@@ -211,7 +235,7 @@ class _Recorder:
             # What it does with its argument, other than to return it, is to be done in one stage only.
             raise CannotOpenError(name, "its forward calls no module or function")
         functions = sum(isinstance(item, Call) and item.function is not None for item in scope.items)
-        if name and functions > _MOST_FUNCTIONS and not any(map(_is_list, module.modules())):
+        if name and functions > _MOST_FUNCTIONS and not any(map(is_list, module.modules())):
             raise CannotOpenError(name, f"its forward calls {functions} functions")
         if name in self.notes.python_random:
             raise CannotOpenError(name, "its forward draws random numbers of Python or NumPy")
@@ -565,7 +589,8 @@ def _unchanged(model: nn.Module, notes: Notes) -> Iterator[None]:
             state.restore()
 
 
-def _is_list(module: nn.Module) -> bool:
+def is_list(module: nn.Module) -> bool:
+    """Return whether a module is a list of several modules, such as the blocks of a transformer."""
     return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and len(module) > 1
 
 

@@ -168,6 +168,9 @@ def steps_of(
         )
         return all(key in shown for key in used)
 
+    def has_hooks(scope: Scope) -> bool:
+        return any(name.startswith(f"{scope.name}.") for name in notes.hooked)
+
     runs: list[tuple[int, int]] = []  # steps of an nn.Sequential's own children, from the first to after the last
 
     def add(scope: Scope) -> None:
@@ -185,8 +188,10 @@ def steps_of(
                 and not all(stage_of[k[0]] == stage or k in received for k in item.sources)
             ):
                 add(item)  # it is given a tensor of which it needs the shape alone
-            elif isinstance(item, Scope) and not own and _computes_from_arguments(item):
-                add(item)  # what it computes from the model's arguments alone can only be had by opening it
+            elif isinstance(item, Scope) and not own and (_computes_from_arguments(item) or has_hooks(item)):
+                # What it computes from the model's arguments alone, and what hooks in it keep, can only be had by
+                # opening it.
+                add(item)
             else:
                 steps.append(Step(item, own, slots, received))
         if whole and is_plain_sequential(scope.module) and len(steps) - begin == len(scope.items):
@@ -215,7 +220,7 @@ class StageForward:
         is_last: whether it returns the model's output.
         functions: whether any function is to be watched, besides modules.
         drawing: functions that draw random numbers.
-        shapes: returns the outputs of all calls for given arguments, without computing them.
+        shapes: returns an output of a call for given arguments, without computing it.
         device: what the stage computes on.
     """
 
@@ -229,12 +234,12 @@ class StageForward:
         is_last: bool,
         functions: bool,
         drawing: frozenset[Any],
-        shapes: Callable[[Sequence[Any], Mapping[str, Any]], Sequence[Sequence[Value]]],
+        shapes: Callable[[Sequence[Any], Mapping[str, Any], Key], Value],
         device: torch.device,
     ) -> None:
         self._drawing, self._shapes, self.device = drawing, shapes, device
         self._given: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})
-        self._values: Sequence[Sequence[Value]] | None = None
+        self._values: dict[Key, Value] = {}  # of placeholders, for this minibatch
         self._answers: dict[tuple[Any, ...], Any] = {}  # to questions about placeholders
         self._model, self._steps, self._opened, self._is_last = model, steps, opened, is_last
         self._functions, self._n_outputs = functions, n_outputs
@@ -278,7 +283,7 @@ class StageForward:
                 return outputs, value if self._is_last else None
         self._n_draws, self._making = 0, False
         self._position, self._received, self._outputs = 0, received, [None] * self._n_outputs
-        self._aliases, self._given, self._values = {}, (args, kwargs), None
+        self._aliases, self._given, self._values = {}, (args, kwargs), {}
         if self._functions:
             for tensor in received:
                 setattr(tensor, _MARK, True)
@@ -533,10 +538,11 @@ class StageForward:
 
     def _value_of(self, placeholder: Placeholder) -> Value:
         """Return what the call that a placeholder stands for puts out for this minibatch."""
-        if self._values is None:
-            self._values = self._shapes(*self._given)
-        assert placeholder.key is not None
-        return self._values[placeholder.key[0]][placeholder.key[1]]
+        key = placeholder.key
+        assert key is not None
+        if key not in self._values:
+            self._values[key] = self._shapes(*self._given, key)
+        return self._values[key]
 
     def _other_path(self, what: str) -> PipedreamError:
         expected = self._steps[self._position].name if self._position < len(self._steps) else "the end"

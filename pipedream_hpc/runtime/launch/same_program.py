@@ -273,6 +273,7 @@ def _difference(alone: _Results, staged: _Results, training: bool) -> str:
         if not _same(expected, found):
             which = "the output" if len(alone.outputs) == 1 else f"output {number}"
             return f"{mode} {which} differs by up to {_distance(expected, found):.3g}"
+    most = max((float(each.abs().max()) for each in alone.gradients.values() if each.numel()), default=0.0)
     for what, one, other in (
         ("gradient of", alone.gradients, staged.gradients),
         ("buffer", alone.buffers, staged.buffers),
@@ -281,12 +282,19 @@ def _difference(alone: _Results, staged: _Results, training: bool) -> str:
             if name not in one or name not in other:
                 return f"{mode} only {'the model' if name in one else 'the stages'} computed the {what} '{name}'"
         for name, expected in one.items():
-            if not _same(expected, other[name]):
+            if not _same(expected, other[name], most if what == "gradient of" else 0.0):
                 return f"{mode} the {what} '{name}' differs by up to {_distance(expected, other[name]):.3g}"
     return ""
 
 
-def _same(expected: torch.Tensor, found: torch.Tensor) -> bool:
+def _same(expected: torch.Tensor, found: torch.Tensor, most: float = 0.0) -> bool:
+    """Return whether a tensor was found, up to the order of sums.
+
+    Args:
+        expected: what should be found.
+        found: what was found.
+        most: largest of all gradients: one that is zero but for rounding has errors of their size.
+    """
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return False
     if expected.is_sparse or found.is_sparse:
@@ -294,7 +302,8 @@ def _same(expected: torch.Tensor, found: torch.Tensor) -> bool:
     if torch.equal(expected, found) or not expected.is_floating_point():
         return torch.equal(expected, found)
     scale = float(expected.abs().max()) if expected.numel() else 0.0
-    return torch.allclose(expected, found, rtol=_RTOL, atol=_ATOL * max(scale, 1e-6), equal_nan=True)
+    smallest = _ATOL * max(scale, 1e-6) + torch.finfo(expected.dtype).eps * most
+    return torch.allclose(expected, found, rtol=_RTOL, atol=smallest, equal_nan=True)
 
 
 def _distance(expected: torch.Tensor, found: torch.Tensor) -> float:
