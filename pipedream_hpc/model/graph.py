@@ -48,6 +48,7 @@ class Value:
         layer: name of the layer that produces it.
         order: its dimensions from the slowest to the fastest in memory; None for a contiguous tensor. It is sent in
             this order, and has the same strides where it arrives.
+        layout: its layout; only strided tensors are sent.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Value:
     needs_gradient: bool
     layer: str = ""
     order: tuple[int, ...] | None = None
+    layout: torch.layout = torch.strided
 
     @property
     def nbytes(self) -> int:

@@ -404,6 +404,7 @@ class _Recorder:
                 value.dtype,
                 value.requires_grad,
                 order=memory_order(value),
+                layout=value.layout,
             )
             for index, value in enumerate(values)
         )

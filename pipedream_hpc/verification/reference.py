@@ -371,7 +371,9 @@ def _clip(averages: dict[int, Tensors], clip: tuple[float, str] | None) -> None:
     if clip is None:
         return
     max_norm, over = clip
-    squares = {s: sum(float(g.double().pow(2).sum()) for g in tensors.values()) for s, tensors in averages.items()}
+    squares = {
+        s: sum(float(g.abs().double().pow(2).sum()) for g in tensors.values()) for s, tensors in averages.items()
+    }
     for s, tensors in averages.items():
         norm = (squares[s] if over == "stage" else sum(squares.values())) ** 0.5
         if norm > max_norm:

@@ -302,7 +302,8 @@ class MpiSendChannel:
                 meta.check(tensor, self._payload)
             if tensor.requires_grad:
                 tensor = tensor.detach()  # it outlives the microbatch, and its graph must not
-            tensor = tensor.contiguous()
+            # In memory, a view such as z.conj() has the numbers of z.
+            tensor = tensor.contiguous().resolve_conj().resolve_neg()
             sending.append(tensor)
             buffers.append((tensor.data_ptr(), None if full_size else tensor.shape))
         self._core.send(microbatch, buffers, self._stall_limit_s, self._stream())

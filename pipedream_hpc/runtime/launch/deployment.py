@@ -6,6 +6,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.config import TrainConfig
 from pipedream_hpc.errors import PipedreamError
@@ -126,6 +128,14 @@ def deploy(plan: Plan, name: str, graph: LayerGraph, schedule: RunSchedule, worl
     if schedule.name == "forward-only":
         raise PipedreamError("the forward-only schedule trains nothing: choose another, such as 1f1b")
     partition = Partition(graph, _layers_of(plan, graph, name))
+    for (source, target), values in partition.edges.items():
+        for value in values:
+            if value.layout is not torch.strided:
+                raise PipedreamError(
+                    f"'{value.layer or value.name}' puts out a tensor of layout {value.layout}, which stage {source} "
+                    f"cannot send to stage {target}: keep both in one stage (pipedream partition --together A,B), or "
+                    "let a dense tensor cross"
+                )
     deployment = Deployment(plan, name, graph, partition, schedule.layout(plan), schedule)
     if schedule.written is not None:
         schedule.written.check_against(deployment.layout, deployment.edges)

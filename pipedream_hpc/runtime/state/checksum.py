@@ -13,7 +13,7 @@ def checksum(tensors: Iterable[torch.Tensor], start: int = 0) -> int:
     for tensor in tensors:
         if tensor.layout is not torch.strided:
             tensor = tensor.to_dense()
-        flat = tensor.detach().cpu().contiguous().view(-1)
+        flat = tensor.detach().cpu().contiguous().resolve_conj().resolve_neg().view(-1)
         if flat.numel():
             start = zlib.crc32(flat.view(torch.uint8).numpy().data, start)
     return start

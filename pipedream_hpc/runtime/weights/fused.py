@@ -165,8 +165,8 @@ class _Batch:
         self._alive: list[Tensor] = []
 
     def add(self, source: Tensor, target: Tensor, gradient: Tensor, first: int, second: int) -> None:
-        if not gradient.is_contiguous():
-            gradient = gradient.contiguous()
+        if not gradient.is_contiguous() or gradient.is_neg():
+            gradient = gradient.contiguous().resolve_neg()
             self._alive.append(gradient)  # nothing else keeps it alive
         addresses = source.data_ptr(), target.data_ptr(), gradient.data_ptr()
         self._tensors.append((target.numel(), *addresses, first, second))

@@ -112,7 +112,7 @@ class StageOptimizer:
 
     def squared_norm(self, gradients: Sequence[torch.Tensor | None]) -> tuple[float, bool]:
         """Return the squared norm of the gradients, and whether a gradient overflowed."""
-        squares = [gradient.double().pow(2).sum() for gradient in gradients if gradient is not None]
+        squares = [_sum_of_squares(gradient) for gradient in gradients if gradient is not None]
         # Read all at once: on a GPU every read waits for the stream.
         total = math.fsum(torch.stack(squares).tolist()) if squares else 0.0
         return total, not math.isfinite(total)
@@ -178,9 +178,15 @@ class StageOptimizer:
                 gradient.mul_(self._clip_norm / (norm + 1e-6))
 
 
+def _sum_of_squares(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the squares of a gradient's numbers, or of their absolute values, as float64."""
+    parts = torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
+    return parts.double().pow(2).sum()
+
+
 def _clip_on_device(gradients: Sequence[torch.Tensor], max_norm: float) -> None:
     """Clip gradients to `max_norm` without reading their norm on the host."""
-    norm = torch.stack([gradient.double().pow(2).sum() for gradient in gradients]).sum().sqrt()
+    norm = torch.stack([_sum_of_squares(gradient) for gradient in gradients]).sum().sqrt()
     factor = (max_norm / (norm + 1e-6)).where(norm > max_norm, 1.0)
     for gradient in gradients:
         gradient.mul_(factor.to(gradient.dtype))
