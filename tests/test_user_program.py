@@ -548,7 +548,7 @@ class Masks(nn.Module):
         return self.b(h), first, self.drop(one + 0 * h)
 
 
-@pytest.mark.parametrize("plan", [1, 2])
+@pytest.mark.parametrize("plan", [1, 2, 3, 5])
 def test_two_calls_of_one_dropout_draw_two_masks(plan: int) -> None:
     seen = []
 

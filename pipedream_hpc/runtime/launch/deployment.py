@@ -196,10 +196,10 @@ def _check_stage(
     last = graph.layers[layers[-1]]
     if stage.output_shape is None or last.output_shape is None or stage.layers[-1] != last.name:
         return
-    # What crosses may be the output of any of its layers: of the last, unless others follow in branches.
+    # What crosses may be the output of any of its layers, where others follow in branches, or of an earlier stage's.
     outputs = {
         (layer.output_shape[1:], str(layer.output_dtype).removeprefix("torch."))
-        for layer in (graph.layers[number] for number in layers)
+        for layer in graph.layers[: layers[-1] + 1]
         if layer.output_shape is not None
     }
     shape, dtype = last.output_shape, str(last.output_dtype).removeprefix("torch.")
