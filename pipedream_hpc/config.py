@@ -108,7 +108,8 @@ class TrainConfig:
             otherwise MPI chooses the order.
         seed: the order of the data and the masks of dropout depend on it and on nothing else.
         check_model: before training, run example_inputs through the model by itself and through the stages, and
-            refuse to train if they differ. It takes rank 0 the time of about five minibatches.
+            refuse to train if they differ. It takes rank 0 the time of about five minibatches. A model given as a
+            function is built on rank 0 for it, if there is room; if not, every rank checks its own stages.
         lr_scheduler: creates a stage's learning-rate scheduler from its optimizer; it advances once per minibatch:
             `functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)`.
         leaf_modules: module classes that are kept whole: no boundary between stages lies in them.

@@ -358,6 +358,16 @@ class LayerGraph:
         while self.on_close:
             self.on_close.pop()()
 
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Take hooks and watchers that the block has put on the modules off again when it ends."""
+        before = len(self.on_close)
+        try:
+            yield
+        finally:
+            while len(self.on_close) > before:
+                self.on_close.pop()()
+
     @property
     def input_names(self) -> list[str]:
         """Names of the model's arguments."""

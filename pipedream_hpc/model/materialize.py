@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
 
 from pipedream_hpc.model.graph import LayerGraph
-from pipedream_hpc.model.stage_module import Entry, StageModule
+from pipedream_hpc.model.recipe import release_memory, tensors_of
+from pipedream_hpc.model.stage_module import Entry, StageModule, entries_by_weight
 
 
 def materialize(graph: LayerGraph, stages: Iterable[StageModule]) -> None:
@@ -35,3 +40,31 @@ def materialize(graph: LayerGraph, stages: Iterable[StageModule]) -> None:
             container[key] = made[name]
     for name, place in others.items():
         setattr(place.owner, place.attribute, made[name])
+
+
+@contextmanager
+def materialized(graph: LayerGraph) -> Iterator[None]:
+    """Hold all tensors of a model that was given as a function during the block; its memory is free again afterwards.
+
+    Raises:
+        PipedreamError: the function now builds a different model than at capture.
+    """
+    if graph.recipe is None:
+        yield
+        return
+    places = [place for place in tensors_of(graph.module) if place.tensor.is_meta]
+    entries = entries_by_weight(graph.module)
+    made = graph.recipe.make_tensors({place.name for place in places})
+    before: list[tuple[Any, Any, Any]] = []
+    for place in places:
+        is_weight = isinstance(place.tensor, nn.Parameter)
+        for container, key in entries[id(place.tensor)] if is_weight else [(place.container, place.attribute)]:
+            before.append((container, key, container[key]))
+            container[key] = made[place.name]
+    made.clear()
+    try:
+        yield
+    finally:
+        for container, key, tensor in reversed(before):
+            container[key] = tensor
+        release_memory()

@@ -1,7 +1,7 @@
 """ModelRecipe: a model given as a function, of which every rank keeps only the tensors of its own stages.
 
-The function is called twice. Each call fills every tensor in turn, as usual; but when too many are in memory, those
-that were not used for the longest time are freed::
+The function is called twice, and once more where the whole model is checked. Each call fills every tensor in turn, as
+usual; but when too many are in memory, those that were not used for the longest time are freed::
 
                                                   ▓ in memory   ░ freed
     to capture the model     a ▓▓▓▓▓▓░░░░░░░░
@@ -145,8 +145,8 @@ class ModelRecipe:
         made = _by_name(model)
         if {name: tensor.shape for name, tensor in made.items()} != self._shapes:
             raise PipedreamError(
-                "the function given as model built a different model when it was called again: it is called twice, "
-                "and must build the same model each time"
+                "the function given as model built a different model when it was called again: it is called two or "
+                "three times, and must build the same model each time"
             )
         return made, construction
 

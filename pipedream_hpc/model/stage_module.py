@@ -178,6 +178,11 @@ class StageModule:
             forward.device = device
         move_tensors(self.other_tensors().values(), device)
 
+    def move_weights(self, device: torch.device) -> None:
+        """Move the stage's weights to a device, before a stash holds them."""
+        for (container, key), *_ in self.entries.values():
+            container[key].data = container[key].data.to(device)
+
     def _find_state(self) -> list[tuple[dict[str, Any], str]]:
         """Return where the stage's modules hold what their forwards change, but for running statistics.
 

@@ -85,7 +85,7 @@ class Pipeline:
     Args:
         model: any module, built with the same seed on every rank, which is trained in place; or a function
             without arguments that builds it, so that each rank keeps the weights of its own stages only. The function
-            is called twice and must build the same model.
+            is called two or three times and must build the same model.
         loss_fn: mean loss of a minibatch from (output, target), or a pair (sum, count), such as the sum of the losses
             of all tokens and how many there are: then a mean is one over all that was counted.
         optimizer: called once per stage with the stage's parameters, such as

@@ -1,6 +1,8 @@
 """Train a model of 16 large layers; write the memory growth and the weights of each rank.
 
-python hold_own.py function|module FOLDER
+python hold_own.py function|stages|module FOLDER
+
+`function` and `stages` pass a function that builds the model; with `stages` no host has room for all of it.
 """
 
 import functools
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from pipedream_hpc import Pipeline, RunConfig
+from pipedream_hpc.runtime.launch import start
 
 LAYERS, WIDTH = 16, 2048  # 16 MiB of weights per layer
 
@@ -22,7 +25,8 @@ def network() -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
 
 
-def train(model: object, width: int) -> Pipeline:
+def train(model: object, width: int) -> tuple[Pipeline, int]:
+    """Return the pipeline, and the resident bytes when training began."""
     torch.manual_seed(1)
     data = [(torch.randn(2, width), torch.randn(2, width)) for _ in range(6)]
     sgd = functools.partial(torch.optim.SGD, lr=0.1)
@@ -34,8 +38,9 @@ def train(model: object, width: int) -> Pipeline:
         plan=4,
         run_config=RunConfig(stall_limit_s=60),
     )
+    started = status("VmRSS")
     pipeline.fit(data)
-    return pipeline
+    return pipeline, started
 
 
 def status(field: str) -> int:
@@ -47,14 +52,18 @@ def status(field: str) -> int:
 def main() -> None:
     # First train a tiny model: imports and one-time allocations are not measured.
     torch.manual_seed(0)
-    train(lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), 8).close()
+    train(lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), 8)[0].close()
     before = status("VmRSS")
-    with train(network if sys.argv[1] == "function" else network(), WIDTH) as pipeline:
+    if sys.argv[1] == "stages":
+        start.available_bytes = lambda: 0
+    pipeline, started = train(network() if sys.argv[1] == "module" else network, WIDTH)
+    with pipeline:
         (stage,) = pipeline.stages
         weights = dict(zip(stage.stash.trained_names, stage.stash.trained, strict=True))
         report = {
             "ranks": pipeline.world.size,
             "grown": status("VmHWM") - before,
+            "started": started - before,
             "own": sum(weight.nbytes for weight in weights.values()),
             "versions": stage.stash.slabs,
             "weights": {name: zlib.crc32(weight.detach().numpy().data) for name, weight in weights.items()},

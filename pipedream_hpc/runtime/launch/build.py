@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,9 +65,23 @@ class TrainSetup:
 
 
 def build_workers(
-    deployment: Deployment, training: Schedule, wiring: Wiring, losses: RunLosses, setup: TrainSetup
+    deployment: Deployment,
+    training: Schedule,
+    wiring: Wiring,
+    losses: RunLosses,
+    setup: TrainSetup,
+    check: Callable[[int, StageModule], None] | None = None,
 ) -> list[Worker]:
-    """Create the workers of this process, in the order of their ranks. Collective."""
+    """Create the workers of this process, in the order of their ranks. Collective.
+
+    Args:
+        deployment: plan, model and schedule.
+        training: a schedule of training.
+        wiring: channels and all-reduces.
+        losses: of the run.
+        setup: how stages are trained.
+        check: called with the number and the module of every stage in this process, once it has its weights.
+    """
     # In the order of the replicas, in which their gradients are summed.
     places = [
         (rank, index, replica)
@@ -80,7 +94,13 @@ def build_workers(
     deployment.graph.on_close.append(seed_modules(deployment.graph.module, deployment.graph.notes))
     first: dict[int, StageModule] = {}
     for part, (_, index, _) in zip(parts, places, strict=True):
-        if first.setdefault(index, part) is not part:
+        if first.setdefault(index, part) is part and check is not None:
+            part.move_weights(setup.device)
+            part.move_tensors(setup.device)
+            check(index, part)
+            release_memory()  # of the gradients that it computed
+    for part, (_, index, _) in zip(parts, places, strict=True):
+        if first[index] is not part:
             part.share_with(first[index])
     for part, (_, index, _) in zip(parts, places, strict=True):
         stateful = part.stateful_modules()

@@ -2,6 +2,8 @@
 
 The model runs by itself, and then stage by stage, from the same state and with the same random numbers; in training
 mode, where also a backward is run from all outputs, and in evaluation mode. Everything is restored afterwards.
+
+This needs the whole model on rank 0. Where it has no room there, every stage is checked by itself (see same_stage).
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ from pipedream_hpc.model.structure import output_tensors
 #: Gradients of a value with several users are added in another order where the users are in several stages.
 _RTOL, _ATOL = 1e-3, 1e-5
 
-_Reseed = Callable[[str], None]
+Reseed = Callable[[str], None]
 
 
 @dataclass
-class _Results:
+class Results:
     """What one run leaves behind.
 
     Attributes:
@@ -53,27 +55,28 @@ def measure_orders(graph: LayerGraph, arguments: Arguments, precision: Precision
 
     Tensors without values do not always have the strides of those that are computed.
     """
-    whole = Partition(graph, [range(len(graph.layers))]).stage_module(0, whole=False)
     orders: list[list[Any]] = []
 
     def note(step: Step, outputs: Sequence[torch.Tensor]) -> None:
         orders[-1].append([memory_order(each) for each in outputs])
 
-    whole.watch_calls(note)
-    for training in (True, False):
-        orders.append([])
-        with preserve_state(graph.module), torch.no_grad(), (precision or nullcontext)():
-            whole.train(training)
-            try:
-                whole.run(arguments, [])
-            except PipedreamError:
-                raise
-            except Exception as error:
-                mode = "training" if training else "evaluation"
-                raise RuntimeError(
-                    f"rank 0, before training: the forward of the model failed on example_inputs in {mode} mode: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
+    with graph.closing():
+        whole = Partition(graph, [range(len(graph.layers))]).stage_module(0, whole=False)
+        whole.watch_calls(note)
+        for training in (True, False):
+            orders.append([])
+            with preserve_state(graph.module), torch.no_grad(), (precision or nullcontext)():
+                whole.train(training)
+                try:
+                    whole.run(arguments, [])
+                except PipedreamError:
+                    raise
+                except Exception as error:
+                    mode = "training" if training else "evaluation"
+                    raise RuntimeError(
+                        f"rank 0, before training: the forward of the model failed on example_inputs in {mode} mode: "
+                        f"{type(error).__name__}: {error}"
+                    ) from error
     return orders
 
 
@@ -106,21 +109,19 @@ def check_same_program(
     Raises:
         PipedreamError: they differ: it names the first difference.
     """
-    stages = [partition.stage_module(index) for index in range(n_stages)]
-    undo = seed_modules(graph.module, graph.notes)
     context = precision or nullcontext
-    try:
+    with graph.closing():
+        stages = [partition.stage_module(index) for index in range(n_stages)]
+        graph.on_close.append(seed_modules(graph.module, graph.notes))
         for training in (True, False):
-            alone = _run(graph, training, seed, context, partial(_alone, graph, arguments, training))
-            staged = _run(graph, training, seed, context, partial(_staged, stages, arguments, training))
-            problem = _difference(alone, staged, training)
+            alone = run_restored(graph, training, seed, context, partial(_alone, graph, arguments, training))
+            staged = run_restored(graph, training, seed, context, partial(_staged, stages, arguments, training))
+            problem = difference(alone, staged, training)
             if problem:
                 raise PipedreamError(
                     f"the stages do not compute what the model computes by itself: {problem}: keep the modules whole "
                     "whose forward does more than it shows, with TrainConfig(leaf_modules=[their classes])"
                 )
-    finally:
-        undo()
 
 
 def check_microbatches(
@@ -168,34 +169,33 @@ def _fit(whole: torch.Tensor, parts: Sequence[torch.Tensor], dim: int) -> bool:
     return len(sizes) == len(shapes) and sum(sizes[1:]) == sizes[0] and all(each == shapes[0] for each in shapes)
 
 
-def _run(
-    graph: LayerGraph, training: bool, seed: int, precision: Any, run: Callable[[_Reseed], list[torch.Tensor]]
-) -> _Results:
-    """Run forward and, in training, backward; return copies of the results."""
+def run_restored(
+    graph: LayerGraph, training: bool, seed: int, precision: Any, run: Callable[[Reseed], list[torch.Tensor]]
+) -> Results:
+    """Run forward and, in training, backward; return the results, and restore the model's state."""
     model = graph.module
     with preserve_state(model):
         graph.modes.set(model, training)
         set_seed(seed_for(seed, "check"))
         with torch.set_grad_enabled(training), precision():
             outputs = run(lambda name: set_seed(seed_for(seed, "check", name)))
-        gradients = {
-            name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
-        }
-        return _Results(
+        # No copies: what is restored are other gradients, and those of a large model take much memory.
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return Results(
             [each.detach().clone() for each in outputs],
             gradients,
-            {name: buffer.clone() for name, buffer in model.named_buffers()},
+            {name: buffer.clone() for name, buffer in model.named_buffers() if not buffer.is_meta},
         )
 
 
-def _seeds(outputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def seed_gradients(outputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Return the outputs that have a gradient, and fixed gradients for them."""
     roots = [each for each in outputs if each.requires_grad]
     generator = torch.Generator().manual_seed(0)
     return roots, [torch.randn(each.shape, generator=generator).to(each) / max(each.numel(), 1) for each in roots]
 
 
-def _alone(graph: LayerGraph, arguments: Arguments, training: bool, reseed: _Reseed) -> list[torch.Tensor]:
+def _alone(graph: LayerGraph, arguments: Arguments, training: bool, reseed: Reseed) -> list[torch.Tensor]:
     recording = graph.training if training else graph.evaluation
     whole = {id(call.module) for call in recording.calls if call.module is not None}
     draws = graph.notes.drawing
@@ -208,7 +208,7 @@ def _alone(graph: LayerGraph, arguments: Arguments, training: bool, reseed: _Res
             seeding(reseed),
         ):
             outputs = output_tensors(graph.module(*arguments.args, **arguments.kwargs))
-        roots, gradients = _seeds(outputs)
+        roots, gradients = seed_gradients(outputs)
         if training and roots:
             torch.autograd.backward(roots, gradients)
     finally:
@@ -216,7 +216,7 @@ def _alone(graph: LayerGraph, arguments: Arguments, training: bool, reseed: _Res
     return outputs
 
 
-def _staged(stages: list[StageModule], arguments: Arguments, training: bool, reseed: _Reseed) -> list[torch.Tensor]:
+def _staged(stages: list[StageModule], arguments: Arguments, training: bool, reseed: Reseed) -> list[torch.Tensor]:
     sent: dict[str, torch.Tensor] = {}
     leaves: list[list[torch.Tensor]] = []
     returned: list[list[Any]] = []
@@ -251,7 +251,7 @@ def _backward(
 ) -> None:
     arrived: dict[str, list[torch.Tensor]] = {}
     for stage, own, outputs in zip(reversed(stages), reversed(leaves), reversed(returned), strict=True):
-        roots, gradients = _seeds(output) if stage.is_last else ([], [])
+        roots, gradients = seed_gradients(output) if stage.is_last else ([], [])
         for value, each in zip(stage.stage_outputs, outputs, strict=True):
             if each is not None and each.requires_grad:
                 for gradient in reversed(arrived.get(value.name, ())):
@@ -264,11 +264,20 @@ def _backward(
                 arrived.setdefault(value.name, []).append(leaf.grad)
 
 
-def _difference(alone: _Results, staged: _Results, training: bool) -> str:
-    """Return in words what differs first; empty if nothing does."""
+def difference(
+    alone: Results, staged: Results, training: bool, who: tuple[str, str] = ("the model", "the stages")
+) -> str:
+    """Return in words what differs first; empty if nothing does.
+
+    Args:
+        alone: the results that are right.
+        staged: the results that are compared with them.
+        training: whether they are of training.
+        who: whose results they are.
+    """
     mode = "in training" if training else "in evaluation"
     if len(alone.outputs) != len(staged.outputs):
-        return f"{mode} the model returns {len(alone.outputs)} tensors, and the stages {len(staged.outputs)}"
+        return f"{mode} {who[0]} returns {len(alone.outputs)} tensors, and {who[1]} {len(staged.outputs)}"
     for number, (expected, found) in enumerate(zip(alone.outputs, staged.outputs, strict=True)):
         if not _same(expected, found):
             which = "the output" if len(alone.outputs) == 1 else f"output {number}"
@@ -280,7 +289,7 @@ def _difference(alone: _Results, staged: _Results, training: bool) -> str:
     ):
         for name in one.keys() | other.keys():
             if name not in one or name not in other:
-                return f"{mode} only {'the model' if name in one else 'the stages'} computed the {what} '{name}'"
+                return f"{mode} only {who[0] if name in one else who[1]} computed the {what} '{name}'"
         for name, expected in one.items():
             if not _same(expected, other[name], most if what == "gradient of" else 0.0):
                 return f"{mode} the {what} '{name}' differs by up to {_distance(expected, other[name]):.3g}"
@@ -301,7 +310,7 @@ def _same(expected: torch.Tensor, found: torch.Tensor, most: float = 0.0) -> boo
         expected, found = expected.to_dense(), found.to_dense()
     if torch.equal(expected, found) or not expected.is_floating_point():
         return torch.equal(expected, found)
-    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    scale = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
     smallest = _ATOL * max(scale, 1e-6) + torch.finfo(expected.dtype).eps * most
     return torch.allclose(expected, found, rtol=_RTOL, atol=smallest, equal_nan=True)
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from pipedream_hpc.cluster.cores import Cores
 from pipedream_hpc.cluster.device import Device, choose
 from pipedream_hpc.cluster.heap import keep_freed_memory
+from pipedream_hpc.cluster.memory import available_bytes
 from pipedream_hpc.cluster.threads import bind_rank
 from pipedream_hpc.cluster.world import World, join
 from pipedream_hpc.config import RunConfig, ScheduleConfig
@@ -28,6 +30,7 @@ from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.counting import count
 from pipedream_hpc.model.cut_points import first_layers
 from pipedream_hpc.model.graph import LayerGraph
+from pipedream_hpc.model.materialize import materialized
 from pipedream_hpc.model.precision import autocast
 from pipedream_hpc.model.recipe import ModelFactory
 from pipedream_hpc.planning.plan import Plan
@@ -41,16 +44,12 @@ from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.stage import Stage
 from pipedream_hpc.runtime.execution.worker import Worker
 from pipedream_hpc.runtime.launch.build import TrainSetup, build_running_stats, build_workers
+from pipedream_hpc.runtime.launch.check_model import StageChecks, check_whole, why_not_whole
 from pipedream_hpc.runtime.launch.deployment import Deployment, deploy
 from pipedream_hpc.runtime.launch.evaluation import EvaluationChannels
 from pipedream_hpc.runtime.launch.preflight import check_devices, check_launch
 from pipedream_hpc.runtime.launch.run_plan import RunSchedule, plan_as_run, run_schedule
-from pipedream_hpc.runtime.launch.same_program import (
-    check_microbatches,
-    check_same_program,
-    measure_orders,
-    set_orders,
-)
+from pipedream_hpc.runtime.launch.same_program import measure_orders, set_orders
 from pipedream_hpc.runtime.launch.wiring import Wiring, local_wiring, mpi_wiring
 from pipedream_hpc.runtime.weights.batchnorm import RunningStats
 
@@ -175,31 +174,27 @@ def start(
     )
     whole = bind_inputs(graph.module, example_inputs)
     microbatches = [part for part, _ in graph.batch_dims.split(whole, None, schedule.n_microbatches)]
-    checks = setup.config.check_model and graph.recipe is None
-    orders: list[Any] = []
-    if checks and world.rank == 0:
-        orders = measure_orders(graph, microbatches[0], autocast(setup.config.precision))
-    if checks:
-        set_orders(graph, exchange(world, {"orders": orders}, limit_s=limit_s)[0]["orders"])
-    as_run = plan_for(graph, request, name, schedule, setup.config.recompute, cut_points)
-    deployment = deploy(as_run, name, graph, schedule, world)
-    training = deployment.example_training()
-    if setup.config.compile_backend and any(training.splits(stage) for stage in range(len(training.layout))):
-        raise PipedreamError(
-            f"compiled stages run backwards whole, but {schedule.name} splits them: choose another schedule, or "
-            "leave compile_backend out"
-        )
-    if checks and world.rank == 0 and len(microbatches) > 1:
-        check_microbatches(graph, whole, microbatches, autocast(setup.config.precision))
-    if checks and world.rank == 0 and (len(deployment.plan.stages) > 1 or graph.notes.random_functions):
-        check_same_program(
-            graph,
-            deployment.partition,
-            len(deployment.plan.stages),
-            microbatches[0],
-            seed=setup.config.seed,
-            precision=autocast(setup.config.precision),
-        )
+    with ExitStack() as held:
+        why_not = ""  # the whole model is not checked
+        if setup.config.check_model:
+            orders: list[Any] = []
+            if world.is_root and not (why_not := why_not_whole(graph, available_bytes(), limit_s)):
+                held.enter_context(materialized(graph))
+                orders = measure_orders(graph, microbatches[0], autocast(setup.config.precision))
+            answer = exchange(world, {"orders": orders, "why_not": why_not}, limit_s=limit_s)[0]
+            why_not = answer["why_not"]
+            if not why_not:
+                set_orders(graph, answer["orders"])
+        as_run = plan_for(graph, request, name, schedule, setup.config.recompute, cut_points)
+        deployment = deploy(as_run, name, graph, schedule, world)
+        training = deployment.example_training()
+        if setup.config.compile_backend and any(training.splits(stage) for stage in range(len(training.layout))):
+            raise PipedreamError(
+                f"compiled stages run backwards whole, but {schedule.name} splits them: choose another schedule, or "
+                "leave compile_backend out"
+            )
+        if setup.config.check_model and not why_not and world.is_root:
+            check_whole(deployment, whole, microbatches, setup.config)
     launch = check_launch(world, deployment, setup.config, limit_s=limit_s)
     cores = bind_rank(world, deployment.ranks) if deployment.ranks > 1 or world.size > 1 else Cores()
     wiring = (
@@ -216,7 +211,11 @@ def start(
         else local_wiring(training, deployment.edge_tensors, own.torch)
     )
     losses = RunLosses(wiring.losses, training.layout[-1])
-    workers = build_workers(deployment, training, wiring, losses, setup)
+    trivial = len(deployment.plan.stages) == len(microbatches) == 1 and not graph.notes.random_functions
+    stage_checks = StageChecks(deployment, microbatches[0], setup) if why_not and not trivial else None
+    workers = build_workers(deployment, training, wiring, losses, setup, stage_checks)
+    if stage_checks is not None:
+        stage_checks.report(world, why_not, limit_s)
     if own.torch.type == "cpu":
         keep_freed_memory()
     stages = [stage for worker in workers for stage in worker.stages.values()]
