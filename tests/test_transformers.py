@@ -111,12 +111,44 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "sound",
     ),
 }
+#: Forwards that do what those above do not: they are trained under one plan only.
+OTHERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "llama, checkpointed": ("LlamaForCausalLM", "LlamaConfig", GROUPED, "text"),
+    "bert, hooks keep attentions": (
+        "BertForMaskedLM",
+        "BertConfig",
+        {**SMALL, "output_attentions": True, "output_hidden_states": True, "attn_implementation": "eager"},
+        "text",
+    ),
+    "xlnet, memories in evaluation": (
+        "XLNetLMHeadModel",
+        "XLNetConfig",
+        {"d_model": 32, "n_layer": 4, "n_head": 2, "d_inner": 64, "vocab_size": 50},
+        "text",
+    ),
+    "mamba": (
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 4, "vocab_size": 50},
+        "text",
+    ),
+    "wav2vec2, a loss of values": (
+        "Wav2Vec2ForCTC",
+        "Wav2Vec2Config",
+        {
+            **{key: SMALL[key] for key in SMALL if key != "max_position_embeddings"},
+            **{"conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2},
+            **{"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "apply_spec_augment": False},
+        },
+        "waves",
+    ),
+}
 #: Fields of configurations that are probabilities of dropping something.
 DROPS = ("drop", "layerdrop")
 
 
 def model_of(name: str, *, dropout: bool = False) -> nn.Module:
-    kind, config_kind, options, _ = MODELS[name]
+    kind, config_kind, options, _ = (MODELS | OTHERS)[name]
     config = getattr(transformers, config_kind)(**options)
     for key, value in vars(config).items():
         drops = "dropout" in key or key.endswith(DROPS)
@@ -124,12 +156,14 @@ def model_of(name: str, *, dropout: bool = False) -> nn.Module:
             setattr(config, key, 0.1 if dropout else 0.0)
     torch.manual_seed(0)
     model: nn.Module = getattr(transformers, kind)(config)
+    if "checkpointed" in name:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
     return model
 
 
 def minibatches(name: str) -> list[dict[str, torch.Tensor]]:
     """Return three minibatches; the second one is shorter, and one sentence of each is padded."""
-    draw, form = torch.Generator().manual_seed(3), MODELS[name][3]
+    draw, form = torch.Generator().manual_seed(3), (MODELS | OTHERS)[name][3]
     found = []
     for length in (16, 12, 16):
         words = torch.randint(3, 50, (4, length), generator=draw)
@@ -142,6 +176,8 @@ def minibatches(name: str) -> list[dict[str, torch.Tensor]]:
             found.append(
                 {"input_features": torch.randn(4, 8, 32, generator=draw), "labels": words[:, :12].contiguous()}
             )
+        elif form == "waves":
+            found.append({"input_values": torch.randn(4, 400, generator=draw), "labels": words[:, :3].contiguous()})
         elif form == "pairs":
             found.append({"input_ids": words, "attention_mask": mask, "labels": words[:, :8].contiguous()})
         else:
@@ -224,6 +260,21 @@ def test_the_bits_are_those_of_a_plain_loop(name: str, plan: int) -> None:
     expected_losses, expected = plain(model_of(name), batches)
     assert losses == expected_losses
     assert differences(pipeline.state_dict(), expected) == {}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_forwards_of_other_kinds(name: str) -> None:
+    batches = minibatches(name)
+    pipeline = pipeline_of(model_of(name), batches, 3, ScheduleConfig("1f1b-flush", 1))
+    pipeline.fit(batches)
+    _, expected = plain(model_of(name), batches)
+    assert differences(pipeline.state_dict(), expected) == {}
+    model = model_of(name)
+    model.load_state_dict(expected)
+    model.eval()
+    with torch.no_grad():
+        loss = float(torch.stack([model(**each).loss for each in batches]).mean())
+    assert pipeline.evaluate(batches)["loss"] == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "routers" not in name])

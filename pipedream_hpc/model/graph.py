@@ -134,6 +134,7 @@ class Call:
         flops: floating-point operations, counted and not measured.
         entered: names of the modules that run in it, once for each call of them.
         draws: whether a function draws random numbers.
+        checkpoint: number of the checkpointed part that it runs again with in backward; None for none.
     """
 
     number: int

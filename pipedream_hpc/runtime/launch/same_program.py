@@ -302,7 +302,7 @@ def _same(expected: torch.Tensor, found: torch.Tensor, most: float = 0.0) -> boo
     Args:
         expected: what should be found.
         found: what was found.
-        most: largest of all gradients: one that is zero but for rounding has errors of their size.
+        most: largest of all gradients: one that is zero but for rounding has rounding errors of their size.
     """
     if expected.shape != found.shape or expected.dtype != found.dtype:
         return False
