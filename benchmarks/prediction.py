@@ -1,4 +1,4 @@
-"""Compare predicted and measured time per minibatch of the demo's classifier and of a small GPT on 2 ranks.
+"""Compare predicted and measured time per minibatch on 2 ranks: the demo's classifier, a small GPT, transformers.
 
     python benchmarks/prediction.py
 
@@ -27,9 +27,12 @@ from pipedream_hpc.observe.trace_file import load_trace
 from pipedream_hpc.planning.plan import Plan
 
 HERE = Path(__file__).resolve().parent
-JOBS = {
+#: The job's file and, after --, its arguments.
+JOBS: dict[str, list[object]] = {
     "classifier": [HERE.parent / "examples/classifier.py"],
     "GPT-like": [HERE.parent / "examples/language_model.py"],
+    "GPT-2": [HERE / "huggingface_job.py", "--", "gpt2"],
+    "Llama": [HERE / "huggingface_job.py", "--", "llama"],
 }
 
 
@@ -80,18 +83,18 @@ def main() -> None:
     (options.out / "prediction.json").write_text(json.dumps(result, indent=1))
 
 
-def once(job: list[Path], folder: Path, ranks: int) -> tuple[float, float]:
+def once(job: list[object], folder: Path, ranks: int) -> tuple[float, float]:
     """Profile, probe, plan, simulate and train; return (predicted, measured) seconds per minibatch."""
     folder.mkdir(parents=True, exist_ok=True)
     # Every rank is bound to its own core, as on a cluster.
     mpirun = ["mpirun", "-n", str(ranks), "--bind-to", "core"]
-    run(*mpirun, "pipedream", "profile", *job, "-o", folder / "profile.json")
+    run(*mpirun, "pipedream", "profile", "-o", folder / "profile.json", *job)
     run(*mpirun, "pipedream", "probe", "-o", folder / "topology.json")
     run("pipedream", "partition", folder / "profile.json", "--topology", folder / "topology.json", "--straight",
         "-o", folder / "plan.json")  # fmt: skip
     run("pipedream", "simulate", folder / "plan.json", "--topology", folder / "topology.json", "--minibatches", 40,
         "-o", folder / "predicted.json")  # fmt: skip
-    run(*mpirun, "pipedream", "train", *job, "--plan", folder / "plan.json", "--out", folder, "--epochs", 2)
+    run(*mpirun, "pipedream", "train", "--plan", folder / "plan.json", "--out", folder, "--epochs", 2, *job)
     return minibatch_s(load_trace(folder / "predicted.json")), minibatch_s(load_trace(folder / "trace.json"))
 
 

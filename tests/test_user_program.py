@@ -471,6 +471,70 @@ def test_hooks_and_patches_are_the_users_own(build: Callable[[], nn.Module], pla
     assert_trained_alike(build, plan)
 
 
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_a_hook_on_a_sequential_may_come_later(plan: int) -> None:
+    batches = minibatches()
+
+    def hook_of(seen: list[float]) -> Any:
+        return lambda module, inputs, output: seen.append(float(output.detach().sum())) or output * 2
+
+    model, expected, seen, wanted = chain(), chain(), [], []
+    pipeline = pipeline_of(model, plan, batches)
+    pipeline.fit(batches)
+    plain(expected, batches)
+    model.register_forward_hook(hook_of(seen))
+    pipeline.fit(batches)
+    expected.register_forward_hook(hook_of(wanted))
+    weights = plain(expected, batches)
+    assert seen == wanted
+    assert all(torch.equal(each, weights[name]) for name, each in pipeline.state_dict().items())
+
+
+class Fork(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.tanh(), x.sigmoid()
+
+
+class Join(nn.Module):
+    def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return pair[0] * pair[1]
+
+
+def forked() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), Fork(), Join(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("stages", [[[0], [1, 2, 3]], [[0, 1], [2, 3]], [[0, 1, 2], [3]], [[0], [1], [2], [3]]])
+def test_pairs_between_the_children_of_a_sequential(stages: list[list[int]]) -> None:
+    x = minibatches()[0][0]
+    model = forked()
+    partition = Partition(capture(model, x, leaf_modules=(Fork, Join)), stages)
+    sent: dict[tuple[int, str], torch.Tensor] = {}
+    output = None
+    for number in range(len(stages)):
+        stage = partition.stage_module(number)
+        stage.train(True)
+        received = [sent[source, value.name] for source, value in stage.stage_inputs]
+        outputs, output = stage.run(Arguments((x,), {}), received)
+        sent.update(((number, value.name), each) for value, each in zip(stage.stage_outputs, outputs, strict=True))
+    assert torch.equal(output, forked()(x))
+
+
+class Asks(Net):
+    """Divides by a number of samples that it asks a tensor of another stage for."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.a(x)
+        return self.c(self.b(h).tanh()) / (h.shape[0] + h.size(1) + h.dim())
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_what_a_forward_asks_is_answered_for_its_own_minibatch(plan: int) -> None:
+    batches = minibatches(3) + minibatches(2, samples=5) + minibatches(2) + minibatches(1, samples=3)
+    assert_trained_alike(Asks, plan, batches)
+
+
 # -- h: modules used twice ---------------------------------------------------------------------------------------------
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -48,7 +47,7 @@ def preserve_rng_state(device: torch.device) -> Iterator[None]:
 #: Seeds the generators for a draw with this name; None while no stage computes.
 _reseed: Callable[[str], None] | None = None
 #: How often each module has been called so far, of those whose draws are numbered.
-_calls: Counter[str] = Counter()
+_calls: dict[str, int] = {}
 
 
 def seeding(reseed: Callable[[str], None] | None) -> AbstractContextManager[None]:
@@ -69,7 +68,7 @@ class _Seeding(AbstractContextManager[None]):
     def __enter__(self) -> None:
         global _reseed, _calls
         self._before = _reseed, _calls
-        _reseed, _calls = self._now, Counter()
+        _reseed, _calls = self._now, {}
 
     def __exit__(self, *error: object) -> None:
         global _reseed, _calls
@@ -91,7 +90,8 @@ def seeding_from_here() -> Callable[[], AbstractContextManager[None]]:
 
 def count_calls(calls: Mapping[str, int]) -> None:
     """Count calls of modules that another stage makes."""
-    _calls.update(calls)
+    for name, count in calls.items():
+        _calls[name] = _calls.get(name, 0) + count
 
 
 def seed_draw(number: int) -> None:
@@ -208,8 +208,8 @@ class _Hooks:
             return
         if self.restores or self.python:
             self._before.append((torch.get_rng_state(), random.getstate(), numpy.random.get_state()))
-        number = _calls[self._name]
-        _calls[self._name] += 1
+        number = _calls.get(self._name, 0)
+        _calls[self._name] = number + 1
         name = f"{self._name}@{number}" if number else self._name
         _reseed(name)
         if self.python:
