@@ -231,7 +231,7 @@ class Stage:
             """Make dropout and the like independent of the plan."""
             set_seed(seed_for(seed, self._trained_microbatch, name))
 
-        self._reseed = torch.compiler.disable(reseed) if compile_backend else reseed  # type: ignore[no-untyped-call]
+        self._seeding = seeding(torch.compiler.disable(reseed) if compile_backend else reseed)  # type: ignore[no-untyped-call]
         if compile_backend:
             # Parameters are inputs of the compiled code, so switching the weight version causes no recompilation.
             stage_module.compile(compile_backend)
@@ -450,7 +450,7 @@ class Stage:
             watched = None
         around = self.around_forward(self._trained_microbatch) if self.around_forward is not None else _NULL_CONTEXT
         with _grad_mode(graph), self._precision(), around:
-            with watched if watched and watched.in_forward else _NULL_CONTEXT, recording, seeding(self._reseed):
+            with watched if watched and watched.in_forward else _NULL_CONTEXT, recording, self._seeding:
                 outputs, returned = self.stage_module.run(state.arguments, leaves)
             if not self.is_last:
                 return tuple(outputs), ()
