@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +131,48 @@ def test_checkpointing_between_modules_of_a_stage(job: Path, reentrant: bool) ->
     assert EXACT in output_of(job, "--plan 3", "Attention", "Block", "Block", "Block")
 
 
+CHECKPOINTED = {
+    "inside a block": """
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.drop = nn.Linear(8, 8), nn.Linear(8, 8), nn.Dropout(0.3)
+    def inner(self, x):
+        return x + self.drop(self.b(self.drop(torch.tanh(self.a(x)))))
+""",
+    "functions that draw": """
+class Part(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.rest = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    def inner(self, x):
+        for layer in self.layers:
+            x = torch.tanh(F.dropout(layer(x), 0.3))
+        return self.rest(x)
+""",
+    "a weight of another stage": """
+class Part(nn.Module):
+    shared = nn.Linear(8, 8)
+    def __init__(self):
+        super().__init__()
+        self.own, self.tied, self.drop = nn.Linear(8, 8), nn.Linear(8, 8), nn.Dropout(0.3)
+        self.tied.weight = Part.shared.weight
+    def inner(self, x):
+        return torch.tanh(self.drop(self.tied(self.own(x)))).exp()
+""",
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
+@pytest.mark.parametrize("plan", ["--plan 3", "--plan 1-2"])
+def test_boundaries_next_to_checkpointing(name: str, plan: str, job: Path) -> None:
+    """What is run again in one go stays in one stage, whose backward has what its forward had."""
+    opened = "\n    def forward(self, x):\n        return checkpoint(self.inner, x, use_reentrant=False)\n"
+    job.write_text(JOB.replace("class Model(", f"{CHECKPOINTED[name].rstrip()}{opened}\nclass Model("))
+    assert EXACT in output_of(job, plan, "Part", "Part", "Part")
+
+
 def test_on_ranks(job: Path) -> None:
     finished = ranks.pipedream(2, *words_of(job, "--plan 2", *ALL))
     assert finished.status == 0, finished.output
@@ -142,11 +183,17 @@ Mutation = Callable[[pytest.MonkeyPatch], None]
 
 
 def calls_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Forgetful(Counter[str]):
-        def __getitem__(self, key: str) -> int:
+    class Forgetful(dict[str, int]):
+        def get(self, *_: Any) -> Any:
             return 0
 
-    monkeypatch.setattr(randomness, "Counter", Forgetful)
+    enter = randomness._Seeding.__enter__
+
+    def enter_and_forget(self: Any) -> None:
+        enter(self)
+        randomness._calls = Forgetful()
+
+    monkeypatch.setattr(randomness._Seeding, "__enter__", enter_and_forget)
 
 
 def seeds_from(

@@ -77,7 +77,7 @@ class _Seeding(AbstractContextManager[None]):
 
 def seeding_from_here() -> Callable[[], AbstractContextManager[None]]:
     """Return what makes a context, at any time later, in which draws are seeded as they are from here on."""
-    reseed, calls = _reseed, Counter(_calls)
+    reseed, calls = _reseed, dict(_calls)
 
     @contextmanager
     def again() -> Iterator[None]:

@@ -65,7 +65,8 @@ def measure_orders(graph: LayerGraph, arguments: Arguments, precision: Precision
         whole.watch_calls(note)
         for training in (True, False):
             orders.append([])
-            with preserve_state(graph.module), torch.no_grad(), (precision or nullcontext)():
+            # A forward may ask whether there are gradients, as it did when it was recorded.
+            with preserve_state(graph.module), torch.set_grad_enabled(training), (precision or nullcontext)():
                 whole.train(training)
                 try:
                     whole.run(arguments, [])
