@@ -28,7 +28,17 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Return the fraction of samples whose largest output is at the target: (n, classes), (n,) -> ()."""
+    """Return the fraction of samples whose largest output is at the target: (n, classes), (n,) -> ().
+
+    Raises:
+        PipedreamError: output or target is no tensor.
+    """
+    for what, value in (("output", output), ("target", target)):
+        if not isinstance(value, torch.Tensor):
+            raise PipedreamError(
+                f"accuracy, the metric of a Job by default, compares tensors, but the {what} is {type(value).__name__}: "
+                "give the Job metrics of its own, such as metrics={'loss': loss_fn}"
+            )
     return (output.argmax(dim=1) == target).float().mean()
 
 

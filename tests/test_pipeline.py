@@ -259,3 +259,9 @@ def test_arguments_of_from_job_replace_the_fields_of_the_job() -> None:
 def test_arguments_of_other_types_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(PipedreamError, match=words):
         pipeline_of(**options)
+
+
+def test_the_accuracy_of_an_output_that_is_no_tensor_is_refused() -> None:
+    assert float(accuracy(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([1, 1]))) == 0.5
+    with pytest.raises(PipedreamError, match=r"the output is dict: give the Job metrics of its own"):
+        accuracy({"logits": torch.zeros(2, 2)}, torch.zeros(2))  # type: ignore[arg-type]
