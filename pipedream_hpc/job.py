@@ -36,7 +36,7 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     for what, value in (("output", output), ("target", target)):
         if not isinstance(value, torch.Tensor):
             raise PipedreamError(
-                f"accuracy, the metric of a Job by default, compares tensors, but the {what} is {type(value).__name__}: "
+                f"accuracy, the default metric of a Job, compares tensors, but the {what} is {type(value).__name__}: "
                 "give the Job metrics of its own, such as metrics={'loss': loss_fn}"
             )
     return (output.argmax(dim=1) == target).float().mean()
