@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -174,7 +173,6 @@ class Driven:
             seed=0,
             split_backward=SplitBackward(part.modules, stash.trains) if split else None,
             recompute=recompute,
-            precision=nullcontext,
         )
         self.worker = Worker(1, [self.stage])
         data: Any = object()  # the middle stage reads none

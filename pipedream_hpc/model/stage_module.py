@@ -128,11 +128,14 @@ class StageModule:
         Returns:
             the stage outputs, where None is what this mode does not compute; and the model's output, in the last stage.
         """
-        borrowed = [(*entry, received[position]) for position, entries in self._borrowed for entry in entries]
         args, kwargs = self._nothing if arguments is None else (arguments.args, arguments.kwargs)
         if self._graph.notes.writes_inputs and arguments is not None:
             args, kwargs = map_tensors(torch.clone, (args, kwargs))
-        with self._holding(borrowed), checkpoints(self._checkpointed) if self._checkpoints else nullcontext():
+        if self._borrowed or self._private or self._checkpoints:
+            borrowed = [(*entry, received[position]) for position, entries in self._borrowed for entry in entries]
+            with self._holding(borrowed), checkpoints(self._checkpointed) if self._checkpoints else nullcontext():
+                outputs, returned = self._running(args, kwargs, received)
+        else:  # entering contexts takes microseconds
             outputs, returned = self._running(args, kwargs, received)
         for slot, name in self._sent_weights:
             container, key = self.entries[name][0]

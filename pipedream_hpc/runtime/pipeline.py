@@ -30,7 +30,7 @@ from pipedream_hpc.runtime.comm.handshake import exchange
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader
 from pipedream_hpc.runtime.execution.dataloader import use_forkserver
 from pipedream_hpc.runtime.execution.memory_probe import core_bytes, measured_parts
-from pipedream_hpc.runtime.execution.passes import Ran
+from pipedream_hpc.runtime.execution.passes import Stepped
 from pipedream_hpc.runtime.execution.position import PassPosition
 from pipedream_hpc.runtime.execution.score import Score, ScoreFn, read_score
 from pipedream_hpc.runtime.execution.stage import Stage
@@ -43,7 +43,6 @@ from pipedream_hpc.runtime.state.full_state_dict import full_state_dict
 from pipedream_hpc.runtime.state.load_state_dict import load_full_state_dict, state_dict_problem
 from pipedream_hpc.runtime.state.memory_report import MemoryReport, ProcessPeak, memory_report
 from pipedream_hpc.schedule import registry
-from pipedream_hpc.schedule.actions import OptimizerStep
 from pipedream_hpc.schedule.trace import Span, Trace
 from pipedream_hpc.schedule.verifier import verify_around
 from pipedream_hpc.schedule.written import Written
@@ -448,7 +447,7 @@ class Pipeline:
         for stage in self.stages:
             stage.optimizer.check_steps(minibatches)
 
-    def _training_pass(self, loader: Any, total: int, *, publish: bool) -> Generator[Ran, None, list[float]]:
+    def _training_pass(self, loader: Any, total: int, *, publish: bool) -> Generator[Stepped, None, list[float]]:
         self._check_lr_schedulers(total)
         if not self._peak.begun:
             tensors = self._run.deployment.edge_tensors
@@ -467,8 +466,8 @@ class Pipeline:
         *,
         score_fn: ScoreFn | None = None,
         publish: bool = False,
-    ) -> Generator[Ran, None, list[float]]:
-        """Run one pass; yield every action of this process after it ran, and return the mean scores."""
+    ) -> Generator[Stepped, None, list[float]]:
+        """Run one pass; yield every optimizer step of this process after it ran, and return the mean scores."""
         self._check_finished()
         self._verify(schedule)
         trace = self.run_config.trace and schedule.training
@@ -496,7 +495,7 @@ class Pipeline:
             self._last_microbatches = schedule.total_microbatches
         return means
 
-    def _train(self, loader: Any, total: int, running: Generator[Ran, None, list[float]]) -> Iterator[Step]:
+    def _train(self, loader: Any, total: int, running: Generator[Stepped, None, list[float]]) -> Iterator[Step]:
         """Yield the steps of a training pass."""
         own_rank, first = self._run.workers[0].rank, min(self._run.workers[0].stages)
         own = self._run.workers[0].stages[first]
@@ -508,7 +507,7 @@ class Pipeline:
 
         try:
             for worker, action in running:
-                if not isinstance(action, OptimizerStep) or (worker.rank, action.stage) != (own_rank, first):
+                if (worker.rank, action.stage) != (own_rank, first):
                     continue
                 trained = range(done // self.n_microbatches, (done + action.n_microbatches) // self.n_microbatches)
                 done += action.n_microbatches
@@ -567,7 +566,7 @@ class Pipeline:
             self._verified.add(schedule)
 
 
-def _finish(running: Generator[Ran, None, list[float]]) -> list[float]:
+def _finish(running: Generator[Stepped, None, list[float]]) -> list[float]:
     """Run a pass to its end; return the mean scores."""
     while True:
         try:

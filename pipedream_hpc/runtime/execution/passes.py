@@ -25,8 +25,8 @@ from pipedream_hpc.runtime.state.checksum import checksum
 from pipedream_hpc.runtime.weights.batchnorm import RunningStats
 from pipedream_hpc.schedule.actions import Action, OptimizerStep, Schedule
 
-#: A worker and the action that it has just carried out.
-Ran = tuple[Worker, Action]
+#: A worker and the optimizer step that it has just taken.
+Stepped = tuple[Worker, OptimizerStep]
 
 
 class PassRunner:
@@ -74,8 +74,8 @@ class PassRunner:
         score_fn: ScoreFn | None = None,
         trace: bool = False,
         publish: bool = False,
-    ) -> Generator[Ran, None, list[float]]:
-        """Run one pass; yield every action of this process after it ran, and return the mean scores.
+    ) -> Generator[Stepped, None, list[float]]:
+        """Run one pass; yield every optimizer step of this process after it ran, and return the mean scores.
 
         Args:
             schedule: of the pass.
@@ -109,8 +109,8 @@ class PassRunner:
             self.began_ns = self._common_epoch_ns()
             with deferred_collection() as collector:
                 for worker, action in self._actions(schedule):
-                    yield worker, action
                     if isinstance(action, OptimizerStep):
+                        yield worker, action
                         collector.collect_if_due()
             self._losses.flush()
             for worker in self._workers:
@@ -127,7 +127,7 @@ class PassRunner:
             self.microbatches_trained += schedule.total_microbatches
         return means
 
-    def _actions(self, schedule: Schedule) -> Iterator[Ran]:
+    def _actions(self, schedule: Schedule) -> Iterator[tuple[Worker, Action]]:
         if self._world.size > 1:
             worker = self._workers[0]
             on_gpu = worker.device.type == "cuda" and any(stage.is_last for stage in worker.stages.values())

@@ -40,8 +40,8 @@ Numbers. Three counts of microbatches and two of versions meet here::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,7 +144,7 @@ class Stage:
         seed: seed of the run; every random layer is reseeded from (seed, microbatch, layer name).
         split_backward: defers the gradients of parameters; None if the schedule splits no backward here.
         recompute: run the forward again before the backward instead of keeping activations (activation checkpointing).
-        precision: factory of the context that forwards run in, such as autocast.
+        precision: factory of the context that forwards run in, such as autocast; None for none.
         compile_backend: backend of torch.compile that compiles the module; None for none.
         loss_means: checks the means of the output stage's losses, where minibatches are cut.
         pools: whether rounds have several microbatches, in any stage.
@@ -166,7 +166,7 @@ class Stage:
         *,
         split_backward: SplitBackward | None,
         recompute: bool,
-        precision: Precision,
+        precision: Precision | None = None,
         compile_backend: str | None = None,
         loss_means: LossMeans | None = None,
         pools: bool = False,
@@ -442,15 +442,24 @@ class Stage:
                 leaves[position] = leaves[position].clone()  # the second forward reads the slot again
             elif leaves[position].requires_grad:
                 leaves[position] = writable(leaves[position])  # autograd forbids writing to a leaf
-        recording: AbstractContextManager[Any] = _NULL_CONTEXT
-        if self._split_backward is not None and state.split and graph:
-            recording = self._split_backward.recording(microbatch)
         watched = self.loss_means if self._training and graph != self.recomputes else None
         if watched is not None and not watched.is_needed(microbatch):
             watched = None
-        around = self.around_forward(self._trained_microbatch) if self.around_forward is not None else _NULL_CONTEXT
-        with _grad_mode(graph), self._precision(), around:
-            with watched if watched and watched.in_forward else _NULL_CONTEXT, recording, self._seeding:
+        # Of the model's forward and, in the output stage, of the loss; and of the forward alone.
+        around: list[AbstractContextManager[Any]] = []
+        within: list[AbstractContextManager[Any]] = []
+        if torch.is_grad_enabled() != graph:
+            around.append(torch.set_grad_enabled(graph))
+        if self._precision is not None:
+            around.append(self._precision())
+        if self.around_forward is not None:
+            around.append(self.around_forward(self._trained_microbatch))
+        if watched is not None and watched.in_forward:
+            within.append(watched)
+        if self._split_backward is not None and state.split and graph:
+            within.append(self._split_backward.recording(microbatch))
+        with _entering(around):
+            with _entering(within), self._seeding:
                 outputs, returned = self.stage_module.run(state.arguments, leaves)
             if not self.is_last:
                 return tuple(outputs), ()
@@ -680,9 +689,19 @@ def graph_leaves(roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return found
 
 
-def _grad_mode(enabled: bool) -> AbstractContextManager[Any]:
-    """Return a context with gradients on or off; setting a mode that is set already costs microseconds."""
-    return _NULL_CONTEXT if torch.is_grad_enabled() == enabled else torch.set_grad_enabled(enabled)
+def _entering(contexts: Sequence[AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
+    """Return a context of several; there is mostly none, and entering one takes time."""
+    if not contexts:
+        return _NULL_CONTEXT
+    return contexts[0] if len(contexts) == 1 else _entering_all(contexts)
+
+
+@contextmanager
+def _entering_all(contexts: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
+    with ExitStack() as entered:
+        for context in contexts:
+            entered.enter_context(context)
+        yield
 
 
 def _run_backward(tensors: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:

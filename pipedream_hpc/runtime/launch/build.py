@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -214,7 +213,7 @@ def _stage(
         config.seed,
         split_backward=SplitBackward(part.modules, stash.trains) if training.splits(index) else None,
         recompute=deployment.plan.stages[index].recompute,
-        precision=setup.autocast or contextlib.nullcontext,
+        precision=setup.autocast,
         compile_backend=config.compile_backend,
         loss_means=LossMeans(deployment.n_microbatches, in_forward=deployment.graph.notes.averages_targets)
         if part.is_last and deployment.n_microbatches > 1
