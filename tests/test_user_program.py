@@ -1291,6 +1291,26 @@ def test_extra_state_is_in_state_dicts_and_checkpoints(tmp_path: Path) -> None:
         other[1].seen = []
 
 
+class Versioned(Net):
+    """Loads a state dict by its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError(f"version {metadata.get('version')} is unknown")
+        super()._load_from_state_dict(state_dict, prefix, metadata, *rest)  # type: ignore[no-untyped-call]
+
+
+def test_a_state_dict_has_the_versions_of_modules() -> None:
+    batches = minibatches()
+    pipeline = pipeline_of(Versioned(), 2, batches)
+    pipeline.fit(batches)
+    loaded = Versioned()
+    loaded.load_state_dict(pipeline.state_dict())
+    assert all(torch.equal(each, plain(Versioned(), batches)[name]) for name, each in loaded.state_dict().items())
+
+
 def test_a_closed_pipeline_leaves_no_hooks_behind() -> None:
     model, batches = Noisy("dropout"), minibatches()
     before = {name: set(vars(module)) for name, module in model.named_modules()}

@@ -49,10 +49,12 @@ def _complete(graph: LayerGraph, own: dict[str, Any]) -> dict[str, Any]:
         known = next((each for each in names if each in own), None)
         if name not in own and known is not None:
             own[name] = own[known]
-    full = {name: own.get(name, value) for name, value in graph.module.state_dict().items()}
+    full: dict[str, Any] = graph.module.state_dict()  # it also has the versions of modules, which some need to load it
+    full.update((name, own.get(name, value)) for name, value in list(full.items()))
     unused = [name for name, value in full.items() if isinstance(value, torch.Tensor) and value.is_meta]
     made = graph.recipe.make_tensors(unused) if graph.recipe and unused else {}
-    return {**full, **{name: value.detach() for name, value in made.items()}}
+    full.update((name, value.detach()) for name, value in made.items())
+    return full
 
 
 def _aliases(graph: LayerGraph) -> dict[str, list[str]]:
