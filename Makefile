@@ -41,8 +41,10 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 demo: $(VENV)/.package
 	$(BIN)/python examples/demo.py $(ARGS)
 
+# First what one process tests, on two cores at once; then, one by one, what starts several ranks or measures.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not alone" --numprocesses 2
+	$(BIN)/python -m pytest -m alone
 
 coverage: $(VENV)/.test
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered

@@ -238,6 +238,7 @@ class Logarithm(nn.Module):
         return torch.log(x - 2)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("build", "reason"),
     [

@@ -107,6 +107,7 @@ def test_one_rank_has_no_link() -> None:
         measure(World(0, 1, 0, 1, "a"))
 
 
+@pytest.mark.alone
 def test_four_ranks_of_this_machine(tmp_path: Path) -> None:
     path = tmp_path / "topology.json"
     finished = ranks.mpirun(4, sys.executable, "-m", "pipedream_hpc.cli", "probe", "-o", path, timeout=120)
@@ -130,6 +131,7 @@ def test_four_ranks_of_this_machine(tmp_path: Path) -> None:
     assert "\x1b" not in finished.output
 
 
+@pytest.mark.alone
 def test_two_hosts_make_two_levels() -> None:
     # One machine that reports two host names: ranks 0 and 1 on `a`, 2 and 3 on `b`.
     script = (
@@ -145,6 +147,7 @@ def test_two_hosts_make_two_levels() -> None:
     assert finished.output.strip() == "True [('node', 2), ('network', 2)] ('a', 'a', 'b', 'b')"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_the_ring_sums_every_part(size: int) -> None:
     # With arrays shorter than the ring, some parts are empty.
@@ -163,6 +166,7 @@ def test_the_ring_sums_every_part(size: int) -> None:
     assert ranks.mpirun(size, sys.executable, "-c", script, timeout=60).output.strip() == "sums"
 
 
+@pytest.mark.alone
 def test_hosts_with_different_numbers_of_ranks_print_one_sentence() -> None:
     script = (
         "import dataclasses\n"

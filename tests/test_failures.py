@@ -23,6 +23,8 @@ from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.topology import Level, Topology
 from pipedream_hpc.runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.alone
+
 SOON = 10.0  # seconds from the fault to the end of the last rank: the promise
 
 

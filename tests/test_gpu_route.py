@@ -19,6 +19,8 @@ from pipedream_hpc.runtime.comm.gpu_route import (
     run_child,
 )
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize(
     ("child", "reason"),

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.alone
+
 #: Turns until glibc uses what it keeps; pipedream_hpc.cluster.heap says why not at once. A turn that needs fresh memory
 #: puts a clipping into the tcache, which takes 7 of each size, and clippings have 5 sizes (32 to 96 bytes). At most 10
 #: such turns were seen.

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import ranks
 
+pytestmark = pytest.mark.alone
+
 FOLDER = Path(__file__).parent / "mpi"
 
 

@@ -11,6 +11,8 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.runtime.comm import stall
 from pipedream_hpc.runtime.comm.stall import StallReportError, is_stall, report
 
+pytestmark = pytest.mark.alone
+
 
 class Comm:
     """The reports of other ranks; a rank without one is silent."""

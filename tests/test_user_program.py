@@ -1291,6 +1291,25 @@ def test_extra_state_is_in_state_dicts_and_checkpoints(tmp_path: Path) -> None:
         other[1].seen = []
 
 
+class Wrapper(nn.Module):
+    """Passes on whatever it is given, as wrappers for adapters do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Net()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+def test_a_wrapper_takes_a_mapping_as_keyword_arguments() -> None:
+    batches = minibatches()
+    pipeline = pipeline_of(Wrapper(), 2, [({"x": x}, target) for x, target in batches])
+    pipeline.fit([({"x": x}, target) for x, target in batches])
+    expected = plain(Wrapper(), batches)
+    assert all(torch.equal(each, expected[name]) for name, each in pipeline.state_dict().items())
+
+
 class Versioned(Net):
     """Loads a state dict by its version, as torchvision's MNASNet does."""
 
@@ -1388,6 +1407,7 @@ def test_minibatches_of_an_evaluation_may_be_larger_than_the_example(plan: Any, 
     evaluate_sizes((plan, n_microbatches, EVALUATIONS))
 
 
+@pytest.mark.alone
 def test_minibatches_of_an_evaluation_may_be_larger_on_ranks() -> None:
     on_ranks = ranks.call(3, evaluate_sizes, (3, 2, EVALUATIONS))
     assert on_ranks == evaluate_sizes((3, 2, EVALUATIONS))

@@ -53,7 +53,7 @@ class FakeStage:
     """Notes what it is told."""
 
     def __init__(self, index: int, notes: list[str], replica: int = 0, *, overflow: bool = False) -> None:
-        self.index, self.replica, self.notes, self.loss_fn = index, replica, notes, "its loss"
+        self.index, self.replica, self.notes = index, replica, notes
         self.grad_allreduce = GradAllReduce(notes)
         self.optimizer = Optimizer(index, notes, overflow=overflow)
         self.ready_for: Callable[[Action], bool] = lambda action: True
@@ -137,10 +137,12 @@ def test_begin_and_end_reach_every_stage() -> None:
     held = made(FakeStage(0, notes), FakeStage(2, notes))
     begin(held)
     counts = "'training': True, 'first_microbatch': 100, 'first_trained': 80"
-    assert notes == [f"stage {index} begins with data: {{{counts}, 'score_fn': 'its loss'}}" for index in (0, 2)]
+    assert notes == [
+        f"stage {index} begins with data: {{{counts}, 'score_fn': None, 'publish': False}}" for index in (0, 2)
+    ]
     notes.clear()
     begin(held, score_fn="accuracy")
-    assert notes[0].endswith("'score_fn': 'accuracy'}")
+    assert notes[0].endswith("'score_fn': 'accuracy', 'publish': False}")
     notes.clear()
     held.end()
     assert notes == ["stage 0 ends", "stage 2 ends"]

@@ -124,7 +124,7 @@ def bind_inputs(model: nn.Module, inputs: Any) -> Arguments:
     if isinstance(inputs, Mapping):
         by_keyword = {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
         takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
-        if set(inputs) <= by_keyword or (takes_any and set(inputs) & by_keyword):
+        if set(inputs) <= by_keyword or (takes_any and (set(inputs) & by_keyword or not positional)):
             arguments = Arguments((), dict(inputs), ())
         elif not set(inputs) & by_keyword and positional:
             arguments = Arguments((inputs,), {}, names)

@@ -283,7 +283,8 @@ def difference(
         if not _same(expected, found):
             which = "the output" if len(alone.outputs) == 1 else f"output {number}"
             return f"{mode} {which} differs by up to {_distance(expected, found):.3g}"
-    most = max((float(each.abs().max()) for each in alone.gradients.values() if each.numel()), default=0.0)
+    finite = (each.nan_to_num(0.0, 0.0, 0.0) for each in alone.gradients.values() if each.numel())
+    most = max((float(each.abs().max()) for each in finite), default=0.0)
     for what, one, other in (
         ("gradient of", alone.gradients, staged.gradients),
         ("buffer", alone.buffers, staged.buffers),
