@@ -218,8 +218,9 @@ def test_a_stage_that_runs_whole_modules_differently_is_found(monkeypatch: pytes
     graph = capture(model, example)
     partition = Partition(graph, [[0, 1, 2, 3], [4]])
     stage = partition.stage_module(0)
-    step = next(each for each in stage._forwards[True]._steps if each.chain)
-    step.chain = (step.chain[0], step.chain[3], step.chain[2], step.chain[1])
+    assert stage._forwards[True]._direct is not None
+    steps, number = stage._forwards[True]._direct
+    stage._forwards[True]._direct = [steps[0], steps[2], steps[1], steps[3]], number
     with pytest.raises(PipedreamError, match=r"in training output 0 differs|in training the output differs"):
         check(graph, partition, 0, stage, example)
 
