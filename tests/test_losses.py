@@ -306,3 +306,94 @@ def test_means_of_replicas_are_compared_at_the_end_of_the_pass() -> None:
     batches[2]["labels"][0, :3] = PADDING
     with pytest.raises(PipedreamError, match=r"a mean over 24 targets of 4 samples .* over 21 of 4 in another"):
         train_own(own_mean, batches, plan="1-2", n_microbatches=2)
+
+
+# -- losses that are no mean over samples ------------------------------------------------------------------------------
+
+
+def labels(count: int = 3) -> list[Batch]:
+    draw = torch.Generator().manual_seed(2)
+    return [(torch.randn(8, 6, generator=draw), torch.randint(0, 3, (8,), generator=draw)) for _ in range(count)]
+
+
+def classifier() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def contrast(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Compare the samples of a minibatch with each other."""
+    return functional.cross_entropy(output @ output.T, torch.arange(len(output)))
+
+
+def of_some(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Return the mean over the samples of two classes, of which microbatches have unequal numbers."""
+    mask = (target != 0).float()
+    return (functional.cross_entropy(output, target, reduction="none") * mask).sum() / mask.sum()
+
+
+def noisy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(output + torch.randn_like(output), target)
+
+
+class Smoothed(nn.Module):
+    """A loss with a state: how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            self.calls += 1
+        return functional.cross_entropy(output, target, label_smoothing=0.1)
+
+
+def classify(loss_fn: Any, n_microbatches: int, plan: Any = 2, model: nn.Module | None = None, **options: Any) -> Any:
+    batches = labels()
+    with Pipeline(
+        model or classifier(),
+        loss_fn=loss_fn,
+        optimizer=SGD,
+        example_inputs=batches[0][0],
+        plan=plan,
+        schedule=ScheduleConfig("1f1b-flush", n_microbatches),
+        train_config=TrainConfig(**options),
+    ) as pipeline:
+        pipeline.fit(batches)
+        return pipeline.state_dict()
+
+
+@pytest.mark.parametrize("plan", [2, "1-2"])
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(reduction="sum"), contrast, of_some])
+def test_a_number_that_is_no_mean_over_samples_is_refused_where_minibatches_are_cut(loss_fn: Any, plan: Any) -> None:
+    with pytest.raises(PipedreamError, match=r"loss of the first minibatch is .* but the mean .* pair \(sum, count\)"):
+        classify(loss_fn, 4, plan)
+    classify(loss_fn, 1, plan)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(), noisy, lambda o, t: ((o[:, 0] - t) ** 2).mean()])
+def test_means_over_samples_and_random_losses_are_accepted(loss_fn: Any, recompute: bool) -> None:
+    classify(loss_fn, 4, recompute=recompute)
+
+
+def test_what_is_compared_leaves_no_trace() -> None:
+    loss_fn = Smoothed()
+    classify(loss_fn, 4)
+    assert loss_fn.calls == 12  # three minibatches of four
+
+
+def test_a_loss_that_reads_weights_of_another_stage_is_refused() -> None:
+    model = classifier()
+
+    def scaled(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(output, target) * (1 + model[0].weight.detach().norm())
+
+    def of_its_own(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(output, target) * (1 + model[4].weight.detach().norm())
+
+    with pytest.raises(PipedreamError, match=r"the loss or a metric reads '0\.weight', which another stage has"):
+        classify(scaled, 1, model=model)
+    classify(of_its_own, 1, model=(model := classifier()))
+    classify(scaled, 1, plan=1, model=(model := classifier()))

@@ -273,6 +273,12 @@ class StageModule:
             if weight in known and weight in self._entries:  # a weight of the model that the loss has as well
                 self.entries[known[weight]] += entries
 
+    def weights_of_others(self) -> dict[int, str]:
+        """Return the weights and buffers of other stages, as they are in the model now: identity -> name."""
+        own = set(self.entries) | {place.name for place in self.other_tensors().values()}
+        named = [*self._model.named_parameters(), *self._model.named_buffers()]
+        return {id(each): name for name, each in named if name not in own}
+
     def name_of(self, leaf: torch.Tensor) -> str:
         """Return a text that names a leaf of autograd's graph that is none of the stage's weights."""
         for name, parameter in self._model.named_parameters():

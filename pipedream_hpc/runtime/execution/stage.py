@@ -63,9 +63,11 @@ from pipedream_hpc.runtime.execution.data import MicrobatchLoader
 from pipedream_hpc.runtime.execution.loss_means import LossMeans
 from pipedream_hpc.runtime.execution.loss_meter import LossMeter
 from pipedream_hpc.runtime.execution.memory_probe import MemoryProbe
+from pipedream_hpc.runtime.execution.others_weights import NotOfOthers
 from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.score import Score, ScoreFn, read_score
 from pipedream_hpc.runtime.execution.split_backward import SplitBackward
+from pipedream_hpc.runtime.execution.whole_loss import WholeLoss
 from pipedream_hpc.runtime.weights.batchnorm import keep_running_stats
 from pipedream_hpc.runtime.weights.grad_accumulation import GradAccumulator
 from pipedream_hpc.runtime.weights.grad_allreduce import GradAllReduce
@@ -146,7 +148,9 @@ class Stage:
         recompute: run the forward again before the backward instead of keeping activations (activation checkpointing).
         precision: factory of the context that forwards run in, such as autocast; None for none.
         compile_backend: backend of torch.compile that compiles the module; None for none.
+        n_microbatches: microbatches per minibatch.
         loss_means: checks the means of the output stage's losses, where minibatches are cut.
+        whole_loss: compares the loss of its first minibatch with those of its microbatches.
         pools: whether rounds have several microbatches, in any stage.
     """
 
@@ -168,7 +172,9 @@ class Stage:
         recompute: bool,
         precision: Precision | None = None,
         compile_backend: str | None = None,
+        n_microbatches: int = 1,
         loss_means: LossMeans | None = None,
+        whole_loss: WholeLoss | None = None,
         pools: bool = False,
     ) -> None:
         self.index, self.replica = index, replica
@@ -182,7 +188,8 @@ class Stage:
         self._loss_fn, self._losses, self._pools = loss_fn, losses, pools
         self._counted: bool | None = None  # whether the loss is a pair (sum, count), once that is known
         self._n_stepped = 0  # microbatches of the pass that an optimizer step has learned from
-        self._publishes = False
+        self._publishes = self._scored = False
+        self._whole_loss, self._n_microbatches = whole_loss, n_microbatches
         self.is_last = stage_module.is_last
         #: Whether it reads inputs or targets from the data set.
         self.reads_data = stage_module.reads_inputs or stage_module.is_last
@@ -264,7 +271,7 @@ class Stage:
             publish: publish every loss.
         """
         self._data, self._score_fn, self._training = data, score_fn or self._loss, training
-        self._publishes, self._n_stepped = publish, 0
+        self._publishes, self._n_stepped, self._scored = publish, 0, False
         if self.loss_means is not None:
             self.loss_means.begin()
         self._channels = self.channels if training else self.evaluation_channels or self.channels
@@ -281,6 +288,10 @@ class Stage:
         for channel in self._channels.send.values():
             channel.drain()
         assert not self._in_flight, "a verified schedule leaves no microbatch in flight"
+        if self._whole_loss is not None and self._training:
+            whole, self._whole_loss = self._whole_loss, None
+            with torch.no_grad():
+                whole.compare()
         self._data = None
         self.stash.use_newest()  # what the user's model shows between passes
 
@@ -442,7 +453,8 @@ class Stage:
                 leaves[position] = leaves[position].clone()  # the second forward reads the slot again
             elif leaves[position].requires_grad:
                 leaves[position] = writable(leaves[position])  # autograd forbids writing to a leaf
-        watched = self.loss_means if self._training and graph != self.recomputes else None
+        counts = self._training and graph != self.recomputes  # and is not run again
+        watched = self.loss_means if counts else None
         if watched is not None and not watched.is_needed(microbatch):
             watched = None
         # Of the model's forward and, in the output stage, of the loss; and of the forward alone.
@@ -465,12 +477,29 @@ class Stage:
                 return tuple(outputs), ()
             assert self._data is not None
             target = self._data.target(microbatch)
-            if watched is None:
-                return tuple(outputs), self._score_fn(returned, target)
-            with watched:
+            computing: list[AbstractContextManager[Any]] = [] if watched is None else [watched]
+            if not self._scored:
+                computing.append(NotOfOthers(self.stage_module.weights_of_others()))
+            with _entering(computing):
                 scores = self._score_fn(returned, target)
-            watched.end(microbatch, self._data.samples(microbatch), compare=scores[0].count is None)
+            self._scored = True
+            if watched is not None:
+                watched.end(microbatch, self._data.samples(microbatch), compare=scores[0].count is None)
+            if self._whole_loss is not None and counts:
+                self._compare_whole(microbatch, returned, target, scores[0])
             return tuple(outputs), scores
+
+    def _compare_whole(self, microbatch: int, output: Any, target: Any, score: Score) -> None:
+        """Compare the loss of the first minibatch that is trained with those of its microbatches, once."""
+        assert self._whole_loss is not None
+        assert self._data is not None
+        if score.count is None and microbatch < self._n_microbatches:
+            self._whole_loss.add(output, target, self._data.samples(microbatch), score.mean)
+            return
+        whole, self._whole_loss = self._whole_loss, None
+        if score.count is None:
+            with torch.no_grad():
+                whole.compare()
 
     def _loss(self, output: Any, target: Any) -> Sequence[Score]:
         return (read_score(self._loss_fn(output, target), "the loss"),)

@@ -23,6 +23,7 @@ from pipedream_hpc.runtime.execution.loss_means import LossMeans
 from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.split_backward import SplitBackward
 from pipedream_hpc.runtime.execution.stage import Stage
+from pipedream_hpc.runtime.execution.whole_loss import WholeLoss
 from pipedream_hpc.runtime.execution.worker import Worker
 from pipedream_hpc.runtime.launch.deployment import Deployment
 from pipedream_hpc.runtime.launch.wiring import Wiring
@@ -217,6 +218,10 @@ def _stage(
         compile_backend=config.compile_backend,
         loss_means=LossMeans(deployment.n_microbatches, in_forward=deployment.graph.notes.averages_targets)
         if part.is_last and deployment.n_microbatches > 1
+        else None,
+        n_microbatches=deployment.n_microbatches,
+        whole_loss=WholeLoss(setup.loss_fn, deployment.graph.batch_dims)
+        if part.is_last and deployment.n_microbatches > 1 and config.check_model
         else None,
         pools=_pools(deployment, training),
     )
