@@ -353,6 +353,54 @@ def test_more_is_passed_on_in_evaluation(build: Callable[[], nn.Module], plan: i
     pipeline.fit(batches)
 
 
+class DropPath(nn.Module):
+    """Its forward calls functions between blocks in training only, which evaluation numbers otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.blocks, self.head = nn.Linear(6, 16), nn.ModuleList(map(Residual, range(4))), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + (block(x) - x) * 0.8 if self.training else block(x)
+        out: torch.Tensor = self.head(x)
+        return out
+
+
+class Residual(nn.Module):
+    def __init__(self, _: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x).tanh()
+
+
+@pytest.mark.parametrize("cut_points", [["blocks.2"], ["blocks.1.linear", "blocks.2.linear"]])
+def test_each_mode_may_number_functions_otherwise(cut_points: list[str]) -> None:
+    batches = minibatches()
+    pipeline = Pipeline(
+        DropPath(),
+        loss_fn=LOSS,
+        optimizer=SGD,
+        example_inputs=batches[0][0],
+        plan=len(cut_points) + 1,
+        schedule=ScheduleConfig("1f1b-flush", 1),
+        cut_points=cut_points,
+    )
+    pipeline.fit(batches)
+    model = DropPath()
+    expected = plain(model, batches)
+    # The gradient of x is a sum of more than two, which stages add up in another order.
+    torch.testing.assert_close(pipeline.state_dict(), expected, rtol=0, atol=1e-6)
+    model.eval()
+    with torch.no_grad():
+        losses = [LOSS(model(inputs), target).item() for inputs, target in batches]
+    assert pipeline.evaluate(batches)["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
 # -- d, e: hooks, parametrizations, patched forwards -------------------------------------------------------------------
 
 

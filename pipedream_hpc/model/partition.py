@@ -106,8 +106,8 @@ class Partition:
         return {
             (call.number, index): position[name]
             for call in self._recording(training).calls
-            for index, value in enumerate(call.values)
-            if (name := self._name_of(value, training)) in position
+            for index in range(len(call.values))
+            if (name := self._name_of((call.number, index), training)) in position
         }
 
     def home(self, name: str) -> int | None:
@@ -131,8 +131,8 @@ class Partition:
         keys = {
             name: (call.number, index)
             for call in graph.evaluation.calls
-            for index, value in enumerate(call.values)
-            if (name := self._name_of(value, False)) in sent
+            for index in range(len(call.values))
+            if (name := self._name_of((call.number, index), False)) in sent
         }
         with modes_restored(graph.module):
             shapes = {
@@ -207,9 +207,12 @@ class Partition:
         """Return what crosses every edge, in the order of the message: weights first, then what training needs."""
         found = {mode: self._find_crossing(mode) for mode in (True, False)}
         training = (
-            self.graph.training.value(each) for keys in found[True].values() for each in keys if type(each) is tuple
+            (self.graph.training.value(each), edge.source)
+            for edge, keys in found[True].items()
+            for each in keys
+            if type(each) is tuple
         )
-        self._in_training = {value.name: value for value in training}
+        self._in_training = {value.name: (value, source) for value, source in training}
         crossing: dict[Edge, list[Crossing]] = defaultdict(list)
         for mode, of_mode in found.items():
             for edge, keys in of_mode.items():
@@ -228,20 +231,22 @@ class Partition:
         """Return under which name, and with which shape and dtype, something travels."""
         if isinstance(what, str):
             return what
-        value = self._recording(training).value(what)
-        name = self._name_of(value, training)
-        return self._in_training.get(name) or replace(value, name=name, needs_gradient=False)
+        name = self._name_of(what, training)
+        if name in self._in_training:
+            return self._in_training[name][0]
+        return replace(self._recording(training).value(what), name=name, needs_gradient=False)
 
-    def _name_of(self, value: Value, training: bool) -> str:
+    def _name_of(self, key: Key, training: bool) -> str:
         """Return the name under which a tensor of one mode's recording travels, if it does.
 
-        What training passes on as well travels in the same place.
+        What the same stage passes on in training as well travels in the same place.
         """
+        value = self._recording(training).value(key)
         if training:
             return value.name
-        same = self._in_training.get(value.name)
+        same, source = self._in_training.get(value.name, (None, None))
         fits = same is not None and same.dtype == value.dtype and _is_within(value.shape, same.shape)
-        return value.name if fits else f"{value.name} in evaluation"
+        return value.name if fits and source == self._stage_of[False][key[0]] else f"{value.name} in evaluation"
 
     def _find_crossing(self, training: bool) -> dict[Edge, list[Key | str]]:
         """Return what crosses every edge in one mode, weights first."""
