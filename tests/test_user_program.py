@@ -21,6 +21,7 @@ import ranks
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_full_backward_hook, register_module_full_backward_pre_hook
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
@@ -536,6 +537,40 @@ def test_a_hook_on_a_sequential_may_come_later(plan: int) -> None:
     weights = plain(expected, batches)
     assert seen == wanted
     assert all(torch.equal(each, weights[name]) for name, each in pipeline.state_dict().items())
+
+
+def hooked_backwards(where: str, kind: str = "register_full_backward_hook") -> nn.Module:
+    """Return a model with a hook that changes gradients, on the module named `where`."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    model = nn.Sequential(nn.Linear(6, 16), inner, nn.Tanh(), nn.Linear(16, 3))
+    getattr(model.get_submodule(where), kind)(lambda *args: (args[1][0] * 0.5,))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("where", ["1", "1.2", "3"])
+@pytest.mark.parametrize("plan", [2, 3])
+def test_modules_with_backward_hooks_are_kept_whole(where: str, kind: str, plan: int) -> None:
+    pipeline = assert_trained_alike(partial(hooked_backwards, where, kind), plan)
+    stages = {stage for name, stage in pipeline.stage_of_parameters().items() if name.startswith("1.")}
+    assert where != "1" or len(stages) == 1
+
+
+def test_a_model_with_backward_hooks_of_its_own_cannot_be_cut() -> None:
+    with pytest.raises(PipedreamError, match="the model cannot be cut, because it has backward hooks"):
+        pipeline_of(hooked_backwards(""), 2, minibatches())
+    assert_trained_alike(partial(hooked_backwards, "", "register_full_backward_pre_hook"), 1)
+
+
+@pytest.mark.parametrize("register", [register_module_full_backward_hook, register_module_full_backward_pre_hook])
+def test_backward_hooks_for_all_modules_are_refused(register: Any) -> None:
+    handle = register(lambda *_: None)
+    try:
+        with pytest.raises(PipedreamError, match="register it on the modules that need it"):
+            pipeline_of(Net(), 2, minibatches())
+    finally:
+        handle.remove()
 
 
 class Fork(nn.Module):

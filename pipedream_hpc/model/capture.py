@@ -70,7 +70,8 @@ def capture(
     batch_dims.check(bound)
     bound, _ = batch_dims.split(bound, None, n_microbatches)[0]
     modes = Modes.of(model)
-    closed: dict[str, str] = {}
+    # Autograd nodes around all that a module computes: no stage has them if it computes a part of it.
+    closed = {name: "it has backward hooks" for name, module in model.named_modules() if _has_backward_hooks(module)}
     classes: set[type[nn.Module]] = set()
     real, is_meta = False, any(parameter.is_meta for parameter in model.parameters())
 
@@ -194,7 +195,12 @@ def _values(recording: Recording) -> list[tuple[Value, ...]]:
 
 
 def _refuse(model: nn.Module) -> None:
-    """Refuse a model with modules that no stage can train."""
+    """Refuse a model that no stages can train."""
+    if nn.modules.module._global_backward_hooks or nn.modules.module._global_backward_pre_hooks:
+        raise PipedreamError(
+            "torch has a backward hook for all modules (register_module_full_backward_hook or the like), which would "
+            "not run for modules that are cut: register it on the modules that need it"
+        )
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise PipedreamError(
@@ -206,6 +212,10 @@ def _refuse(model: nn.Module) -> None:
                 f"module '{name}' of class {type(module).__name__} has no weights yet: run the model once on a "
                 "minibatch before"
             )
+
+
+def _has_backward_hooks(module: nn.Module) -> bool:
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def is_leaf(module: nn.Module) -> bool:
