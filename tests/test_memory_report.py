@@ -156,6 +156,13 @@ def run_three(
         return profile, plan, pipeline.memory_reports()
 
 
+def test_gradients_that_hooks_see_are_not_deferred() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(8, 16)
+    model[1].weight.register_hook(lambda gradient: gradient * 2)
+    profile = measure(capture(model, x), x, minibatches=1, warm_up=0)
+    assert [layer.unsplit_bytes for layer in profile.layers[1:]] == [(16 * 16 + 16) * F, 0]
+
+
 @pytest.mark.parametrize("recompute", [None, True])
 def test_deferred_gradients_within_modules_are_planned(recompute: bool | None) -> None:
     profile, plan, found = run_three(Block, 64, ScheduleConfig("zb-h2", 8), recompute)

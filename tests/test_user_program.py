@@ -573,6 +573,49 @@ def test_backward_hooks_for_all_modules_are_refused(register: Any) -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize("schedule", ["zb-h1", "gpipe-split", "gpipe"])
+def test_hooks_of_weights_run_once_per_microbatch(schedule: str) -> None:
+    def build() -> nn.Module:
+        model = masked()
+        model[4].weight.register_hook(lambda gradient: gradient.clamp(-1e-2, 1e-2))  # type: ignore[union-attr]
+        return model
+
+    batches = minibatches()
+    with Pipeline(
+        build(),
+        loss_fn=LOSS,
+        optimizer=SGD,
+        example_inputs=batches[0][0],
+        plan=3,
+        schedule=ScheduleConfig(schedule, 4),
+    ) as pipeline:
+        pipeline.fit(batches)
+        trained = pipeline.state_dict()
+    model = build()
+    steps = SGD(model.parameters())
+    for inputs, target in batches:
+        steps.zero_grad()
+        for x, y in zip(inputs.chunk(4), target.chunk(4), strict=True):
+            (LOSS(model(x), y) / 4).backward()
+        steps.step()
+    torch.testing.assert_close(trained, dict(model.state_dict()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "plan"), [(ScheduleConfig("gpipe", 4), 2), (ScheduleConfig("1f1b-flush", 1), "2-1")]
+)
+def test_hooks_on_accumulated_gradients_of_several_backwards_are_refused(schedule: ScheduleConfig, plan: Any) -> None:
+    with pytest.raises(PipedreamError, match=r"parameter '0\.weight' has a hook of register_post_accumulate_grad_hook"):
+        Pipeline(
+            masked_after(),
+            loss_fn=LOSS,
+            optimizer=SGD,
+            example_inputs=minibatches()[0][0],
+            plan=plan,
+            schedule=schedule,
+        )
+
+
 class Fork(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.tanh(), x.sigmoid()

@@ -226,8 +226,10 @@ def _run_and_measure(
         # or other hooks handle the saved tensors.
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
         saves = torch.is_grad_enabled() and hooks is not None and hooks[0] is keep
-        weights = {id(each) for each in module._parameters.values() if each is not None}
-        if saves and len(given) == 1 and given[0].requires_grad and deferrable.isdisjoint(weights):
+        leaves = [each for each in module._parameters.values() if each is not None]
+        weights = set(map(id, leaves))
+        hooked = any(each._backward_hooks for each in leaves)
+        if saves and len(given) == 1 and given[0].requires_grad and not hooked and deferrable.isdisjoint(weights):
             deferrable.update(weights)
 
     splittable = [module for module in stage.modules if type(module).__name__ in SPLITTABLE_KINDS]

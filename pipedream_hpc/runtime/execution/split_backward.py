@@ -19,8 +19,9 @@ The forward of a deferring layer is a graph of its own. The stage's graph sees i
                       W  ─┴► product ──► y'                   BackwardWeight asks it for gW with that gy
 
 Everything else that uses the weight, or writes into y, is in the stage's graph and is treated as usual. A layer whose
-weight is computed (not a parameter of its own) does not defer, nor does one inside activation checkpointing, which
-would run its forward again for each such graph.
+weight is computed (not a parameter of its own) does not defer, nor does one whose weights have hooks, which autograd
+would call without a gradient, nor one inside activation checkpointing, which would run its forward again for each such
+graph.
 """
 
 from __future__ import annotations
@@ -203,6 +204,8 @@ class SplitBackward:
         ):
             return None
         leaves = [leaf for leaf in layer._parameters.values() if leaf is not None and leaf.requires_grad]
+        if any(leaf._backward_hooks for leaf in leaves):
+            return None
         # A second call with the same weights is whole: a microbatch defers one gradient per weight.
         if not leaves or not all(map(self._trained, leaves)) or not self._recording.leaves.isdisjoint(leaves):
             return None

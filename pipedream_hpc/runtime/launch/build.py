@@ -110,6 +110,8 @@ def build_workers(
                 f"{len(training.layout[index])} replicas of stage {index} would have another: give stage {index} one "
                 "replica"
             )
+        if _pools(deployment, training):
+            _refuse_hooks_on_sums(part)
     stages: dict[int, list[Stage]] = {}
     for part, (rank, index, replica) in zip(parts, places, strict=True):
         stages.setdefault(rank, []).append(_stage(deployment, training, wiring, losses, setup, part, index, replica))
@@ -225,6 +227,17 @@ def _stage(
         else None,
         pools=_pools(deployment, training),
     )
+
+
+def _refuse_hooks_on_sums(part: StageModule) -> None:
+    """Refuse hooks on accumulated gradients, of which a stage has those of whole rounds only."""
+    for name, parameter in part.module.named_parameters():
+        if parameter.requires_grad and getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise PipedreamError(
+                f"parameter '{name}' has a hook of register_post_accumulate_grad_hook, which would run once per "
+                "optimizer step, and not once per backward: where a step takes several microbatches or replicas, use "
+                "register_hook of the parameter, or register_step_pre_hook of the optimizer"
+            )
 
 
 def _pools(deployment: Deployment, training: Schedule) -> bool:
