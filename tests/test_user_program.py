@@ -788,6 +788,32 @@ def test_what_is_drawn_does_not_depend_on_the_plan(how: str) -> None:
     assert any(not torch.equal(value, expected[name]) for name, value in weights[0].items()), "something is drawn"
 
 
+class AsksWithValues(nn.Module):
+    """A forward that is recorded with values, and asks for shapes after earlier stages have run a BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.first(x)
+        positive = torch.masked_select(x, x > 0)
+        for block in self.blocks:
+            x = x + block(x) * torch.full((x.shape[0], 1), 0.5)
+        return self.head(x) + positive.mean()
+
+
+@pytest.mark.parametrize("plan", [2, 3])
+def test_a_question_leaves_what_autograd_has_saved(plan: int) -> None:
+    batches = minibatches()
+    pipeline = pipeline_of(AsksWithValues(), plan, batches)
+    pipeline.fit(batches)
+    expected = plain(AsksWithValues(), batches)
+    torch.testing.assert_close(pipeline.state_dict(), expected, rtol=0, atol=1e-5)
+
+
 # -- i: state that a forward changes -----------------------------------------------------------------------------------
 
 

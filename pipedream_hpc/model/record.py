@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
@@ -571,7 +572,9 @@ def _unchanged(model: nn.Module, notes: Notes) -> Iterator[None]:
     """Restore the state of all modules, and of all generators; note which modules had changed theirs."""
     state = ModuleState(model)
     python, numbers = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[], enabled=True):
+    # A stage asks for shapes in its forward, after which buffers are what autograd has saved: also by their versions.
+    buffers = tuple(each for each in model.buffers() if not each.is_meta and not each.is_inference())
+    with _unsafe_preserve_version_counter(buffers), torch.random.fork_rng(devices=[], enabled=True):
         # A path that depends on random numbers is recorded the same in every process.
         torch.default_generator.manual_seed(0)
         random.seed(0)
