@@ -995,6 +995,19 @@ def test_a_forward_that_holds_a_parameter_itself_is_refused() -> None:
 # -- f: attributes of parameters; weights that are frozen later --------------------------------------------------------
 
 
+@pytest.mark.parametrize("plan", [1, 2])
+@pytest.mark.parametrize(
+    ("model", "loss_fn"),
+    [
+        pytest.param(chain().requires_grad_(False), LOSS, id="frozen"),
+        pytest.param(chain(), lambda output, target: torch.zeros(()), id="constant"),
+    ],
+)
+def test_a_loss_that_trains_nothing_is_refused(model: nn.Module, loss_fn: Any, plan: int) -> None:
+    with pytest.raises(PipedreamError, match="the loss depends on no weight that requires a gradient"):
+        pipeline_of(model, plan, minibatches(), loss_fn).fit(minibatches())
+
+
 def test_weights_frozen_between_epochs() -> None:
     batches = minibatches()
     model, reference = chain(), chain()

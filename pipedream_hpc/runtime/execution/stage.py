@@ -529,7 +529,12 @@ class Stage:
             self._recompute(microbatch, state)
         roots: list[torch.Tensor] = []
         gradients: list[torch.Tensor | None] = []
-        if state.loss is not None and state.loss.requires_grad:
+        if state.loss is not None:
+            if not state.loss.requires_grad:
+                raise PipedreamError(
+                    "the loss depends on no weight that requires a gradient, so nothing would be trained: compute it "
+                    "from the model's output without detaching it, and train some weights (requires_grad)"
+                )
             roots.append(state.loss)
             gradients.append(state.loss_gradient)
         # In the order of the stages: an output with several targets is a root several times, and autograd sums up.
