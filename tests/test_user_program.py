@@ -455,6 +455,30 @@ def backward_hook() -> nn.Module:
     return model
 
 
+class Adapted(nn.Module):
+    """A block with a matrix that a hook of the layer in it uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.adapter = nn.Linear(6, 6), nn.Parameter(torch.randn(6, 6))
+        self.layer.register_forward_hook(lambda layer, inputs, output: output + inputs[0] @ self.adapter)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.layer(x).tanh()
+
+
+def adapted() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Adapted(), Adapted(), nn.Linear(6, 3))
+
+
+def borrowed() -> nn.Module:
+    """Return a model in which a hook uses a weight of another stage."""
+    model = chain()
+    model[4].register_forward_pre_hook(lambda layer, inputs: (inputs[0] @ model[2].weight,))
+    return model
+
+
 def patched() -> nn.Module:
     model = chain()
     own = type(model).forward
@@ -513,7 +537,14 @@ def keeps(make: Callable[[], Any]) -> Callable[[], nn.Module]:
     "build",
     [
         *(masked, masked_after, pre_hook, hook, inner_hook, backward_hook, patched, lora, spectral, old_weight_norm),
-        *(pruned, keeps(torch.Generator), keeps(threading.Lock), keeps(lambda: logging.getLogger("x"))),
+        *(
+            adapted,
+            borrowed,
+            pruned,
+            keeps(torch.Generator),
+            keeps(threading.Lock),
+            keeps(lambda: logging.getLogger("x")),
+        ),
     ],
 )
 def test_hooks_and_patches_are_the_users_own(build: Callable[[], nn.Module], plan: int) -> None:

@@ -171,6 +171,7 @@ class _Recorder:
         self._checkpoint: int | None = None  # number of the checkpointed part that runs
         self._generators = _python_generators()
         self._entered: list[str] = []  # by the call that is being recorded
+        self._used: list[str] = []  # by functions in it: parameters, as a hook may use those of a module around it
         self._live: list[Any] = []  # a storage's identity is unique only while the storage is live
         self._parameters: dict[int, str] = {}  # by the identity of what stands for them
         self._local: dict[int, torch.Tensor] = {}  # tensors that depend on no call, but have no values
@@ -261,7 +262,11 @@ class _Recorder:
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         self.notes.averages_targets |= function in AVERAGES_TARGETS
         if self._in_call:
-            return function(*args, **kwargs)
+            returned = function(*args, **kwargs)
+            if tensors_of_value(returned):  # and not a question, such as p.dtype
+                given = tensors_of_value((args, kwargs))
+                self._used += [self._parameters[id(each)] for each in given if id(each) in self._parameters]
+            return returned
         given = tensors_of_value((args, kwargs))
         written = [self._buffers[id(each)] for each in given if id(each) in self._buffers]
         if written and _writes(function_name(function), kwargs):
@@ -335,7 +340,7 @@ class _Recorder:
         given = tensors_of_value((args, kwargs))
         versions = [version_of(each) for each in given]
         counter = _Dispatch(self)
-        self._entered = []
+        self._entered, self._used = [], []
         inside = self._inside(call.name) if call.module is not None else nullcontext()
         try:
             with inside, self._fake or nullcontext(), counter:
@@ -436,7 +441,7 @@ class _Recorder:
         if call.function is not None:  # an autograd.Function may call modules
             modules = [(name, self._model.get_submodule(name)) for name in call.entered]
             inner += [each for name, module in modules for each, _ in module.named_parameters(name, recurse=False)]
-        return tuple(dict.fromkeys([*inner, *direct]))
+        return tuple(dict.fromkeys([*inner, *direct, *self._used]))
 
     def _numbered(self, name: str) -> str:
         self._function_names[name] += 1
