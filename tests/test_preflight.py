@@ -67,6 +67,7 @@ def deployment(
     **config: Any,
 ) -> Deployment:
     example = torch.zeros(8, wide)
+    torch.manual_seed(0)
     graph = capture(model or nn.Sequential(*(nn.Linear(wide, wide) for _ in range(4))), example)
     chosen = run_schedule(schedule or ScheduleConfig(), TrainConfig(**config), plan)
     made = plan_as_run(resolve_plan(plan, lambda: count(graph), chosen.name), "the plan", chosen, None)
@@ -131,6 +132,20 @@ def test_ranks_that_run_something_else(rank_0: Deployment, rank_1: Deployment, w
         check_launch(last_rank(sent_by(rank_0)), rank_1, TrainConfig(), limit_s=1)
     assert str(refused.value).count("rank 0") == str(refused.value).count("rank 1") == 1
     assert "\n" not in str(refused.value)
+
+
+def test_ranks_with_models_of_different_seeds() -> None:
+    """A built model may be another one on every rank only if its weights are loaded afterwards."""
+    same, other = deployment(model=noisy(1)()), deployment(model=noisy(2)())
+    words = (
+        r"^ranks disagree about the weights and buffers of the model: checksum \w+ on rank 0, checksum \w+ on rank 1: "
+        r"call torch.manual_seed before the model is built, or give TrainConfig\(check_model=False\) if"
+    )
+    with pytest.raises(PipedreamError, match=words):
+        check_launch(last_rank(sent_by(same)), other, TrainConfig(), limit_s=1)
+    check_launch(last_rank(sent_by(same)), deployment(model=noisy(1)()), TrainConfig(), limit_s=1)
+    unchecked = TrainConfig(check_model=False)
+    check_launch(last_rank(sent_by(same, unchecked)), other, unchecked, limit_s=1)
 
 
 def test_ranks_with_different_files_of_a_schedule(tmp_path: Any) -> None:

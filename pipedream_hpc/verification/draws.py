@@ -31,9 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.checksum import checksum
 from pipedream_hpc.model.record import draws_numbers
 from pipedream_hpc.runtime.execution.stage import Stage
-from pipedream_hpc.runtime.state.checksum import checksum
 
 #: Operations whose result is nothing but random numbers, of a distribution that does not depend on tensors.
 _NUMBERS = frozenset(

@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_flatten
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.batch_dims import BatchDims
+from pipedream_hpc.model.checksum import checksum
 from pipedream_hpc.model.randomness import seed_for, set_seed
 from pipedream_hpc.model.structure import map_tensors
 from pipedream_hpc.runtime.comm.tensor_view import CPU
 from pipedream_hpc.runtime.execution.dataloader import SKIPPED, minibatches
-from pipedream_hpc.runtime.state.checksum import checksum
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.checksum import checksum
 from pipedream_hpc.runtime.comm.handshake import exchange, require_equal
 from pipedream_hpc.runtime.comm.stall import is_stall, report
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader
@@ -21,7 +22,6 @@ from pipedream_hpc.runtime.execution.position import PassPosition
 from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.score import ScoreFn
 from pipedream_hpc.runtime.execution.worker import Worker
-from pipedream_hpc.runtime.state.checksum import checksum
 from pipedream_hpc.runtime.weights.batchnorm import RunningStats
 from pipedream_hpc.schedule.actions import Action, OptimizerStep, Schedule
 

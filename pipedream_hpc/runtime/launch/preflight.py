@@ -18,11 +18,14 @@ from pipedream_hpc.cluster.device import Device
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.config import TrainConfig
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.checksum import checksum
+from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.runtime.comm.handshake import exchange, require_equal
 from pipedream_hpc.runtime.launch.deployment import Deployment
 from pipedream_hpc.version import VERSION
 
 _MODEL = "random numbers that the model is made of"
+_WEIGHTS = "weights and buffers of the model"
 
 
 def check_devices(world: World, device: Device, *, limit_s: float) -> tuple[Device, ...]:
@@ -60,11 +63,24 @@ def check_launch(world: World, deployment: Deployment, config: TrainConfig, *, l
         "version of torch": torch.__version__,
         "byte order": platform.machine(),
         _MODEL: getattr(deployment.graph.recipe, "fingerprint", None),
+        _WEIGHTS: _weights(deployment.graph) if config.check_model and world.size > 1 else None,
     }
     answers = exchange(world, {**facts, "launch": uuid.uuid4().hex[:12]}, limit_s=limit_s)
     remedies = dict.fromkeys(facts, "start every rank with the same")
-    require_equal(answers, {**remedies, _MODEL: "call torch.manual_seed in the function that builds the model"})
+    remedies[_MODEL] = "call torch.manual_seed in the function that builds the model"
+    remedies[_WEIGHTS] = (
+        "call torch.manual_seed before the model is built, or give TrainConfig(check_model=False) if its weights are "
+        "loaded afterwards"
+    )
+    require_equal(answers, remedies)
     return str(answers[0]["launch"])
+
+
+def _weights(graph: LayerGraph) -> str | None:
+    """Return a checksum of the parameters and buffers of a built model."""
+    if graph.recipe is not None:
+        return None
+    return f"checksum {checksum([*graph.module.parameters(), *graph.module.buffers()]):08x}"
 
 
 def check_checkpoints(world: World, positions: Sequence[tuple[int, int]], *, limit_s: float) -> None:

@@ -33,7 +33,7 @@ from safetensors.torch import save as serialize
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import STRICT, atomic_write, load, make_folder, save
-from pipedream_hpc.runtime.state.checksum import checksum
+from pipedream_hpc.model.checksum import checksum
 from pipedream_hpc.runtime.state.full_state_dict import extra_states
 from pipedream_hpc.runtime.weights.stage_state import StageState
 
