@@ -97,8 +97,8 @@ def test_rank_0_says_in_one_line_what_was_not_checked(no_memory: None) -> None:
     (warning,) = caught
     text = str(warning.message)
     assert text.endswith(
-        "unchecked is that the stages together compute what the model computes, and that a minibatch gives what its "
-        "microbatches give"
+        "unchecked is that the stages together compute what the model computes, that a minibatch gives what its "
+        "microbatches give, and that the function builds the same model at every call and on every rank"
     )
     assert "more than half of the 0.0 GB that the host of rank 0 has left" in text
     assert "\n" not in text

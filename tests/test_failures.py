@@ -117,6 +117,16 @@ def test_ranks_with_different_schedules() -> None:
     )
 
 
+def test_ranks_with_other_weights() -> None:
+    text = sentence(fails("seed", launched=2), ranks=2)
+    assert re.match(r"ranks disagree about the weights and buffers of the model: .* rank 0, .* rank 1: call", text)
+
+
+def test_a_function_that_builds_other_weights_on_another_rank() -> None:
+    text = sentence(fails("unseeded", launched=2), ranks=2)
+    assert text.startswith("the function given as model built '6.weight' with other values than for the check")
+
+
 def test_a_loop_over_steps_that_is_left() -> None:
     """The output stage leaves first and ends all others, which wait for its gradients."""
     assert sentence(fails("left", launched=2), ranks=2).startswith(

@@ -211,6 +211,39 @@ def test_a_function_that_builds_a_different_model_the_second_time() -> None:
         )
 
 
+def pipeline_of(model: Any) -> Pipeline:
+    return Pipeline(
+        model,
+        loss_fn=nn.MSELoss(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        example_inputs=torch.zeros(2, 8),
+        plan=2,
+    )
+
+
+def counted() -> Callable[[], nn.Module]:
+    """Return a function that builds other weights of its second layer at each call."""
+    calls: list[int] = []
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+        calls.append(1)
+        with torch.no_grad():
+            model[1].weight.mul_(len(calls))
+        return model
+
+    return build
+
+
+OTHER_VALUES = r"^the function given as model built '1\.weight' with other values than for the check on rank 0: seed"
+
+
+def test_a_function_that_builds_other_weights_at_each_call() -> None:
+    with pytest.raises(PipedreamError, match=OTHER_VALUES):
+        pipeline_of(counted())
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [(lambda: 3, "returned an object of type int"), (3, "model is of type int")],

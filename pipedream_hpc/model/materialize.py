@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from pipedream_hpc.model.checksum import checksum
 from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.model.recipe import release_memory, tensors_of
 from pipedream_hpc.model.stage_module import Entry, StageModule, entries_by_weight
@@ -46,6 +47,8 @@ def materialize(graph: LayerGraph, stages: Iterable[StageModule]) -> None:
 def materialized(graph: LayerGraph) -> Iterator[None]:
     """Hold all tensors of a model that was given as a function during the block; its memory is free again afterwards.
 
+    Whatever the function builds from now on must have the same values.
+
     Raises:
         PipedreamError: the function now builds a different model than at capture.
     """
@@ -61,6 +64,7 @@ def materialized(graph: LayerGraph) -> Iterator[None]:
         for container, key in entries[id(place.tensor)] if is_weight else [(place.container, place.attribute)]:
             before.append((container, key, container[key]))
             container[key] = made[place.name]
+    graph.recipe.checksums.update((name, checksum([tensor])) for name, tensor in made.items())
     made.clear()
     try:
         yield

@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.checksum import checksum
 
 #: Builds a model; called more than once, it must build the same model every time.
 ModelFactory = Callable[[], nn.Module]
@@ -103,6 +104,7 @@ class ModelRecipe:
     Attributes:
         model: the whole model, with its parameters on the meta device.
         fingerprint: checksum of torch's random state after the model was built; equal on ranks that build the same.
+        checksums: of tensors that were made before, by name, on this or another rank: they must be made alike.
 
     Raises:
         PipedreamError: the function does not build a module.
@@ -110,6 +112,7 @@ class ModelRecipe:
 
     def __init__(self, factory: ModelFactory) -> None:
         self._factory, self._start, self._may_free = factory, _GlobalState(), True
+        self.checksums: dict[str, int] = {}
         self.model, construction = self._build(())
         self._start.generators = construction.generators
         tensors = _by_name(self.model)
@@ -122,7 +125,7 @@ class ModelRecipe:
         """Return parameters and buffers of the model by name.
 
         Raises:
-            PipedreamError: the function builds a different model than the first time, or creates no such tensor.
+            PipedreamError: the function builds a different model than before, or creates no such tensor.
         """
         for name in names:
             if name not in self._numbers:
@@ -137,6 +140,13 @@ class ModelRecipe:
                 made, _ = self._build_again(None)
         finally:
             before.restore()
+        for name in (each for each in self._numbers if each in names):
+            if name in self.checksums and checksum([made[name]]) != self.checksums[name]:
+                raise PipedreamError(
+                    f"the function given as model built '{name}' with other values than for the check on rank 0: seed "
+                    "all random numbers in it, NumPy's and Python's too, or pass the built model; or give "
+                    "TrainConfig(check_model=False) if weights are loaded afterwards"
+                )
         return {name: made[name] for name in names}
 
     def _build_again(self, kept: Collection[int] | None) -> tuple[dict[str, torch.Tensor], _ConstructionMode]:

@@ -5,6 +5,7 @@ absent                rank 2 never begins the epoch
 large                 minibatch 3 is larger than the example
 data, length          the last rank reads other data, or fewer minibatches
 example, schedule     rank 1 has another example, or another schedule
+seed, unseeded        rank 1 builds its model from another seed; from NumPy without a seed, in a function
 left                  the loop over steps is left in minibatch 2
 anything else         nothing but what PLAN does
 """
@@ -14,7 +15,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
@@ -27,6 +30,12 @@ from pipedream_hpc import Pipeline, RunConfig, ScheduleConfig
 def stamp() -> None:
     """Print the time, from which on all ranks must end within seconds."""
     print(f"stamp {time.time()}", flush=True)
+
+
+def unseeded() -> nn.Module:
+    model = chains.plain_model()
+    model[6].weight.data.copy_(torch.from_numpy(numpy.random.rand(*model[6].weight.shape)))
+    return model
 
 
 def main() -> None:
@@ -53,12 +62,17 @@ def main() -> None:
         batches[3] = (torch.zeros(chains.SAMPLES + 1, chains.FEATURES), torch.zeros(chains.SAMPLES + 1).long())
     if how == "example" and os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
         example = example[:5]
+    model: Any = chains.plain_model()
+    if how == "seed" and os.environ.get("OMPI_COMM_WORLD_RANK") == "1":
+        nn.init.normal_(model[0].weight)
+    if how == "unseeded":
+        model = unseeded
     schedule = None
     if how == "schedule":
         schedule = ScheduleConfig("zb-h2" if os.environ.get("OMPI_COMM_WORLD_RANK") == "1" else "zb-h1", 2)
     stamp()
     pipeline = Pipeline(
-        chains.plain_model(),
+        model,
         loss_fn=loss_fn,
         optimizer=chains.OPTIMIZERS["sgd"],
         example_inputs=example,

@@ -104,13 +104,12 @@ class StageChecks:
     def report(self, world: World, why_not: str, limit_s: float) -> None:
         """Warn on rank 0 about what was not checked. Collective."""
         answers = exchange(world, {"unchecked": self._unchecked}, limit_s=limit_s)
-        several = (
-            "" if self._deployment.n_microbatches == 1 else ", and that a minibatch gives what its microbatches give"
-        )
+        several = "" if self._deployment.n_microbatches == 1 else ", that a minibatch gives what its microbatches give,"
         reasons = dict.fromkeys(reason for answer in answers for reason in answer["unchecked"])
         if world.is_root:
             warnings.warn(
                 f"each stage was checked by itself, and not the whole model, because {why_not}: unchecked is that the "
-                f"stages together compute what the model computes{several}" + "".join(f"; {each}" for each in reasons),
+                f"stages together compute what the model computes{several} and that the function builds the same model "
+                "at every call and on every rank" + "".join(f"; {each}" for each in reasons),
                 stacklevel=2,
             )

@@ -178,11 +178,15 @@ def start(
         why_not = ""  # the whole model is not checked
         if setup.config.check_model:
             orders: list[Any] = []
+            checksums: dict[str, int] = {}  # of the model that is checked, to be compared with the stages'
             if world.is_root and not (why_not := why_not_whole(graph, available_bytes(), limit_s)):
                 held.enter_context(materialized(graph))
+                checksums = graph.recipe.checksums if graph.recipe else {}
                 orders = measure_orders(graph, microbatches[0], autocast(setup.config.precision))
-            answer = exchange(world, {"orders": orders, "why_not": why_not}, limit_s=limit_s)[0]
+            answer = exchange(world, {"orders": orders, "checksums": checksums, "why_not": why_not}, limit_s=limit_s)[0]
             why_not = answer["why_not"]
+            if graph.recipe is not None:
+                graph.recipe.checksums.update(answer["checksums"])
             if not why_not:
                 set_orders(graph, answer["orders"])
         as_run = plan_for(graph, request, name, schedule, setup.config.recompute, cut_points)
