@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import random
 import warnings
@@ -242,6 +243,35 @@ OTHER_VALUES = r"^the function given as model built '1\.weight' with other value
 def test_a_function_that_builds_other_weights_at_each_call() -> None:
     with pytest.raises(PipedreamError, match=OTHER_VALUES):
         pipeline_of(counted())
+
+
+EXISTING = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+ONCE = functools.cache(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: EXISTING, "^the function given as model returns a model that was made before: pass the model itself"),
+        (
+            lambda: nn.Sequential(EXISTING, nn.Linear(8, 8)),
+            r"returns a model with '0\.0\.weight', of a module that was made before: pass the model itself, or make",
+        ),
+        (ONCE, "^the function given as model returns again what it built before: it must build a new model at each"),
+        (nn.Sequential(nn.Linear(8, 8, device="meta")), r"^'0\.weight' of the model is on the meta device and has"),
+        (lambda: nn.Sequential(nn.Linear(8, 8, device="meta")), r"^'0\.weight' of the model is on the meta device"),
+    ],
+)
+def test_a_model_that_exists_already_or_has_no_values(model: Any, words: str) -> None:
+    with pytest.raises(PipedreamError, match=words):
+        pipeline_of(model)
+    assert not any(each.is_meta for each in EXISTING.parameters())
+
+
+def test_modules_without_weights_may_exist_already() -> None:
+    """As the activation in an argument's default."""
+    activation = nn.Tanh()
+    assert capture(lambda: nn.Sequential(nn.Linear(8, 8), activation, nn.Linear(8, 8)), torch.zeros(2, 8)).layers
 
 
 @pytest.mark.parametrize(

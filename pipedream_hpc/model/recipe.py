@@ -23,10 +23,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import gc
 import random
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -107,13 +108,16 @@ class ModelRecipe:
         checksums: of tensors that were made before, by name, on this or another rank: they must be made alike.
 
     Raises:
-        PipedreamError: the function does not build a module.
+        PipedreamError: the function does not build a module, or returns one that exists already.
     """
 
     def __init__(self, factory: ModelFactory) -> None:
         self._factory, self._start, self._may_free = factory, _GlobalState(), True
         self.checksums: dict[str, int] = {}
+        existing = [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]
         self.model, construction = self._build(())
+        _refuse_existing(self.model, existing)
+        require_values(self.model)
         self._start.generators = construction.generators
         tensors = _by_name(self.model)
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
@@ -153,6 +157,11 @@ class ModelRecipe:
         self._start.restore()
         model, construction = self._build(kept)
         made = _by_name(model)
+        if any(tensor.is_meta for tensor in made.values()):
+            raise PipedreamError(
+                "the function given as model returns again what it built before: it must build a new model at each "
+                "call, or pass the built model"
+            )
         if {name: tensor.shape for name, tensor in made.items()} != self._shapes:
             raise PipedreamError(
                 "the function given as model built a different model when it was called again: it is called two or "
@@ -177,6 +186,32 @@ class ModelRecipe:
             self._may_free = False
             warnings.warn(f"every rank holds the whole model while it is built: {reason}", stacklevel=2)
         return model, construction
+
+
+def require_values(model: nn.Module) -> None:
+    """Refuse a model without values, before it is trained.
+
+    Raises:
+        PipedreamError: a tensor of the model is on the meta device.
+    """
+    for place in tensors_of(model):
+        if place.tensor.is_meta:
+            raise PipedreamError(
+                f"'{place.name}' of the model is on the meta device and has no values: build the model on the CPU, or "
+                "pass a function that builds it there"
+            )
+
+
+def _refuse_existing(model: nn.Module, existing: Sequence[nn.Module]) -> None:
+    """Refuse a model with weights in modules that existed before the function was called: they would lose them."""
+    known = set(map(id, existing))
+    for place in tensors_of(model):
+        if id(place.owner) in known:
+            what = "model" if id(model) in known else f"model with '{place.name}', of a module"
+            raise PipedreamError(
+                f"the function given as model returns a {what} that was made before: pass the model itself, or make "
+                "all of it in the function"
+            )
 
 
 def release_memory() -> None:

@@ -32,7 +32,7 @@ from pipedream_hpc.model.cut_points import first_layers
 from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.model.materialize import materialized
 from pipedream_hpc.model.precision import autocast
-from pipedream_hpc.model.recipe import ModelFactory
+from pipedream_hpc.model.recipe import ModelFactory, require_values
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.planning.resolve import PlanRequest, check_cut_points, parse_plan, resolve_plan
@@ -164,6 +164,8 @@ def start(
     name = "the plan" if isinstance(plan, Plan) else str(plan) if isinstance(request, Plan) else f"plan {plan}"
     schedule = run_schedule(schedule_config, setup.config, request)
     check_cut_points(cut_points, request, schedule.name)
+    if isinstance(model, nn.Module):
+        require_values(model)
     graph = capture(
         model,
         example_inputs,
