@@ -1612,3 +1612,39 @@ def test_minibatches_of_an_evaluation_may_be_larger_on_ranks() -> None:
 def test_a_minibatch_larger_than_the_first_of_an_evaluation_is_refused() -> None:
     with pytest.raises(Exception, match=r"in an evaluation the first minibatch may be the largest instead"):
         evaluate_sizes((3, 1, [of_sizes((4, 5), (4, 9))]))
+
+
+# -- optimizers that choose -----------------------------------------------------------------------------------------------
+
+
+def chosen(kind: Any, names: str, parameters: Any) -> torch.optim.Optimizer:
+    """Train the parameters of layers by name, the others not; a plain loop's have no names and come in order."""
+    given = dict(zip(Net().state_dict(), parameters, strict=False))
+    own = [getattr(each, "qualified_name", name) for name, each in given.items()]
+    groups = [[p for name, p in zip(own, given.values(), strict=True) if name[0] == layer] for layer in names]
+    return kind([{"params": group} for group in groups], lr=0.01)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
+def test_parameters_that_the_optimizer_leaves_out_stay_as_they_are(kind: Any) -> None:
+    trained = assert_trained_alike(Net, 2, optimizer=partial(chosen, kind, "ac")).state_dict()
+    assert [name for name, value in Net().state_dict().items() if torch.equal(value, trained[name])] == [
+        "b.weight",
+        "b.bias",
+    ]
+
+
+def test_an_optimizer_of_names_that_a_stage_does_not_have_is_refused() -> None:
+    def head(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([each for each in parameters if each.qualified_name.startswith("c.")], lr=0.1)
+
+    words = (
+        r"^optimizer\(parameters\) failed for stage 0, which trains 'a\.weight', 'a\.bias': ValueError: optimizer got "
+        r"an empty parameter list: each stage has an optimizer of its own parameters, .* requires_grad_\(False\)$"
+    )
+    with pytest.raises(PipedreamError, match=words):
+        pipeline_of(Net(), 3, minibatches(), optimizer=head)
+    model = Net()
+    for each in (model.a, model.b):
+        each.requires_grad_(False)
+    pipeline_of(model, 3, minibatches(), optimizer=head).fit(minibatches())

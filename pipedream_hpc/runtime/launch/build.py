@@ -182,6 +182,7 @@ def _stage(
         entries=part.entries,
         bound=part.bound,
         device=setup.device,
+        stage=index,
     )
     if setup.device.type != "cpu":
         part.move_tensors(setup.device)

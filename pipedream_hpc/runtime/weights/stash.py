@@ -101,6 +101,7 @@ class WeightStash:
         entries: Mapping[str, Sequence[Entry]] | None = None,
         bound: list[Any] | None = None,
         device: torch.device = CPU,
+        stage: int = 0,
     ) -> None:
         self.device = device
         self._slots, nbytes = _slab_layout(module, entries)
@@ -137,7 +138,7 @@ class WeightStash:
             hooks = getattr(originals[self._slots[index].name], "_post_accumulate_grad_hooks", None)
             if hooks:
                 self._on_accumulated[position] = list(hooks.values())
-        self.optimizer = _create_optimizer(optimizer, self._cursors) if self._cursors else None
+        self.optimizer = _create_optimizer(optimizer, self._cursors, stage) if self._cursors else None
         # Checked now, and not before the first step, since a checkpoint may be loaded before it.
         self._fused_step([])
 
@@ -399,11 +400,11 @@ class WeightStash:
         self._bound[0] = (self, slab)
 
 
-def _create_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Create the optimizer of `parameters`.
+def _create_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter], stage: int) -> torch.optim.Optimizer:
+    """Create the optimizer of `parameters`, of a stage.
 
     Raises:
-        PipedreamError: the factory cannot be called, returns no optimizer or one of other parameters, or the
+        PipedreamError: the factory cannot be called, fails, returns no optimizer or one of other parameters, or the
             optimizer evaluates the loss itself.
     """
     expected = (
@@ -411,7 +412,18 @@ def _create_optimizer(factory: OptimizerFactory, parameters: list[nn.Parameter])
     )
     if not callable(factory):
         raise PipedreamError(f"optimizer is {type(factory).__name__}; it should be {expected}")
-    optimizer = factory(parameters)
+    try:
+        optimizer = factory(parameters)
+    except PipedreamError:
+        raise
+    except Exception as error:
+        names = ", ".join(f"'{vars(each)['qualified_name']}'" for each in parameters[:3])
+        raise PipedreamError(
+            f"optimizer(parameters) failed for stage {stage}, which trains {names}{', ...' * (len(parameters) > 3)}: "
+            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}: each stage has an optimizer of its "
+            "own parameters, among which there may be none of a name: leave empty groups out, and freeze what is not "
+            "to be trained with requires_grad_(False)"
+        ) from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise PipedreamError(
             f"optimizer(parameters) returned {type(optimizer).__name__}; optimizer should be {expected}"
