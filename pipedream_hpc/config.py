@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -112,7 +112,7 @@ class TrainConfig:
             function is built on rank 0 for it, if there is room; if not, every rank checks its own stages.
         lr_scheduler: creates a stage's learning-rate scheduler from its optimizer; it advances once per minibatch:
             `functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)`.
-        leaf_modules: module classes that are kept whole: no boundary between stages lies in them.
+        leaf_modules: module classes that are kept whole: no boundary between stages lies in them. One, or several.
         batch_dims: name of an input, or "target" -> the dimension that its samples are along; None for one that has no
             samples, such as a mask over positions, which every microbatch gets whole. All others have their samples
             along the first dimension.
@@ -175,7 +175,10 @@ class TrainConfig:
 
             backends = sorted(torch.compiler.list_backends(exclude_tags=()))
             _one_of("compile_backend", self.compile_backend, (*backends, None))
-        object.__setattr__(self, "leaf_modules", tuple(self.leaf_modules))
+        for name in ("master_weights", "deterministic", "check_model"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise PipedreamError(f"{name} should be True or False, not {value!r}")
+        object.__setattr__(self, "leaf_modules", _module_classes(self.leaf_modules))
         for name, dim in self.batch_dims.items():
             if not isinstance(name, str) or isinstance(dim, bool) or not (dim is None or isinstance(dim, int)):
                 raise PipedreamError(
@@ -217,6 +220,18 @@ class RunConfig:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         if not _is_positive(self.stall_limit_s):
             raise PipedreamError(f"stall_limit_s should be a positive number of seconds, not {self.stall_limit_s!r}")
+
+
+def _module_classes(given: Any) -> tuple[type[nn.Module], ...]:
+    """Return the classes that were given as `leaf_modules`: one, or several."""
+    classes = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str | type) else (given,)
+    for each in classes:
+        from torch import nn
+
+        if not (isinstance(each, type) and issubclass(each, nn.Module)):
+            what = repr(each) if isinstance(each, str) else f"an object of type {type(each).__name__}"
+            raise PipedreamError(f"leaf_modules has {what}; it should be a list of classes: leaf_modules=[MyBlock]")
+    return classes
 
 
 def _is_positive(value: Any) -> bool:

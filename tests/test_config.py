@@ -57,6 +57,30 @@ COUNT = "should be an integer of at least 1, not"
         (TrainConfig, "seed", 1.5, "seed should be an integer, not 1.5"),
         (TrainConfig, "lr_scheduler", 0.9, "lr_scheduler is float; it should be a function of the optimizer"),
         (TrainConfig, "compile_backend", "gcc", "compile_backend should be one of .*'inductor'.* or None, not 'gcc'"),
+        *(
+            (TrainConfig, name, value, f"{name} should be True or False, not {value!r}")
+            for name, value in (("check_model", "no"), ("deterministic", 1), ("master_weights", None))
+        ),
+        (
+            TrainConfig,
+            "leaf_modules",
+            "Block",
+            "leaf_modules has 'Block'; it should be a list of classes: leaf_m",
+        ),
+        (TrainConfig, "leaf_modules", ["Block"], "leaf_modules has 'Block'; it should be a list of classes"),
+        (
+            TrainConfig,
+            "leaf_modules",
+            nn.Linear(1, 1),
+            "leaf_modules has an object of type Linear; it should be",
+        ),
+        (
+            TrainConfig,
+            "leaf_modules",
+            [nn.Linear(1, 1)],
+            "leaf_modules has an object of type Linear; it should be",
+        ),
+        (TrainConfig, "leaf_modules", [int], "leaf_modules has an object of type type; it should be a list of classes"),
         (RunConfig, "device", "tpu", "device should be one of 'auto', 'cpu', 'cuda', not 'tpu'"),
         *(
             (RunConfig, "stall_limit_s", value, "stall_limit_s should be a positive number of seconds, not")
@@ -74,7 +98,7 @@ def test_what_is_accepted() -> None:
     assert ScheduleConfig("gpipe", 4, 2) == ScheduleConfig(name="gpipe", n_microbatches=4, chunks=2)
     scheduler = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)
     config = TrainConfig(2, "bf16", True, 1.0, "model", True, "eager", False, -3, False, scheduler, [nn.GRU])  # type: ignore[arg-type]
-    assert config.leaf_modules == (nn.GRU,)
+    assert config.leaf_modules == (nn.GRU,) == TrainConfig(leaf_modules=nn.GRU).leaf_modules  # type: ignore[arg-type]
     assert config.lr_scheduler is scheduler
     assert RunConfig("cpu", 1, True) == RunConfig(device="cpu", stall_limit_s=1, trace=True)
 

@@ -86,7 +86,7 @@ def job(args):
     model = Model([globals()[kind] for kind in args])
     data = [(torch.randn(4, 5, 6), torch.randint(0, 3, (4,))) for _ in range(4)]
     return Job(model, nn.CrossEntropyLoss(), partial(torch.optim.SGD, lr=0.1), data, data[0][0],
-               train_config=TrainConfig(leaf_modules=(Block,)))
+               train_config=TrainConfig(leaf_modules=[Block] if args else []))
 """
 
 

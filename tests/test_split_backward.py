@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from chains import kept_whole
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
@@ -273,7 +274,7 @@ def pipeline_of(
         example_inputs=example,
         plan=plan,
         schedule=schedule,
-        train_config=replace(options, leaf_modules=(Kept, nn.TransformerEncoderLayer)),
+        train_config=replace(options, leaf_modules=kept_whole(model, Kept, nn.TransformerEncoderLayer)),
         run_config=RunConfig(device="cpu", trace=True),
     )
 
@@ -350,7 +351,7 @@ def assert_split_has_the_bits_of_whole(
             example_inputs=batches[0][0],
             plan=plan,
             schedule=ScheduleConfig(schedule, 2),
-            train_config=TrainConfig(leaf_modules=(Kept,)),
+            train_config=TrainConfig(leaf_modules=kept_whole(model(), Kept)),
             run_config=RunConfig(device="cpu"),
         ) as pipeline:
             pipeline.fit(batches)

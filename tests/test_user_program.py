@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+from chains import kept_whole
 from torch import nn
 from torch.func import functional_call
 from torch.nn.modules.module import register_module_full_backward_hook, register_module_full_backward_pre_hook
@@ -344,7 +345,7 @@ def remembering_loss(output: Any, target: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("whole", [(), (Block,)])
 def test_more_is_passed_on_in_evaluation(build: Callable[[], nn.Module], plan: int, whole: Any) -> None:
     batches = minibatches()
-    pipeline = assert_trained_alike(build, plan, batches, remembering_loss, leaf_modules=whole)
+    pipeline = assert_trained_alike(build, plan, batches, remembering_loss, leaf_modules=kept_whole(build(), *whole))
     model = build()
     model.load_state_dict(pipeline.state_dict())
     model.eval()
@@ -1614,7 +1615,7 @@ def test_a_minibatch_larger_than_the_first_of_an_evaluation_is_refused() -> None
         evaluate_sizes((3, 1, [of_sizes((4, 5), (4, 9))]))
 
 
-# -- optimizers that choose -----------------------------------------------------------------------------------------------
+# -- optimizers that choose --------------------------------------------------------------------------------------------
 
 
 def chosen(kind: Any, names: str, parameters: Any) -> torch.optim.Optimizer:

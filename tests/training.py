@@ -87,14 +87,15 @@ class Report:
 
 def train(training: Training) -> Report:
     """Train on the ranks that were started; the same report on every rank, but for the weights."""
+    model = chains.MODELS[training.model]()
     pipeline = Pipeline(
-        chains.MODELS[training.model](),
+        model,
         loss_fn=nn.CrossEntropyLoss(),
         optimizer=chains.OPTIMIZERS[training.optimizer],
         example_inputs=chains.example(),
         plan=training.plan,
         schedule=training.schedule,
-        train_config=replace(training.train_config, leaf_modules=(chains.Functional,)),
+        train_config=replace(training.train_config, leaf_modules=chains.kept_whole(model, chains.Functional)),
         run_config=RunConfig(trace=True, stall_limit_s=30),
     )
     report = Report(pipeline.world.size, stage_of=pipeline.stage_of_parameters())

@@ -57,14 +57,15 @@ def capture(
         n_microbatches: the model is captured with the first of so many microbatches of the example.
 
     Raises:
-        PipedreamError: the model does not accept the example inputs, has sparse gradients, or weights of no shape yet.
+        PipedreamError: the model does not accept the example inputs, has sparse gradients, weights of no shape yet, or
+            no module of a class in `leaf_modules`.
     """
     recipe = None
     if not isinstance(model, nn.Module) and callable(model):
         recipe = ModelRecipe(model)
         model = recipe.model
     model = build_model(model)
-    _refuse(model)
+    _refuse(model, leaf_modules)
     batch_dims = batch_dims or BatchDims()
     bound = bind_inputs(model, example_inputs)
     batch_dims.check(bound)
@@ -72,6 +73,8 @@ def capture(
     modes = Modes.of(model)
     # Autograd nodes around all that a module computes: no stage has them if it computes a part of it.
     closed = {name: "it has backward hooks" for name, module in model.named_modules() if _has_backward_hooks(module)}
+    if isinstance(model, tuple(leaf_modules)):
+        closed[""] = f"leaf_modules has its class {type(model).__name__}"
     classes: set[type[nn.Module]] = set()
     real, is_meta = False, any(parameter.is_meta for parameter in model.parameters())
 
@@ -194,8 +197,13 @@ def _values(recording: Recording) -> list[tuple[Value, ...]]:
     return [call.values for call in recording.calls]
 
 
-def _refuse(model: nn.Module) -> None:
-    """Refuse a model that no stages can train."""
+def _refuse(model: nn.Module, leaf_modules: Sequence[type[nn.Module]]) -> None:
+    """Refuse a model that no stages can train, or without the modules that are to be kept whole."""
+    for kind in leaf_modules:
+        if not any(isinstance(each, kind) for each in model.modules()):
+            raise PipedreamError(
+                f"leaf_modules has class {kind.__name__}, but the model has no module of it: leave it out"
+            )
     if nn.modules.module._global_backward_hooks or nn.modules.module._global_backward_pre_hooks:
         raise PipedreamError(
             "torch has a backward hook for all modules (register_module_full_backward_hook or the like), which would "
