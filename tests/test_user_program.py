@@ -924,6 +924,166 @@ def test_state_of_its_own_is_refused_in_replicas(make: Callable[[], nn.Module]) 
         Pipeline(with_state(make)(), loss_fn=LOSS, optimizer=SGD, example_inputs=minibatches()[0][0], plan="2-1")
 
 
+class FunctionalNorm(nn.Module):
+    """Keeps the buffers of a normalization itself."""
+
+    def __init__(self, norm: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        series = x.unsqueeze(2) * torch.tensor([1.0, 2.0])
+        return self.norm(series, self.mean, self.var, None, None, self.training).mean(2) + self.mean
+
+
+class WholeNorm(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(16))
+        self.register_buffer("var", torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = nn.functional.batch_norm(self.a(x), self.mean, self.var, training=self.training)
+        return self.c(self.b(h).tanh())
+
+
+NORMS = [partial(FunctionalNorm, nn.functional.batch_norm), partial(FunctionalNorm, nn.functional.instance_norm)]
+
+
+@pytest.mark.parametrize("given_as_function", [False, True])
+@pytest.mark.parametrize("make", NORMS)
+def test_statistics_of_functions_change_once_per_minibatch(
+    make: Callable[[], nn.Module], given_as_function: bool
+) -> None:
+    build, batches = with_state(make), minibatches()
+    pipeline = pipeline_of(build if given_as_function else build(), 3, batches, recompute=True)
+    pipeline.fit(batches)
+    expected, trained = plain(build(), batches), pipeline.state_dict()
+    assert {name for name, value in expected.items() if not torch.equal(trained[name], value)} == set()
+
+
+@pytest.mark.parametrize("make", NORMS)
+def test_statistics_of_functions_are_refused_in_replicas(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(PipedreamError, match=r"module '1' changes its own state .* 2 replicas of stage 0"):
+        pipeline_of(with_state(make)(), "2-1", minibatches())
+
+
+def test_a_forward_that_writes_its_buffers_by_a_function_is_not_cut() -> None:
+    assert_trained_alike(WholeNorm, 1)
+    with pytest.raises(PipedreamError, match="cannot be cut, because its forward writes buffer 'mean'"):
+        pipeline_of(WholeNorm(), 2, minibatches())
+
+
+# -- weights that a forward writes -------------------------------------------------------------------------------------
+
+
+class Clamped(nn.Module):
+    """Clamps its weights, as WGAN does; `how` is the way in which they are written."""
+
+    def __init__(self, how: str = "in place") -> None:
+        super().__init__()
+        self.how, self.layer = how, nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.layer.weight
+        if self.training and self.how == "in place":
+            with torch.no_grad():
+                weight.clamp_(-0.1, 0.1)
+        elif self.training and self.how == "data":
+            weight.data[:4].clamp_(-0.1, 0.1)
+        elif self.training:
+            weight.data = weight.data.clamp(-0.1, 0.1)
+        return self.layer(x)
+
+
+class MomentumEncoder(nn.Module):
+    """A frozen copy follows the trained layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.frozen = nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            with torch.no_grad():
+                for followed, follower in zip(self.trained.parameters(), self.frozen.parameters(), strict=True):
+                    follower.mul_(0.9).add_(followed, alpha=0.1)
+        return self.trained(x) + self.frozen(x)
+
+
+def hooked() -> nn.Module:
+    """A layer whose weight is renormalized by a hook before each forward."""
+
+    def renormalize(layer: nn.Module, arguments: Any) -> None:
+        layer.weight.data.copy_(torch.renorm(layer.weight.data, 2, 0, 0.3))  # type: ignore[operator,union-attr]
+
+    layer = nn.Linear(8, 8)
+    layer.register_forward_pre_hook(renormalize)
+    return layer
+
+
+WRITERS = [*(partial(Clamped, how) for how in ("in place", "data", "assigned")), MomentumEncoder, hooked]
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+@pytest.mark.parametrize("make", WRITERS)
+def test_a_forward_may_write_its_weights(make: Callable[[], nn.Module], plan: int) -> None:
+    assert_trained_alike(with_state(make), plan)
+
+
+@pytest.mark.parametrize("make", [*WRITERS, Ema])
+def test_making_a_pipeline_leaves_weights_as_they_were(make: Callable[[], nn.Module]) -> None:
+    model = with_state(make)()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pipeline_of(model, 2, minibatches())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"plan": 3, "schedule": "1f1b"},
+        {"plan": 2, "schedule": ScheduleConfig("1f1b-flush", 2)},
+        {"plan": 2, "schedule": ScheduleConfig("1f1b-flush", 1), "train_config": TrainConfig(recompute=True)},
+        {"plan": "2-1", "schedule": "1f1b"},
+    ],
+)
+@pytest.mark.parametrize("make", WRITERS)
+def test_written_weights_need_one_forward_per_step_on_the_newest(
+    make: Callable[[], nn.Module], options: dict[str, Any]
+) -> None:
+    with pytest.raises(PipedreamError, match=r"writes weight '1\..*', but in stage [01] forwards run more than once"):
+        Pipeline(with_state(make)(), loss_fn=LOSS, optimizer=SGD, example_inputs=minibatches()[0][0], **options)
+
+
+def test_a_forward_that_writes_weights_of_its_own_is_not_cut() -> None:
+    class Outermost(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            self.b.weight.data.clamp_(-0.1, 0.1)
+            return super().forward(x)
+
+    assert_trained_alike(Outermost, 1)
+    with pytest.raises(PipedreamError, match=r"cannot be cut, because its forward writes weight 'b\.weight'"):
+        pipeline_of(Outermost(), 2, minibatches())
+
+
+def test_an_embedding_of_largest_norm_is_trained() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Embedding(30, 6, max_norm=0.5), nn.Flatten(), nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 3)
+        )
+
+    draw = torch.Generator().manual_seed(1)
+    batches = [(torch.randint(30, (8, 4), generator=draw), target) for _, target in minibatches()]
+    model, batch = build(), batches[0]
+    pipeline_of(model, 2, [batch], recompute=True)
+    assert torch.equal(model[0].weight, build()[0].weight), "the check leaves it as it was"  # type: ignore[index]
+    assert_trained_alike(build, 2, batches)
+
+
 # -- a: flags ----------------------------------------------------------------------------------------------------------
 
 

@@ -281,6 +281,8 @@ class Notes:
         drawing: the functions that draw.
         python_random: modules whose own code draws random numbers of Python or NumPy.
         writes_buffers: names of buffers that are written, or replaced, in a forward.
+        writes_parameters: names of weights that are written in a forward.
+        renormalizes: names of the weights of nn.Embedding(max_norm=...), for which to be written again changes nothing.
         sets_attributes: modules whose attributes are set in a forward -> the names.
         writes_inputs: whether the model writes into its arguments.
         averages_targets: whether it computes means over targets, of which some may be ignored or weighted.
@@ -293,6 +295,8 @@ class Notes:
     drawing: set[Any] = field(default_factory=set)
     python_random: set[str] = field(default_factory=set)
     writes_buffers: set[str] = field(default_factory=set)
+    writes_parameters: set[str] = field(default_factory=set)
+    renormalizes: set[str] = field(default_factory=set)
     sets_attributes: dict[str, set[str]] = field(default_factory=dict)
     writes_inputs: bool = False
     averages_targets: bool = False
@@ -306,12 +310,18 @@ class Notes:
         self.drawing |= other.drawing
         self.python_random |= other.python_random
         self.writes_buffers |= other.writes_buffers
+        self.writes_parameters |= other.writes_parameters
+        self.renormalizes |= other.renormalizes
         for name, attributes in other.sets_attributes.items():
             self.sets_attributes.setdefault(name, set()).update(attributes)
         self.writes_inputs |= other.writes_inputs
         self.averages_targets |= other.averages_targets
         self.checkpoints |= other.checkpoints
         self.hooked |= other.hooked
+
+    def written_weights(self) -> set[str]:
+        """Return the names of weights that a forward writes."""
+        return self.writes_parameters | self.renormalizes
 
     def stateful(self) -> set[str]:
         """Return the names of modules whose forward changes their state."""

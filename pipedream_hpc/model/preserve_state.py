@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +15,22 @@ from pipedream_hpc.model.randomness import preserve_rng_state
 
 
 @contextmanager
-def preserve_state(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module, written: Set[str] = frozenset()) -> Iterator[None]:
     """Run the block in training mode, then restore the model and the generators.
 
     Modes, weights that modules refer to, gradients, buffers, attributes and hooks are as they were.
+
+    Args:
+        model: the model.
+        written: names of weights whose values are restored, too.
     """
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     kept = ModuleState(model)
+    weights = [
+        (weight, weight.data, weight.detach().clone())
+        for name, weight in model.named_parameters()
+        if name in written and not weight.is_meta
+    ]
     with preserve_rng_state(_device_of(model)):
         try:
             model.train()
@@ -32,6 +41,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             kept.restore()
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
+            for weight, memory, values in weights:
+                weight.data = memory.copy_(values)
 
 
 #: Attributes of a module whose contents are restored: of all others the object itself is.

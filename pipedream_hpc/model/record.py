@@ -78,6 +78,14 @@ _STATE = (int, float, torch.Tensor)
 _MOST_FUNCTIONS = 8
 
 
+#: Arguments of batch normalizations that are written in training.
+_STATISTICS = frozenset({"running_mean", "running_var"})
+
+
+#: Lets a tensor have other memory: `tensor.data = other`.
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
 #: Raised by functions that cannot run on tensors without values.
 _NEED_VALUES = (
     fake_tensor.DataDependentOutputException,
@@ -175,14 +183,19 @@ class _Recorder:
         self._live: list[Any] = []  # a storage's identity is unique only while the storage is live
         self._parameters: dict[int, str] = {}  # by the identity of what stands for them
         self._local: dict[int, torch.Tensor] = {}  # tensors that depend on no call, but have no values
-        self._buffers = {id(buffer): name for name, buffer in model.named_buffers()}
+        self._owned: dict[int, tuple[str, str]] = {}  # ("buffer" or "weight", name) by storage
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recording:
         model = self._model
         undo = watch_modules(model.modules())
         try:
-            with self._without_values(), watched(self), checkpoints(self._checkpointed):
-                returned = model(*args, **kwargs)
+            with self._without_values():
+                self._note_owners()
+                with watched(self), checkpoints(self._checkpointed):
+                    returned = model(*args, **kwargs)
+                self.notes.writes_parameters |= {
+                    name for name, each in model.named_parameters() if _storage_id(each) not in self._owned
+                }
         finally:
             undo()
         tensors = output_tensors(returned)
@@ -268,10 +281,8 @@ class _Recorder:
                 self._used += [self._parameters[id(each)] for each in given if id(each) in self._parameters]
             return returned
         given = tensors_of_value((args, kwargs))
-        written = [self._buffers[id(each)] for each in given if id(each) in self._buffers]
-        if written and _writes(function_name(function), kwargs):
-            # Every stage runs the forward of an opened module: it would be written more than once.
-            raise CannotOpenError(self._scopes[-1].name, f"its forward writes buffer '{written[0]}'")
+        if function == _SET_DATA and id(args[0]) in self._parameters:
+            raise CannotOpenError(self._scopes[-1].name, f"its forward writes weight '{self._parameters[id(args[0])]}'")
         tracked = [each for each in given if _mark(each) is not None or id(each) in self._parameters]
         without_values = [each for each in given if id(each) in self._local]
         name = function_name(function)
@@ -282,7 +293,8 @@ class _Recorder:
                 return self._computed_locally(function, args, kwargs)
             if any(isinstance(each, FakeTensor) for each in given):
                 raise CannotOpenError(self._within[-1], f"{name} uses a tensor that no module has returned")
-            return function(*args, **kwargs)
+            with _Writes(self) if any(_storage_id(each) in self._owned for each in given) else nullcontext():
+                return function(*args, **kwargs)
         if name in _READS_VALUES:
             raise CannotOpenError(self._within[-1], f"its Python reads the values of a tensor ({name})")
         return self._record(Call(0, name, function=function), function, args, kwargs)
@@ -296,7 +308,7 @@ class _Recorder:
             raise CannotOpenError(self._within[-1], f"its Python reads the values of a buffer ({name})")
         with unwatched_functions(self):
             args, kwargs = self._to_fakes(args, kwargs)
-            with self._fake or nullcontext():
+            with self._fake or nullcontext(), _Writes(self):
                 returned = function(*args, **kwargs)
         self._local.update((id(each), each) for each in tensors_of_value(returned))
         return returned
@@ -534,28 +546,60 @@ class _Recorder:
             setattr(made, name, value)
         return made
 
-    def note_operation(self, function: Any, args: tuple[Any, ...], draws: bool) -> None:
-        """Note what an operation inside a call does besides computing."""
-        if self._within and draws:
+    def _note_owners(self) -> None:
+        """Note whose memory is written if an operation writes it: a view's is that of its base."""
+        weights, buffers = self._model.named_parameters(), self._model.named_buffers()
+        for kind, named in (("weight", weights), ("buffer", buffers)):
+            for name, tensor in named:
+                for each in (tensor, *self._to_fakes((tensor,), {})[0]):
+                    self._owned.setdefault(_storage_id(each), (kind, name))
+                    self._live.append(_memory(each))
+
+    def note_draw(self) -> None:
+        """Note that an operation inside a call draws random numbers."""
+        if self._within:
             self.notes.random.add(self._within[-1])
-        if _is_mutable(function):
-            for each in args:
-                if id(each) in self._buffers:
-                    self.notes.writes_buffers.add(self._buffers[id(each)])
+
+    def note_writes(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note which buffers and weights an operation is about to write.
+
+        Raises:
+            CannotOpenError: an opened module writes them itself: every stage would, as each runs its forward.
+        """
+        for each in _written_by(function, args, kwargs):
+            kind, name = self._owned.get(_storage_id(each), ("", ""))
+            if function is torch.ops.aten.embedding_renorm_.default:
+                self.notes.renormalizes.add(name)
+            elif kind and self._scopes and self._within[-1] == self._scopes[-1].name:
+                raise CannotOpenError(self._scopes[-1].name, f"its forward writes {kind} '{name}'")
+            elif kind:
+                (self.notes.writes_buffers if kind == "buffer" else self.notes.writes_parameters).add(name)
 
 
-class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts floating-point operations, and tells the recorder about random numbers and writes."""
+class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells the recorder what is written."""
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._recorder, self.flops, self.draws = recorder, 0, False
+        self._recorder = recorder
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        returned = function(*args, **(kwargs or {}))
-        draws = draws_numbers(function, args, kwargs or {})
-        self._recorder.note_operation(function, args, draws)
-        self.draws |= draws
+        self._recorder.note_writes(function, args, kwargs or {})
+        return function(*args, **(kwargs or {}))
+
+
+class _Dispatch(_Writes):  # type: ignore[no-untyped-call]
+    """Counts floating-point operations, and tells the recorder about random numbers and writes."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__(recorder)
+        self.flops, self.draws = 0, False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = super().__torch_dispatch__(function, types, args, kwargs)
+        if draws_numbers(function, args, kwargs or {}):
+            self._recorder.note_draw()
+            self.draws = True
         count = flop_registry.get(function._overloadpacket)
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=returned)
@@ -603,11 +647,27 @@ def is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and len(module) > 1
 
 
-def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a function of this name writes into its first argument."""
-    if name == "setitem" or kwargs.get("inplace") is True or "out" in kwargs:
-        return True
-    return name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv", "ipow", "ior", "iand", "ixor")
+def _written_by(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors that an operation writes."""
+    names, written = _written_names(function)
+    if not written:
+        return []
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if given.get("training") is False:
+        written = written - _STATISTICS
+    return tensors_of_value([given.get(name) for name in sorted(written)])
+
+
+@cache  # a model calls few operations, each of them often
+def _written_names(function: Any) -> tuple[list[str], frozenset[str]]:
+    """Return the names of an operation's arguments, and of those that it writes."""
+    arguments = function._schema.arguments
+    names = [argument.name for argument in arguments]
+    written = {each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write}
+    # The schemas of some batch normalizations do not say that they write.
+    if "training" in names:
+        written |= _STATISTICS & set(names)
+    return names, frozenset(written)
 
 
 def draws_numbers(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -625,11 +685,6 @@ def _names_if_random(function: Any) -> list[str] | None:
     if torch.Tag.nondeterministic_seeded not in function.tags:
         return None
     return [argument.name for argument in function._schema.arguments]
-
-
-@cache
-def _is_mutable(function: Any) -> bool:
-    return bool(function._schema.is_mutable)
 
 
 def function_name(function: Any) -> str:

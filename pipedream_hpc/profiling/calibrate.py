@@ -93,7 +93,7 @@ def calibrate(
     training = deployment.training(len(data))
     setup = TrainSetup(job.loss_fn, job.optimizer, config, device)
     wiring = local_wiring(training, deployment.edge_tensors, device)
-    with preserve_state(graph.module):  # the stages are made of the model's own modules
+    with preserve_state(graph.module, graph.notes.written_weights()):  # the stages are made of the model's own modules
         losses = RunLosses(wiring.losses, training.layout[-1])
         workers = build_workers(deployment, training, wiring, losses, setup)
         stages = [stage for worker in workers for stage in worker.stages.values()]

@@ -64,7 +64,7 @@ def measure(
     arguments = _checked_arguments(graph, example_inputs)
     forward_s: list[list[float]] = []
     backward_s: list[list[float]] = []
-    with preserve_state(graph.module):
+    with preserve_state(graph.module, graph.notes.written_weights()):
         clocked = ClockedModel(graph, loss_fn, precision, clock_of(device))
         for index in range(warm_up + minibatches):
             clocked.run(arguments)
@@ -103,7 +103,7 @@ def one_minibatch(
     clocked, arguments = ClockedModel(graph, loss_fn, precision), _checked_arguments(graph, example_inputs)
 
     def run() -> None:
-        with preserve_state(graph.module):
+        with preserve_state(graph.module, graph.notes.written_weights()):
             clocked.run(arguments)
 
     return run

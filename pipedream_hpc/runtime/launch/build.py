@@ -112,6 +112,13 @@ def build_workers(
             )
         if _pools(deployment, training):
             _refuse_hooks_on_sums(part)
+        written = deployment.graph.notes.writes_parameters & set(part.entries)
+        if written and _forwards_repeat(deployment, training, setup, index):
+            raise PipedreamError(
+                f"the forward of the model writes weight '{min(written)}', but in stage {index} forwards run more than "
+                "once per optimizer step, or on other weights than the newest: use the schedule '1f1b-flush' with one "
+                "microbatch and one replica, and neither recompute nor master_weights"
+            )
     stages: dict[int, list[Stage]] = {}
     for part, (rank, index, replica) in zip(parts, places, strict=True):
         stages.setdefault(rank, []).append(_stage(deployment, training, wiring, losses, setup, part, index, replica))
@@ -239,6 +246,17 @@ def _refuse_hooks_on_sums(part: StageModule) -> None:
                 "optimizer step, and not once per backward: where a step takes several microbatches or replicas, use "
                 "register_hook of the parameter, or register_step_pre_hook of the optimizer"
             )
+
+
+def _forwards_repeat(deployment: Deployment, training: Schedule, setup: TrainSetup, index: int) -> bool:
+    """Return whether forwards of a stage run more than once per optimizer step, or on other weights than the newest."""
+    return (
+        training.versions(index) > 1
+        or len(training.layout[index]) > 1
+        or deployment.plan.stages[index].recompute
+        or setup.config.master_weights
+        or _pools(deployment, training)
+    )
 
 
 def _pools(deployment: Deployment, training: Schedule) -> bool:

@@ -9,7 +9,7 @@ This needs the whole model on rank 0. Where it has no room there, every stage is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -66,7 +66,7 @@ def measure_orders(graph: LayerGraph, arguments: Arguments, precision: Precision
         for training in (True, False):
             orders.append([])
             # A forward may ask whether there are gradients, as it did when it was recorded.
-            with preserve_state(graph.module), torch.set_grad_enabled(training), (precision or nullcontext)():
+            with _preserved(graph), torch.set_grad_enabled(training), (precision or nullcontext)():
                 whole.train(training)
                 try:
                     whole.run(arguments, [])
@@ -141,16 +141,18 @@ def check_microbatches(
         "no sample may see another, and samples must be the first dimension of every input, or where "
         "TrainConfig(batch_dims={name: dimension, or None}) says; otherwise train whole minibatches (n_microbatches=1)"
     )
-    with preserve_state(model), torch.no_grad(), (precision or nullcontext)():
-        graph.modes.set(model, False)
-        expected = output_tensors(model(*whole.args, **whole.kwargs))
-        try:
-            found = [output_tensors(model(*part.args, **part.kwargs)) for part in parts]
-        except Exception as error:
-            first = str(error).strip().partition("\n")[0]
-            raise PipedreamError(
-                f"the model does not accept a microbatch of example_inputs: {first}: {remedy}"
-            ) from error
+
+    def outputs_of(arguments: Arguments) -> list[torch.Tensor]:
+        with _preserved(graph), torch.no_grad(), (precision or nullcontext)():
+            graph.modes.set(model, False)
+            return output_tensors(model(*arguments.args, **arguments.kwargs))
+
+    expected = outputs_of(whole)
+    try:
+        found = [outputs_of(part) for part in parts]
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise PipedreamError(f"the model does not accept a microbatch of example_inputs: {first}: {remedy}") from error
     for number, tensor in enumerate(expected):
         cut = [each[number] for each in found if number < len(each)]
         if not tensor.dim() or len(cut) != len(parts) or any(not each.dim() for each in cut):
@@ -161,6 +163,10 @@ def check_microbatches(
                 f"the model's output for a minibatch differs from that for its {len(parts)} microbatches by up to "
                 f"{_distance(tensor, (joined or cut)[0]):.3g}: {remedy}"
             )
+
+
+def _preserved(graph: LayerGraph) -> AbstractContextManager[None]:
+    return preserve_state(graph.module, graph.notes.written_weights())
 
 
 def _fit(whole: torch.Tensor, parts: Sequence[torch.Tensor], dim: int) -> bool:
@@ -175,7 +181,7 @@ def run_restored(
 ) -> Results:
     """Run forward and, in training, backward; return the results, and restore the model's state."""
     model = graph.module
-    with preserve_state(model):
+    with _preserved(graph):
         graph.modes.set(model, training)
         set_seed(seed_for(seed, "check"))
         with torch.set_grad_enabled(training), precision():
