@@ -193,3 +193,17 @@ def test_a_write_into_a_view_stays_in_the_stage_of_what_it_is_a_view_of() -> Non
     first, second = (Partition(graph, [[0], [1]]).stage_module(index) for index in range(2))
     sent, _ = first.run(graph.inputs.like(x), [])
     assert torch.equal(second.run(None, sent)[1], model(x))
+
+
+class Sampled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float(torch.multinomial(torch.ones(4), 2).sum())
+
+
+def test_a_model_given_as_a_function_that_needs_values() -> None:
+    words = (
+        r"^a model given as a function is captured without values, but `return x \* float\(torch\.multinomial\("
+        r".*` in module '1' needs them: pass the built model$"
+    )
+    with pytest.raises(PipedreamError, match=words):
+        capture(lambda: nn.Sequential(nn.Linear(4, 4), Sampled()), torch.zeros(2, 4), [Sampled])

@@ -11,6 +11,7 @@ import pytest
 import ranks
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 from pipedream_hpc import Job, PipedreamError, Pipeline, ScheduleConfig, TrainConfig
@@ -200,6 +201,7 @@ def test_without_cut_points_costs_decide() -> None:
          "has 1: give a plan of 2 stages, or 2 cut points"),
         ("2-1", ["layers.1", "layers.2"], "the plan's 2 stages need 1 cut points, for the first begins"),
         (2, "layers.2", "cut_points should be a list of names of modules, not 'layers.2': give the names"),
+        (2, [""], "the model has no module '' to cut at: its modules are 'scale', 'embed', 'layers', ..."),
         (2, [2], "cut_points should be a list of names of modules, not [2]"),
         ("FILE", ["layers.2"], "the plan says itself where stages begin: leave cut_points out, or give a number of "),
     ],
@@ -219,6 +221,19 @@ def written() -> Plan:
 def test_a_module_within_a_layer_is_refused() -> None:
     with pytest.raises(PipedreamError, match="no stage can begin with module 'b': it begins within layer 'a'"):
         pipeline_of(Inplace(), 2, ["b"])
+
+
+class Checkpointed(Tall):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x)
+        for layer in self.layers:
+            h = checkpoint(layer, h, use_reentrant=False)
+        return self.head(h)  # type: ignore[no-any-return]
+
+
+def test_a_module_that_runs_again_in_backward_is_kept_whole() -> None:
+    with pytest.raises(PipedreamError, match=r"within layer 'layers\.2', which torch\.utils\.checkpoint keeps whole"):
+        pipeline_of(Checkpointed(), 2, ["layers.2.up"])
 
 
 def test_a_module_that_the_user_keeps_whole_is_named() -> None:

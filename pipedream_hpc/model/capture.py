@@ -8,9 +8,11 @@ The graph may be cut through any edges, as long as data flows only forward over 
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from pipedream_hpc.model.graph import Key, LayerGraph, Modes, Notes, Recording, 
 from pipedream_hpc.model.layers import group_into_layers
 from pipedream_hpc.model.precision import Autocast, Precision
 from pipedream_hpc.model.recipe import ModelFactory, ModelRecipe, build_model
-from pipedream_hpc.model.record import CannotOpenError, NeedsValuesError, is_list, record
+from pipedream_hpc.model.record import NEED_VALUES, CannotOpenError, NeedsValuesError, is_list, record
 
 #: Modules of torch.nn that are opened; all others of torch.nn are kept whole.
 _CONTAINERS = (nn.Sequential, nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer)
@@ -236,6 +238,23 @@ def is_leaf(module: nn.Module) -> bool:
 def _not_accepted(error: NeedsValuesError, tensors: Sequence[torch.Tensor], model: nn.Module) -> PipedreamError:
     hint = ""
     if any(parameter.is_meta for parameter in model.parameters()):
+        if isinstance(error.__cause__, NEED_VALUES):
+            return PipedreamError(
+                f"a model given as a function is captured without values, but {_place(error.__cause__, model)} needs "
+                "them: pass the built model"
+            )
         hint = "; a model given as a function is captured without values: if it needs them, pass the built model"
     shapes = " and ".join(f"{tuple(x.shape)} and dtype {str(x.dtype).removeprefix('torch.')}" for x in tensors)
     return PipedreamError(f"the model does not accept example_inputs of shape {shapes}: {error.reason}{hint}")
+
+
+def _place(error: BaseException, model: nn.Module) -> str:
+    """Return where in the user's code a forward failed: the module, and the line."""
+    names = {id(module): name for name, module in model.named_modules()}
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    owners = (names.get(id(frame.f_locals.get("self")), "") for frame in reversed(frames))
+    name = next(filter(None, owners), "")
+    foreign = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    lines = [each.line for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith(foreign)]
+    what = lines[-1] if lines and lines[-1] else str(error).partition("\n")[0]
+    return f"`{what}` in module '{name}'" if name else f"`{what}` in its forward"

@@ -49,7 +49,7 @@ def first_layers(graph: LayerGraph, cut_points: Sequence[str]) -> list[int]:
 def _first_layer(graph: LayerGraph, name: str) -> int:
     modules = dict(graph.module.named_modules(remove_duplicate=False))
     if not name or name not in modules:
-        near = ", ".join(map(repr, get_close_matches(name, modules, n=3)))
+        near = ", ".join(map(repr, get_close_matches(name, list(modules)[1:], n=3)))
         known = ", ".join(repr(each) for each in list(modules)[1:4]) + ", ..."
         hint = f"near are {near}" if near else f"its modules are {known}"
         raise PipedreamError(f"the model has no module '{name}' to cut at: {hint}")
@@ -67,9 +67,13 @@ def _first_layer(graph: LayerGraph, name: str) -> int:
         # A function without weights may stay with the layer before; it computes the same there.
         inner = [calls[call.number] for call in layer.calls if call.number in calls]
         if layer.calls[0].number not in calls and ((inner and not begins) or any(map(_has_weights, inner))):
+            part = layer.calls[0].checkpoint
+            why = "whose calls share a tensor that is written in place, a state, or weights"
+            if part is not None and all(call.checkpoint == part for call in layer.calls):
+                why = "which torch.utils.checkpoint keeps whole, because it runs again in backward"
             raise PipedreamError(
-                f"no stage can begin with module '{name}': it begins within layer '{layer.name}', whose calls share "
-                "a tensor that is written in place, a state, or weights: name another module"
+                f"no stage can begin with module '{name}': it begins within layer '{layer.name}', {why}: name another "
+                "module"
             )
     return begins[0]
 

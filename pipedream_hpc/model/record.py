@@ -87,7 +87,7 @@ _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 #: Raised by functions that cannot run on tensors without values.
-_NEED_VALUES = (
+NEED_VALUES = (
     fake_tensor.DataDependentOutputException,
     fake_tensor.DynamicOutputShapeException,
     fake_tensor.UnsupportedOperatorException,
@@ -234,7 +234,7 @@ class _Recorder:
         except (CannotOpenError, NeedsValuesError):
             raise
         except Exception as error:
-            raise CannotOpenError(name, _first_line(error), needs_values=isinstance(error, _NEED_VALUES)) from error
+            raise CannotOpenError(name, _first_line(error), needs_values=isinstance(error, NEED_VALUES)) from error
         finally:
             if len(self._scopes) > 1:
                 self._scopes.pop()
