@@ -8,6 +8,7 @@ This needs the whole model on rank 0. Where it has no room there, every stage is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
@@ -115,14 +118,48 @@ def check_same_program(
         stages = [partition.stage_module(index) for index in range(n_stages)]
         graph.on_close.append(seed_modules(graph.module, graph.notes))
         for training in (True, False):
-            alone = run_restored(graph, training, seed, context, partial(_alone, graph, arguments, training))
-            staged = run_restored(graph, training, seed, context, partial(_staged, stages, arguments, training))
-            problem = difference(alone, staged, training)
+            run = partial(run_restored, graph, training, seed, context)
+            by_itself = partial(run, partial(_alone, graph, arguments, training))
+            in_stages = partial(run, partial(_staged, stages, arguments, training))
+            problem = difference(by_itself(), in_stages(), training)
             if problem:
+                name = _first_module(graph, training, by_itself, in_stages)
+                where = f", and the first module whose output differs is '{name}'" if name else ""
                 raise PipedreamError(
-                    f"the stages do not compute what the model computes by itself: {problem}: keep the modules whole "
-                    "whose forward does more than it shows, with TrainConfig(leaf_modules=[their classes])"
+                    f"the stages do not compute what the model computes by itself: {problem}{where}: keep the modules "
+                    "whole whose forward does more than it shows, with TrainConfig(leaf_modules=[their classes])"
                 )
+
+
+def _first_module(
+    graph: LayerGraph, training: bool, alone: Callable[[], Results], staged: Callable[[], Results]
+) -> str:
+    """Run both again; return which module that is kept whole puts out something else first, or an empty string."""
+    calls = (graph.training if training else graph.evaluation).calls
+    names = {id(call.module): call.name for call in calls if call.module is not None}
+
+    def outputs(run: Callable[[], Results]) -> dict[tuple[str, int], list[torch.Tensor]]:
+        found: dict[tuple[str, int], list[torch.Tensor]] = {}  # by the module and the number of its call
+        counts = Counter[str]()
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            if (name := names.get(id(module))) is not None:
+                found[name, counts[name]] = [each.detach().clone() for each in output_tensors(output)]
+                counts[name] += 1
+
+        hook = register_module_forward_hook(note)
+        try:
+            run()
+        finally:
+            hook.remove()
+        return found
+
+    expected, found = outputs(alone), outputs(staged)
+    for key, tensors in expected.items():
+        others = found.get(key, tensors)
+        if len(tensors) != len(others) or not all(map(_same, tensors, others)):
+            return key[0]
+    return ""
 
 
 def check_microbatches(
