@@ -23,6 +23,7 @@ noting = SimpleNamespace(**vars(core))
 noting.Progress = lambda comm, **options: given.update(options) or core.Progress(comm, **options)
 wiring.load_comm = lambda: noting
 
+torch.manual_seed(0)
 pipeline = Pipeline(
     nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
     loss_fn=nn.MSELoss(),

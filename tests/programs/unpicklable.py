@@ -22,6 +22,7 @@ def main(what: str, method: str, dataset: Any) -> None:
         "worker_init_fn": {"worker_init_fn": lambda number: None},
         "main": {"dataset": dataset},
     }
+    torch.manual_seed(0)
     data = TensorDataset(torch.randn(24, 6), torch.randint(0, 3, (24,)))
     loader: Any = DataLoader(**{"dataset": data, "batch_size": 4, "num_workers": 1, **options[what]})
     with Pipeline(
