@@ -976,6 +976,103 @@ def test_a_forward_that_writes_its_buffers_by_a_function_is_not_cut() -> None:
         pipeline_of(WholeNorm(), 2, minibatches())
 
 
+# -- state in lists, dicts and plain objects ---------------------------------------------------------------------------
+
+
+class Held(nn.Module):
+    """Keeps what it changes in an object of another kind; `how` says in which."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer = how, nn.Linear(8, 8)
+        self.seen: list[int] = []
+        self.box = Box()
+        self.kept: dict[str, Any] = {"calls": 0, "mean": torch.zeros(8)}
+        self.mean = torch.zeros(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and self.how == "list":
+            self.seen.append(len(self.seen))
+        elif self.training and self.how == "object":
+            self.box.calls += 1
+        elif self.training and self.how == "dict":
+            self.kept["calls"] += 1
+        elif self.training and self.how == "tensor in a dict":
+            self.kept["mean"].mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        elif self.training:
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        calls = len(self.seen) + self.box.calls + self.kept["calls"]
+        return self.layer(x) * (1 + 0.1 * calls) + self.kept["mean"] * x + self.mean * x
+
+    def state(self) -> tuple[Any, ...]:
+        return self.seen[:], self.box.calls, self.kept["calls"], self.kept["mean"].tolist(), self.mean.tolist()
+
+
+class Box:
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+HOLDERS = ["list", "object", "dict", "tensor in a dict", "tensor"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("plan", [1, 2, 3])
+@pytest.mark.parametrize("how", HOLDERS)
+def test_what_objects_hold_changes_once_per_minibatch(how: str, plan: int, recompute: bool) -> None:
+    made: list[nn.Sequential] = []
+
+    def build() -> nn.Module:
+        made.append(with_state(partial(Held, how))())  # type: ignore[arg-type]
+        return made[-1]
+
+    assert_trained_alike(build, plan, recompute=recompute)
+    trained, expected = (model[1].state() for model in made)  # type: ignore[operator]
+    assert trained == expected
+
+
+@pytest.mark.parametrize("how", HOLDERS)
+def test_making_a_pipeline_leaves_what_objects_hold(how: str) -> None:
+    model = with_state(partial(Held, how))()
+    before = model[1].state()  # type: ignore[index,operator]
+    pipeline_of(model, 2, minibatches())
+    assert model[1].state() == before  # type: ignore[index,operator]
+
+
+@pytest.mark.parametrize("how", HOLDERS)
+def test_what_objects_hold_is_refused_in_replicas(how: str) -> None:
+    with pytest.raises(PipedreamError, match=r"module '1' changes its own state .* 2 replicas of stage 0"):
+        pipeline_of(with_state(partial(Held, how))(), "2-1", minibatches())
+
+
+def test_a_hook_may_log_in_a_list_of_the_model() -> None:
+    class Logging(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.log: list[float] = []
+            self.b.register_forward_hook(lambda *_: self.log.append(1.0))
+
+    model = Logging()
+    pipeline_of(model, 2, minibatches())
+    assert model.log == []
+    assert_trained_alike(Logging, 3)
+
+
+def test_a_forward_may_collect_tensors_in_a_list() -> None:
+    class Collecting(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden: list[torch.Tensor] = []
+
+        def forward(self, x: torch.Tensor) -> Any:
+            self.hidden.clear()
+            self.hidden.append(self.a(x))
+            self.hidden.append(self.b(self.hidden[0]).tanh())
+            return self.c(self.hidden[1] + self.hidden[0])
+
+    assert_trained_alike(Collecting, 3)
+
+
 # -- weights that a forward writes -------------------------------------------------------------------------------------
 
 
@@ -1039,6 +1136,20 @@ def test_making_a_pipeline_leaves_weights_as_they_were(make: Callable[[], nn.Mod
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pipeline_of(model, 2, minibatches())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_capture_with_values_leaves_weights_as_they_were() -> None:
+    class Reading(nn.Module):
+        """Reads values, so that the model is recorded with values."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if float(x.sum()) else x + 1
+
+    model = with_state(Clamped)()
+    model.insert(2, Reading())  # type: ignore[operator]
+    before = model[1].layer.weight.clone()  # type: ignore[index]
+    capture(model, minibatches()[0][0], leaf_modules=[Reading])
+    assert torch.equal(model[1].layer.weight, before)  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from pipedream_hpc.model.graph import (
     Value,
     memory_order,
 )
-from pipedream_hpc.model.preserve_state import ModuleState, version_of
+from pipedream_hpc.model.preserve_state import Contents, ModuleState, contents_of, version_of
 from pipedream_hpc.model.randomness import is_seeding, seeding
 from pipedream_hpc.model.recipe import tensors_of
 from pipedream_hpc.model.structure import map_tensors, output_tensors, tensors_of_value
@@ -183,7 +183,9 @@ class _Recorder:
         self._live: list[Any] = []  # a storage's identity is unique only while the storage is live
         self._parameters: dict[int, str] = {}  # by the identity of what stands for them
         self._local: dict[int, torch.Tensor] = {}  # tensors that depend on no call, but have no values
-        self._owned: dict[int, tuple[str, str]] = {}  # ("buffer" or "weight", name) by storage
+        self._overwritten: dict[str, tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = {}  # what they were
+        self._contents: dict[str, dict[str, Contents]] = {}  # of the modules that are open
+        self._owned: dict[int, tuple[str, str]] = {}  # ("buffer", "weight" or "attribute", name) by storage
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recording:
         model = self._model
@@ -198,6 +200,8 @@ class _Recorder:
                 }
         finally:
             undo()
+            for weight, memory, values in self._overwritten.values():
+                weight.data = memory.copy_(values)
         tensors = output_tensors(returned)
         output = tuple(key for each in tensors if (key := _mark(each)) is not None)
         parameters = [self._parameters[id(each)] for each in tensors if id(each) in self._parameters]
@@ -228,14 +232,18 @@ class _Recorder:
         before = [_mark(each) for each in given]
         scope.sources = tuple(key for key in before if key is not None)
         attributes, buffers = dict(vars(module)), dict(module._buffers)
+        self._look_at_contents()
+        self._contents[name] = contents_of(module)
         try:
             with self._inside(name):
                 returned = call_unwatched(module, args, kwargs)
+                self._look_at_contents()
         except (CannotOpenError, NeedsValuesError):
             raise
         except Exception as error:
             raise CannotOpenError(name, _first_line(error), needs_values=isinstance(error, NEED_VALUES)) from error
         finally:
+            self._contents.pop(name, None)
             if len(self._scopes) > 1:
                 self._scopes.pop()
         changed = [
@@ -341,8 +349,23 @@ class _Recorder:
 
     def _record(self, call: Call, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a call without values, and record it if it puts out tensors."""
+        if call.module is not None:
+            self._look_at_contents()
         with unwatched_functions(self):
-            return self._record_unwatched(call, run, args, kwargs)
+            returned = self._record_unwatched(call, run, args, kwargs)
+        if call.module is not None:
+            # What hooks of it have changed is no doing of the open modules.
+            for name, contents in self._contents.items():
+                if any(each.changed() for each in contents.values()):
+                    self._contents[name] = contents_of(self._model.get_submodule(name))
+        return returned
+
+    def _look_at_contents(self) -> None:
+        """Refuse to open a module whose own code has changed numbers or tensors in a list, dict or object."""
+        for contents in self._contents.values():
+            for key, each in contents.items():
+                if each.changed(collected=False):
+                    raise CannotOpenError(self._scopes[-1].name, f"its forward changes what '{key}' holds")
 
     def _record_unwatched(
         self, call: Call, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -554,6 +577,12 @@ class _Recorder:
                 for each in (tensor, *self._to_fakes((tensor,), {})[0]):
                     self._owned.setdefault(_storage_id(each), (kind, name))
                     self._live.append(_memory(each))
+        for path, module in self._model.named_modules():
+            for key, contents in contents_of(module).items():
+                for tensor in filter(lambda each: each.is_leaf, contents.tensors):
+                    for each in (tensor, *self._to_fakes((tensor,), {})[0]):
+                        self._owned.setdefault(_storage_id(each), ("attribute", f"{path}.{key}"))
+                        self._live.append(_memory(each))
 
     def note_draw(self) -> None:
         """Note that an operation inside a call draws random numbers."""
@@ -568,10 +597,16 @@ class _Recorder:
         """
         for each in _written_by(function, args, kwargs):
             kind, name = self._owned.get(_storage_id(each), ("", ""))
+            if kind == "weight" and self._fake is None and name not in self._overwritten:
+                weight = self._model.get_parameter(name)
+                self._overwritten[name] = weight, weight.data, weight.detach().clone()
             if function is torch.ops.aten.embedding_renorm_.default:
                 self.notes.renormalizes.add(name)
             elif kind and self._scopes and self._within[-1] == self._scopes[-1].name:
-                raise CannotOpenError(self._scopes[-1].name, f"its forward writes {kind} '{name}'")
+                raise CannotOpenError(self._scopes[-1].name, f"its forward writes {kind} '{name.lstrip('.')}'")
+            elif kind == "attribute":
+                path, _, key = name.rpartition(".")
+                self.notes.sets_attributes.setdefault(path, set()).add(key)
             elif kind:
                 (self.notes.writes_buffers if kind == "buffer" else self.notes.writes_parameters).add(name)
 
@@ -636,8 +671,9 @@ def _unchanged(model: nn.Module, notes: Notes) -> Iterator[None]:
             for name, before in state.changed_attributes().items():
                 # An attribute that was None, or not there, is a cache, and no state.
                 kept = {key for key, value in before.items() if isinstance(value, _STATE)}
+                kept |= {key for key in before if state.holds_others(name, key)}
                 if kept:
-                    notes.sets_attributes[name] = kept
+                    notes.sets_attributes.setdefault(name, set()).update(kept)
             notes.writes_buffers |= state.changed_buffers()
             state.restore()
 

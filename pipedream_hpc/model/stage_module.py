@@ -24,6 +24,7 @@ from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.calls import Applied, watch_modules
 from pipedream_hpc.model.checkpoints import checkpoints
 from pipedream_hpc.model.graph import Call, LayerGraph, modes_restored
+from pipedream_hpc.model.preserve_state import Contents, contents_restored
 from pipedream_hpc.model.randomness import seeding_from_here
 from pipedream_hpc.model.recipe import TensorPlace, tensors_of
 from pipedream_hpc.model.rerun import INPUT, Placeholder, StageForward, Step, steps_of
@@ -107,7 +108,7 @@ class StageModule:
 
     def _needs_inputs(self) -> bool:
         needed = []
-        with modes_restored(self._model):
+        with modes_restored(self._model), contents_restored(self._model):
             for training, forward in self._forwards.items():
                 self._graph.modes.set(self._model, training)
                 needed.append(forward.needs_inputs(*self._nothing))
@@ -210,22 +211,35 @@ class StageModule:
         kept = []
         for held, key in self.state:
             value = held[key]
-            kept.append(value)
             if isinstance(value, torch.Tensor):
                 held[key] = value.clone()
+            elif not isinstance(value, int | float):
+                value = Contents(value)
+                value.replace_tensors()
+            kept.append(value)
         return kept
 
     @contextmanager
     def state_of(self, kept: list[Any]) -> Iterator[None]:
         """Run a forward again from the state that it began with."""
-        now = [held[key] for held, key in self.state]
+        now = [
+            Contents(held[key]) if isinstance(value, Contents) else held[key]
+            for (held, key), value in zip(self.state, kept, strict=True)
+        ]
         for (held, key), value in zip(self.state, kept, strict=True):
-            held[key] = value.clone() if isinstance(value, torch.Tensor) else value
+            if isinstance(value, Contents):
+                value.restore()
+                value.replace_tensors()
+            else:
+                held[key] = value.clone() if isinstance(value, torch.Tensor) else value
         try:
             yield
         finally:
             for (held, key), value in zip(self.state, now, strict=True):
-                held[key] = value
+                if isinstance(value, Contents):
+                    value.restore()
+                else:
+                    held[key] = value
 
     @property
     def place(self) -> tuple[int, bool, str]:
