@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from chains import kept_whole
 from torch import nn
 
 from pipedream_hpc import Pipeline, ScheduleConfig, TrainConfig
@@ -124,7 +123,7 @@ def piped(kind: str) -> Tensors:
         example_inputs=data[0][0],
         plan=2,
         schedule=ScheduleConfig("gpipe", n_microbatches=1),
-        train_config=TrainConfig(leaf_modules=kept_whole(model, First, Last, ComplexLinear)),
+        train_config=TrainConfig(leaf_modules=(First, Last, ComplexLinear)),
     ) as pipeline:
         pipeline.fit(data)
         return pipeline.state_dict()

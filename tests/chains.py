@@ -46,11 +46,6 @@ def rich_model() -> nn.Sequential:
     )
 
 
-def kept_whole(model: nn.Module, *classes: type[nn.Module]) -> tuple[type[nn.Module], ...]:
-    """Return those of the classes that the model has, for TrainConfig(leaf_modules=)."""
-    return tuple(kind for kind in classes if any(isinstance(each, kind) for each in model.modules()))
-
-
 class Cast(nn.Module):
     """Converts its input to a dtype."""
 

@@ -95,7 +95,7 @@ def train(training: Training) -> Report:
         example_inputs=chains.example(),
         plan=training.plan,
         schedule=training.schedule,
-        train_config=replace(training.train_config, leaf_modules=chains.kept_whole(model, chains.Functional)),
+        train_config=replace(training.train_config, leaf_modules=(chains.Functional,)),
         run_config=RunConfig(trace=True, stall_limit_s=30),
     )
     report = Report(pipeline.world.size, stage_of=pipeline.stage_of_parameters())

@@ -67,7 +67,7 @@ def capture(
         recipe = ModelRecipe(model)
         model = recipe.model
     model = build_model(model)
-    _refuse(model, leaf_modules)
+    _refuse(model)
     batch_dims = batch_dims or BatchDims()
     bound = bind_inputs(model, example_inputs)
     batch_dims.check(bound)
@@ -199,13 +199,8 @@ def _values(recording: Recording) -> list[tuple[Value, ...]]:
     return [call.values for call in recording.calls]
 
 
-def _refuse(model: nn.Module, leaf_modules: Sequence[type[nn.Module]]) -> None:
-    """Refuse a model that no stages can train, or without the modules that are to be kept whole."""
-    for kind in leaf_modules:
-        if not any(isinstance(each, kind) for each in model.modules()):
-            raise PipedreamError(
-                f"leaf_modules has class {kind.__name__}, but the model has no module of it: leave it out"
-            )
+def _refuse(model: nn.Module) -> None:
+    """Refuse a model that no stages can train."""
     if nn.modules.module._global_backward_hooks or nn.modules.module._global_backward_pre_hooks:
         raise PipedreamError(
             "torch has a backward hook for all modules (register_module_full_backward_hook or the like), which would "
