@@ -52,7 +52,7 @@ class Team:
         self._output = (self._folder / "output").open("w+")
         launcher = [BIN / "mpirun", "-n", count, "--oversubscribe", "--bind-to", "none"]
         self._process = subprocess.Popen(
-            [str(word) for word in (*launcher, sys.executable, PROGRAMS / "serve.py", self._folder)],
+            [str(word) for word in (*launcher, sys.executable, PROGRAMS / "serve.py", self._folder, os.getpid())],
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,

@@ -1,7 +1,7 @@
-"""Serve the tests of ranks.Team: python serve.py FOLDER
+"""Serve the tests of ranks.Team: python serve.py FOLDER PID
 
 task-0, task-1, ... in the folder are pickled (function, argument). Every rank calls them one after the other; rank 0
-writes what they return to result-0, result-1, ...
+writes what they return to result-0, result-1, ... They end when process PID, which runs the tests, has ended.
 """
 
 import itertools
@@ -17,13 +17,13 @@ sys.path[:0] = [str(TESTS), str(TESTS / "programs")]
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    launcher = os.getppid()  # nobody is served once it has ended
+    served = Path(f"/proc/{sys.argv[2]}")
     is_root = os.environ.get("OMPI_COMM_WORLD_RANK", "0") == "0"
     for number in itertools.count():
         task, result = (folder / f"{name}-{number}" for name in ("task", "result"))
         while not task.exists():
             time.sleep(0.02)
-            if os.getppid() != launcher:
+            if not served.exists():
                 return
         function, argument = pickle.loads(task.read_bytes())
         returned = function(argument)
