@@ -5,6 +5,7 @@ The reference is a plain loop: the sum of the losses of all tokens of the round,
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -397,3 +398,53 @@ def test_a_loss_that_reads_weights_of_another_stage_is_refused() -> None:
         classify(scaled, 1, model=model)
     classify(of_its_own, 1, model=(model := classifier()))
     classify(scaled, 1, plan=1, model=(model := classifier()))
+
+
+def test_a_mean_over_nothing_times_nothing_counts_as_nothing() -> None:
+    """The model's own mean over an empty microbatch is no number; the pair has the count 0."""
+    batches = [{"input_ids": words, "labels": target} for words, target in minibatches(padded=2)]
+    with Pipeline(
+        OwnLoss(),
+        loss_fn=own_pair,
+        optimizer=SGD,
+        example_inputs=batches[0],
+        plan=2,
+        schedule=ScheduleConfig("gpipe", 4),
+    ) as pipeline:
+        losses = [step.loss for step in pipeline.train(batches)]
+        weights = {name.removeprefix("net."): value for name, value in pipeline.state_dict().items()}
+        assert pipeline.evaluate(batches)["loss"] > 0
+    expected_losses, expected = plain([(each["input_ids"], each["labels"]) for each in batches])
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert_close(weights, expected)
+
+
+class Encoding(UserDict[str, torch.Tensor]):
+    """A mapping of its own class, as a tokenizer returns it."""
+
+    @property
+    def labels(self) -> torch.Tensor:
+        return self["labels"]
+
+
+def test_minibatches_of_any_class_of_mapping_are_cut() -> None:
+    def loss_fn(output: Any, batch: Encoding) -> tuple[torch.Tensor, torch.Tensor]:
+        assert len(batch.labels) == len(output.logits)
+        return per_token(output.logits, batch.labels)
+
+    batches = [Encoding(input_ids=words, labels=target) for words, target in minibatches()]
+    expected = plain([(each["input_ids"], each["labels"]) for each in batches])[1]
+    assert_close(train_own(loss_fn, batches), expected)  # type: ignore[arg-type]
+
+
+@dataclass
+class Target:
+    words: torch.Tensor
+
+
+def test_a_target_that_cannot_be_cut_is_refused() -> None:
+    batches = [(words, Target(target)) for words, target in minibatches()]
+    with pytest.raises(
+        PipedreamError, match=r"have Target, whose tensors cannot be split into microbatches: use tuples"
+    ):
+        Case("2", ScheduleConfig("gpipe", 4)).train(batches, lambda o, t: per_token(o, t.words))  # type: ignore[arg-type]

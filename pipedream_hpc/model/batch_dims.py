@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch.utils._pytree import MappingKey, tree_flatten, tree_flatten_with_path
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
+from pipedream_hpc.model.structure import tensors_of_value
 
 #: Name of the loss function's target.
 TARGET = "target"
@@ -78,7 +80,7 @@ class BatchDims:
                 (_like(arguments, inputs), own if isinstance(target, Mapping) else own[TARGET])
                 for inputs, own in zip(cut, targets, strict=True)
             ]
-        tensors = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
+        tensors = tensors_of_value(value)
         _check_sizes({each.shape[0] for each in tensors if each.dim()}, n_microbatches)
         return [(Arguments(args, kwargs, arguments.names), own) for args, kwargs, own in _split(value, n_microbatches)]
 
@@ -136,6 +138,14 @@ def _like(arguments: Arguments, named: Mapping[str, Any]) -> Arguments:
     )
 
 
+def _split_mapping(value: Mapping[Any, Any], count: int) -> list[Any]:
+    parts = [copy.copy(value) for _ in range(count)]
+    for key, item in value.items():
+        for part, own in zip(parts, _split(item, count), strict=True):
+            part[key] = own  # type: ignore[index]
+    return parts
+
+
 def _split(value: Any, count: int) -> Sequence[Any]:
     # Every tensor is split once: it takes microseconds per microbatch.
     if isinstance(value, torch.Tensor):
@@ -144,6 +154,13 @@ def _split(value: Any, count: int) -> Sequence[Any]:
         return list(zip(*(_split(each, count) for each in value), strict=True)) if value else [()] * count
     leaves, structure = tree_flatten(value)
     if len(leaves) == 1 and leaves[0] is value:
+        if isinstance(value, Mapping):  # such as what a tokenizer returns
+            return _split_mapping(value, count)
+        if tensors_of_value(value):
+            raise PipedreamError(
+                f"inputs or target have {type(value).__name__}, whose tensors cannot be split into microbatches: use "
+                "tuples, lists and mappings of tensors"
+            )
         return [value] * count
     columns = [_split(leaf, count) for leaf in leaves]
     return [tree_unflatten([column[index] for column in columns], structure) for index in range(count)]

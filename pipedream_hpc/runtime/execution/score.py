@@ -62,7 +62,12 @@ def read_score(returned: Any, what: str) -> Score:
                 "many targets the sum is over"
             )
         if isinstance(total, torch.Tensor) and total.dim() == 0:
-            return Score(total / divisor, total, count)
+            mean = total / divisor
+            if isinstance(count, torch.Tensor) or count == 0:
+                # Of nothing the sum may be no number, as where it is a mean over nothing, times 0.
+                nothing = torch.as_tensor(count == 0, device=total.device)
+                mean = mean.where(~nothing, 0.0)
+            return Score(mean, total, count)
         raise PipedreamError(f"{what} has the sum {_kind(total)}; in a pair (sum, count) it should be one number")
     raise PipedreamError(
         f"{what} should be one number, the mean over the minibatch, or a pair (sum, count), but is {_kind(returned)}: "
