@@ -448,3 +448,45 @@ def test_a_target_that_cannot_be_cut_is_refused() -> None:
         PipedreamError, match=r"have Target, whose tensors cannot be split into microbatches: use tuples"
     ):
         Case("2", ScheduleConfig("gpipe", 4)).train(batches, lambda o, t: per_token(o, t.words))  # type: ignore[arg-type]
+
+
+class Divided(nn.Module):
+    """As a language model of transformers that is told how many labels the whole minibatch has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = model()
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int) -> SimpleNamespace:
+        logits = self.net(input_ids)
+        total = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return SimpleNamespace(loss=total / num_items_in_batch)
+
+
+@pytest.mark.parametrize(("n_microbatches", "refused"), [(1, False), (4, True)])
+def test_a_sum_that_the_model_divides_by_a_number_of_the_minibatch(n_microbatches: int, refused: bool) -> None:
+    batches = [
+        {"input_ids": words, "labels": target, "num_items_in_batch": int((target != PADDING).sum())}
+        for words, target in minibatches()
+    ]
+
+    def pair(output: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        count = (batch["labels"] != PADDING).sum()
+        return output.loss * batch["num_items_in_batch"], count
+
+    for loss_fn in (own_mean, pair):
+        pipeline = Pipeline(
+            Divided(),
+            loss_fn=loss_fn,
+            optimizer=SGD,
+            example_inputs=batches[0],
+            plan=2,
+            schedule=ScheduleConfig("gpipe", n_microbatches),
+        )
+        if refused and loss_fn is own_mean:
+            with pytest.raises(PipedreamError, match=r"own loss is a sum .* let loss_fn return a pair \(sum, count\)"):
+                pipeline.fit(batches)
+            continue
+        pipeline.fit(batches)
+        trained = {name.removeprefix("net."): value for name, value in pipeline.state_dict().items()}
+        assert_close(trained, plain([(each["input_ids"], each["labels"]) for each in batches])[1])

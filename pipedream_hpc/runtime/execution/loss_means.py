@@ -53,11 +53,16 @@ class LossMeans(TorchFunctionMode):
         self.in_forward = in_forward
         self._n_microbatches = n_microbatches
         self._divisors: list[float] = []  # of the current microbatch
+        self._sums = self._sums_in_forward = False  # whether it computes sums
         self.first: dict[int, Divisors] = {}
 
     def begin(self) -> None:
         """Begin a pass."""
         self.first.clear()
+
+    def end_forward(self) -> None:
+        """End the forward of a microbatch: its loss function comes next."""
+        self._sums_in_forward = self._sums
 
     def is_needed(self, microbatch: int) -> bool:
         """Return whether to watch a microbatch.
@@ -79,11 +84,18 @@ class LossMeans(TorchFunctionMode):
         Raises:
             PipedreamError: they differ per sample.
         """
+        sums, self._sums, self._sums_in_forward = self._sums_in_forward, False, False
+        if sums and compare:
+            raise PipedreamError(
+                "the model's own loss is a sum (reduction='sum'), divided by a number that is not known to be that of "
+                "the microbatch: let loss_fn return a pair (sum, count), or train whole minibatches (n_microbatches=1)"
+            )
         own, self._divisors = (samples, self._divisors if compare else []), []
         compare_divisors(self.first.setdefault(microbatch // self._n_microbatches, own), own)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
+        self._sums |= function in AVERAGES_TARGETS and options.get("reduction") == "sum"
         if function in AVERAGES_TARGETS and options.get("reduction", "mean") == "mean":
             self._note(*args, **options)
         return function(*args, **options)

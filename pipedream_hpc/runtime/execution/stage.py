@@ -477,7 +477,10 @@ class Stage:
                 return tuple(outputs), ()
             assert self._data is not None
             target = self._data.target(microbatch)
-            computing: list[AbstractContextManager[Any]] = [] if watched is None else [watched]
+            computing: list[AbstractContextManager[Any]] = []
+            if watched is not None:
+                watched.end_forward()
+                computing.append(watched)
             if not self._scored:
                 computing.append(NotOfOthers(self.stage_module.weights_of_others()))
             with _entering(computing):
