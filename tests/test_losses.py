@@ -437,6 +437,16 @@ def test_minibatches_of_any_class_of_mapping_are_cut() -> None:
     assert_close(train_own(loss_fn, batches), expected)  # type: ignore[arg-type]
 
 
+def test_a_list_with_a_value_for_each_sample_is_refused() -> None:
+    batches = [(words, {"words": target, "weights": [1.0] * SAMPLES}) for words, target in minibatches()]
+    with pytest.raises(
+        PipedreamError, match=r"have a list of 8 values, as many as there are samples, .* make it a ten"
+    ):
+        Case("2", ScheduleConfig("gpipe", 4)).train(batches, lambda o, t: per_token(o, t["words"]))  # type: ignore[arg-type]
+    batches = [(words, {"words": target, "name": "a", "scale": [1.0, 2.0]}) for words, target in minibatches()]
+    Case("2", ScheduleConfig("gpipe", 4)).train(batches, lambda o, t: per_token(o, t["words"]))  # type: ignore[arg-type]
+
+
 @dataclass
 class Target:
     words: torch.Tensor

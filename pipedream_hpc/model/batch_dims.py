@@ -81,8 +81,13 @@ class BatchDims:
                 for inputs, own in zip(cut, targets, strict=True)
             ]
         tensors = tensors_of_value(value)
-        _check_sizes({each.shape[0] for each in tensors if each.dim()}, n_microbatches)
-        return [(Arguments(args, kwargs, arguments.names), own) for args, kwargs, own in _split(value, n_microbatches)]
+        sizes = {each.shape[0] for each in tensors if each.dim()}
+        _check_sizes(sizes, n_microbatches)
+        samples = next(iter(sizes), 0)
+        return [
+            (Arguments(args, kwargs, arguments.names), own)
+            for args, kwargs, own in _split(value, n_microbatches, samples)
+        ]
 
     def _target(self, target: Any) -> Mapping[str, Any]:
         return target if isinstance(target, Mapping) else {TARGET: target}
@@ -138,29 +143,36 @@ def _like(arguments: Arguments, named: Mapping[str, Any]) -> Arguments:
     )
 
 
-def _split_mapping(value: Mapping[Any, Any], count: int) -> list[Any]:
+def _split_mapping(value: Mapping[Any, Any], count: int, samples: int) -> list[Any]:
     parts = [copy.copy(value) for _ in range(count)]
     for key, item in value.items():
-        for part, own in zip(parts, _split(item, count), strict=True):
+        for part, own in zip(parts, _split(item, count, samples), strict=True):
             part[key] = own  # type: ignore[index]
     return parts
 
 
-def _split(value: Any, count: int) -> Sequence[Any]:
+def _split(value: Any, count: int, samples: int) -> Sequence[Any]:
     # Every tensor is split once: it takes microseconds per microbatch.
     if isinstance(value, torch.Tensor):
         return value.tensor_split(count) if value.dim() else [value] * count
     if type(value) is tuple:
-        return list(zip(*(_split(each, count) for each in value), strict=True)) if value else [()] * count
+        return list(zip(*(_split(each, count, samples) for each in value), strict=True)) if value else [()] * count
+    if type(value) is dict:
+        return _split_mapping(value, count, samples)
+    if type(value) is list and len(value) == samples > 0 and not tensors_of_value(value):
+        raise PipedreamError(
+            f"inputs or target have a list of {samples} values, as many as there are samples, which is not split into "
+            "microbatches: make it a tensor"
+        )
     leaves, structure = tree_flatten(value)
     if len(leaves) == 1 and leaves[0] is value:
         if isinstance(value, Mapping):  # such as what a tokenizer returns
-            return _split_mapping(value, count)
+            return _split_mapping(value, count, samples)
         if tensors_of_value(value):
             raise PipedreamError(
                 f"inputs or target have {type(value).__name__}, whose tensors cannot be split into microbatches: use "
                 "tuples, lists and mappings of tensors"
             )
         return [value] * count
-    columns = [_split(leaf, count) for leaf in leaves]
+    columns = [_split(leaf, count, samples) for leaf in leaves]
     return [tree_unflatten([column[index] for column in columns], structure) for index in range(count)]
