@@ -500,3 +500,16 @@ def test_a_sum_that_the_model_divides_by_a_number_of_the_minibatch(n_microbatche
         pipeline.fit(batches)
         trained = {name.removeprefix("net."): value for name, value in pipeline.state_dict().items()}
         assert_close(trained, plain([(each["input_ids"], each["labels"]) for each in batches])[1])
+
+
+def test_losses_of_one_minibatch_are_compared_at_the_end_of_the_pass() -> None:
+    (inputs, target), *_ = labels()
+    with pytest.raises(PipedreamError, match=r"loss of the first minibatch is"):
+        Pipeline(
+            classifier(),
+            loss_fn=contrast,
+            optimizer=SGD,
+            example_inputs=inputs,
+            plan=2,
+            schedule=ScheduleConfig("gpipe", 4),
+        ).fit([(inputs, target)])

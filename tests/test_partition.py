@@ -283,8 +283,8 @@ class Arguments(nn.Module):
 
 
 def test_example_inputs_as_tuples_and_mappings() -> None:
-    assert capture(Arguments(), FLOATS).input_names == ["x"]
-    assert capture(Arguments(), {"mask": FLOATS, "x": FLOATS}).input_names == ["mask", "x"]
+    assert list(capture(Arguments(), FLOATS).inputs.named()) == ["x"]
+    assert list(capture(Arguments(), {"mask": FLOATS, "x": FLOATS}).inputs.named()) == ["mask", "x"]
     with pytest.raises(
         PipedreamError, match=r"Arguments.forward takes 1 to 3 inputs \(x, scale, mask\), but example_inputs has 4"
     ):

@@ -379,11 +379,6 @@ class LayerGraph:
             while len(self.on_close) > before:
                 self.on_close.pop()()
 
-    @property
-    def input_names(self) -> list[str]:
-        """Names of the model's arguments."""
-        return list(self.inputs.named())
-
 
 def get_attribute(model: nn.Module, target: str) -> Any:
     """Return the attribute of a model with a qualified name."""

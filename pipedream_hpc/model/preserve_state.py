@@ -51,8 +51,8 @@ def preserve_state(model: nn.Module, written: Set[str] = frozenset()) -> Iterato
 #: Containers that a module has of its own, for hooks, buffers, weights and the like.
 _OF_TORCH = frozenset(vars(nn.Module()))
 
-#: What has to be changed to be state: other objects in containers may be caches.
-_STATE = (int, float, torch.Tensor)
+#: What an attribute, or an item of a container, has to be to be state: other objects may be caches.
+STATE = (int, float, torch.Tensor)
 
 
 class Contents:
@@ -138,7 +138,7 @@ def _differs(value: Any, copied: Any, collected: bool) -> bool:
             return True
         pairs = list(zip(copied, value, strict=False))
     return any(
-        isinstance(old, _STATE) and old is not new and not (isinstance(new, int | float) and old == new)
+        isinstance(old, STATE) and old is not new and not (isinstance(new, int | float) and old == new)
         for old, new in pairs
     )
 

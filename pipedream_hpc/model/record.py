@@ -40,7 +40,7 @@ from pipedream_hpc.model.graph import (
     Value,
     memory_order,
 )
-from pipedream_hpc.model.preserve_state import Contents, ModuleState, contents_of, version_of
+from pipedream_hpc.model.preserve_state import STATE, Contents, ModuleState, contents_of, version_of
 from pipedream_hpc.model.randomness import is_seeding, seeding
 from pipedream_hpc.model.recipe import tensors_of
 from pipedream_hpc.model.structure import map_tensors, output_tensors, tensors_of_value
@@ -68,10 +68,6 @@ DRAWING = frozenset(
         *("scaled_dot_product_attention", "multi_head_attention_forward"),
     }
 )
-
-
-#: What an attribute has to be to be state; one that is None at first, such as a cache, is none.
-_STATE = (int, float, torch.Tensor)
 
 
 #: A module without lists of modules in it, such as attention, is kept whole if its forward calls more functions.
@@ -249,7 +245,7 @@ class _Recorder:
         changed = [
             key
             for key, value in vars(module).items()
-            if key in attributes and value is not attributes[key] and isinstance(attributes[key], _STATE)
+            if key in attributes and value is not attributes[key] and isinstance(attributes[key], STATE)
         ]
         changed += [key for key, value in module._buffers.items() if value is not buffers.get(key)]
         if changed:
@@ -670,7 +666,7 @@ def _unchanged(model: nn.Module, notes: Notes) -> Iterator[None]:
             numpy.random.set_state(numbers)
             for name, before in state.changed_attributes().items():
                 # An attribute that was None, or not there, is a cache, and no state.
-                kept = {key for key, value in before.items() if isinstance(value, _STATE)}
+                kept = {key for key, value in before.items() if isinstance(value, STATE)}
                 kept |= {key for key in before if state.holds_others(name, key)}
                 if kept:
                     notes.sets_attributes.setdefault(name, set()).update(kept)

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from pipedream_hpc.errors import PipedreamError
 
 
-class NotOfOthers(TorchFunctionMode):
+class ForbiddenTensors(TorchFunctionMode):
     """Refuses functions of some tensors.
 
     Args:

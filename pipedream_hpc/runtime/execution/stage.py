@@ -63,7 +63,7 @@ from pipedream_hpc.runtime.execution.data import MicrobatchLoader
 from pipedream_hpc.runtime.execution.loss_means import LossMeans
 from pipedream_hpc.runtime.execution.loss_meter import LossMeter
 from pipedream_hpc.runtime.execution.memory_probe import MemoryProbe
-from pipedream_hpc.runtime.execution.others_weights import NotOfOthers
+from pipedream_hpc.runtime.execution.others_weights import ForbiddenTensors
 from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.score import Score, ScoreFn, read_score
 from pipedream_hpc.runtime.execution.split_backward import SplitBackward
@@ -148,7 +148,6 @@ class Stage:
         recompute: run the forward again before the backward instead of keeping activations (activation checkpointing).
         precision: factory of the context that forwards run in, such as autocast; None for none.
         compile_backend: backend of torch.compile that compiles the module; None for none.
-        n_microbatches: microbatches per minibatch.
         loss_means: checks the means of the output stage's losses, where minibatches are cut.
         whole_loss: compares the loss of its first minibatch with those of its microbatches.
         pools: whether rounds have several microbatches, in any stage.
@@ -172,7 +171,6 @@ class Stage:
         recompute: bool,
         precision: Precision | None = None,
         compile_backend: str | None = None,
-        n_microbatches: int = 1,
         loss_means: LossMeans | None = None,
         whole_loss: WholeLoss | None = None,
         pools: bool = False,
@@ -189,7 +187,7 @@ class Stage:
         self._counted: bool | None = None  # whether the loss is a pair (sum, count), once that is known
         self._n_stepped = 0  # microbatches of the pass that an optimizer step has learned from
         self._publishes = self._scored = False
-        self._whole_loss, self._n_microbatches = whole_loss, n_microbatches
+        self._whole_loss = whole_loss
         self.is_last = stage_module.is_last
         #: Whether it reads inputs or targets from the data set.
         self.reads_data = stage_module.reads_inputs or stage_module.is_last
@@ -289,9 +287,7 @@ class Stage:
             channel.drain()
         assert not self._in_flight, "a verified schedule leaves no microbatch in flight"
         if self._whole_loss is not None and self._training:
-            whole, self._whole_loss = self._whole_loss, None
-            with torch.no_grad():
-                whole.compare()
+            self._whole_loss.compare()  # the pass may have had one minibatch
         self._data = None
         self.stash.use_newest()  # what the user's model shows between passes
 
@@ -482,27 +478,15 @@ class Stage:
                 watched.end_forward()
                 computing.append(watched)
             if not self._scored:
-                computing.append(NotOfOthers(self.stage_module.weights_of_others()))
+                computing.append(ForbiddenTensors(self.stage_module.weights_of_others()))
             with _entering(computing):
                 scores = self._score_fn(returned, target)
             self._scored = True
             if watched is not None:
                 watched.end(microbatch, self._data.samples(microbatch), compare=scores[0].count is None)
             if self._whole_loss is not None and counts:
-                self._compare_whole(microbatch, returned, target, scores[0])
+                self._whole_loss.add(microbatch, returned, target, self._data.samples(microbatch), scores[0])
             return tuple(outputs), scores
-
-    def _compare_whole(self, microbatch: int, output: Any, target: Any, score: Score) -> None:
-        """Compare the loss of the first minibatch that is trained with those of its microbatches, once."""
-        assert self._whole_loss is not None
-        assert self._data is not None
-        if score.count is None and microbatch < self._n_microbatches:
-            self._whole_loss.add(output, target, self._data.samples(microbatch), score.mean)
-            return
-        whole, self._whole_loss = self._whole_loss, None
-        if score.count is None:
-            with torch.no_grad():
-                whole.compare()
 
     def _loss(self, output: Any, target: Any) -> Sequence[Score]:
         return (read_score(self._loss_fn(output, target), "the loss"),)

@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.batch_dims import TARGET, BatchDims
+from pipedream_hpc.model.structure import tensors_of_value
+from pipedream_hpc.runtime.execution.score import Score
 
 #: Outputs and targets that are kept.
 MOST_BYTES = 256 << 20
@@ -28,30 +30,49 @@ class WholeLoss:
     Args:
         loss_fn: computes the loss from (output, target).
         batch_dims: where samples are in targets.
+        n_microbatches: microbatches per minibatch.
     """
 
-    def __init__(self, loss_fn: Callable[[Any, Any], Any], batch_dims: BatchDims) -> None:
-        self._loss_fn, self._batch_dims = loss_fn, batch_dims
+    def __init__(self, loss_fn: Callable[[Any, Any], Any], batch_dims: BatchDims, n_microbatches: int) -> None:
+        self._loss_fn, self._batch_dims, self._n_microbatches = loss_fn, batch_dims, n_microbatches
+        self._compared = False
         self._kept: list[tuple[Any, Any, int, torch.Tensor]] = []  # output, target, samples, loss
         self._bytes = 0
 
-    def add(self, output: Any, target: Any, samples: int, loss: torch.Tensor) -> None:
-        """Keep a microbatch, as long as there is room for it."""
+    def add(self, microbatch: int, output: Any, target: Any, samples: int, loss: Score) -> None:
+        """Keep a microbatch of the first minibatch, as long as there is room for it; compare at the next minibatch.
+
+        Args:
+            microbatch: its number within the pass.
+            output: of the model.
+            target: of the loss.
+            samples: how many it has.
+            loss: its loss; one that is counted is not compared.
+
+        Raises:
+            PipedreamError: as `compare`.
+        """
+        if self._compared:
+            return
+        if loss.count is not None or microbatch >= self._n_microbatches:
+            self.compare()
+            return
         leaves, structure = tree_flatten(output)
         tensors = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._bytes += sum(each.nbytes for each in tensors if isinstance(each, torch.Tensor))
-        self._kept.append((tree_unflatten(tensors, structure), target, samples, loss.detach()))
+        self._kept.append((tree_unflatten(tensors, structure), target, samples, loss.mean.detach()))
         if self._bytes > MOST_BYTES:
             self._kept = []
 
+    @torch.no_grad()
     def compare(self) -> None:
-        """Compare, once all microbatches of the minibatch that run here are there; forget them.
+        """Compare what has been kept, and keep nothing more.
 
         Raises:
             PipedreamError: the loss of all together is another.
         """
-        kept, self._kept = self._kept, []
-        if len(kept) < 2:
+        kept, self._kept, self._compared = self._kept, [], True
+        if len(kept) < 2 or any(map(_holds_tensors, tree_flatten([each[:2] for each in kept])[0])):
             return
         samples = [each[2] for each in kept]
         rtol = 1e-4 if kept[0][3].dtype in (torch.float32, torch.float64) else 2e-2  # sums have another order
@@ -78,6 +99,11 @@ class WholeLoss:
                 f"microbatches is {mean:g}: a number should be a mean over samples; let loss_fn return a pair (sum, "
                 "count), or train whole minibatches (n_microbatches=1)"
             )
+
+
+def _holds_tensors(leaf: Any) -> bool:
+    """Return whether an object that cannot be joined holds tensors."""
+    return not isinstance(leaf, torch.Tensor) and bool(tensors_of_value(leaf))
 
 
 def _close(one: float, other: float, rtol: float) -> bool:

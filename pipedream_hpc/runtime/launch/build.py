@@ -229,8 +229,7 @@ def _stage(
         loss_means=LossMeans(deployment.n_microbatches, in_forward=deployment.graph.notes.averages_targets)
         if part.is_last and deployment.n_microbatches > 1
         else None,
-        n_microbatches=deployment.n_microbatches,
-        whole_loss=WholeLoss(setup.loss_fn, deployment.graph.batch_dims)
+        whole_loss=WholeLoss(setup.loss_fn, deployment.graph.batch_dims, deployment.n_microbatches)
         if part.is_last and deployment.n_microbatches > 1 and config.check_model
         else None,
         pools=_pools(deployment, training),
