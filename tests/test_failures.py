@@ -43,7 +43,9 @@ def fails(how: str, *args: object, launched: int = 4) -> str:
     finished = ranks.python(launched, "failing.py", how, *args, timeout=60)
     assert finished.status != 0, finished.output
     assert "all went well" not in finished.output
-    began = max(float(stamp) for stamp in re.findall(r"stamp (\d+\.\d+)", finished.output))
+    stamps = [float(stamp) for stamp in re.findall(r"stamp (\d+\.\d+)", finished.output)]
+    assert stamps, finished.output
+    began = max(stamps)
     assert finished.ended - began < SOON, f"{finished.ended - began:.1f} s\n{finished.output}"
     return finished.output
 
