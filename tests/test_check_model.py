@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_user_program as programs
 import torch
+import user_programs as programs
 from torch import nn
 from zoo import ZOO
 

@@ -1,0 +1,79 @@
+"""f: attributes of parameters, frozen weights, and optimizers that choose."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from user_programs import LOSS, SGD, Net, assert_trained_alike, chain, minibatches, pipeline_of
+
+from pipedream_hpc import PipedreamError
+
+
+def test_weights_frozen_between_epochs() -> None:
+    batches = minibatches()
+    model, reference = chain(), chain()
+    pipeline = pipeline_of(model, 2, batches)
+    steps = SGD(reference.parameters())
+    for epoch in range(3):
+        for each in (model, reference):
+            each[0].requires_grad_(epoch != 1)
+        pipeline.fit(batches)
+        for x, y in batches:
+            steps.zero_grad()
+            LOSS(reference(x), y).backward()
+            steps.step()
+        expected = reference.state_dict()
+        assert all(torch.equal(pipeline.state_dict()[name], value) for name, value in expected.items()), epoch
+
+
+def test_optimizer_groups_by_attribute() -> None:
+    def build() -> nn.Module:
+        model = chain()
+        for each in model.parameters():
+            each._slow = each.dim() == 1
+        return model
+
+    def optimizer(weights: Any) -> torch.optim.Optimizer:
+        weights = list(weights)
+        slow = [each for each in weights if each._slow]
+        fast = [each for each in weights if not each._slow]
+        return torch.optim.SGD([{"params": fast, "lr": 0.1}, {"params": slow, "lr": 0.01}])
+
+    assert_trained_alike(build, 2, optimizer=optimizer)
+
+
+def chosen(kind: Any, names: str, parameters: Any) -> torch.optim.Optimizer:
+    """Train the parameters of layers by name, the others not; a plain loop's have no names and come in order."""
+    given = dict(zip(Net().state_dict(), parameters, strict=False))
+    own = [getattr(each, "qualified_name", name) for name, each in given.items()]
+    groups = [[p for name, p in zip(own, given.values(), strict=True) if name[0] == layer] for layer in names]
+    return kind([{"params": group} for group in groups], lr=0.01)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop])
+def test_parameters_that_the_optimizer_leaves_out_stay_as_they_are(kind: Any) -> None:
+    trained = assert_trained_alike(Net, 2, optimizer=partial(chosen, kind, "ac")).state_dict()
+    assert [name for name, value in Net().state_dict().items() if torch.equal(value, trained[name])] == [
+        "b.weight",
+        "b.bias",
+    ]
+
+
+def test_an_optimizer_of_names_that_a_stage_does_not_have_is_refused() -> None:
+    def head(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([each for each in parameters if each.qualified_name.startswith("c.")], lr=0.1)
+
+    words = (
+        r"^optimizer\(parameters\) failed for stage 0, which trains 'a\.weight', 'a\.bias': ValueError: optimizer got "
+        r"an empty parameter list: each stage has an optimizer of its own parameters, .* requires_grad_\(False\)$"
+    )
+    with pytest.raises(PipedreamError, match=words):
+        pipeline_of(Net(), 3, minibatches(), optimizer=head)
+    model = Net()
+    for each in (model.a, model.b):
+        each.requires_grad_(False)
+    pipeline_of(model, 3, minibatches(), optimizer=head).fit(minibatches())

@@ -1,0 +1,215 @@
+"""j: what crosses a boundary: objects, parameters, strides, sparse tensors, and what a forward asks of it."""
+
+from __future__ import annotations
+
+import types
+from collections import namedtuple
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from user_programs import LOSS, Net, Objects, Out, Policy, assert_trained_alike, minibatches, pipeline_of, plain
+
+from pipedream_hpc import PipedreamError
+from pipedream_hpc.model.arguments import Arguments
+from pipedream_hpc.model.capture import capture
+from pipedream_hpc.model.partition import Partition
+
+
+class Selects(nn.Module):
+    """Puts out as many rows as its mask has, and a loss that only values have: the layers can be cut all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(6, 6) for _ in range(4)])
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> Any:
+        rows = None
+        for layer in self.layers:
+            x = layer(x).tanh() if rows is None else layer(x).tanh() / rows.shape[0]
+            rows = x[mask] if rows is None else rows + x[: rows.shape[0]]
+        lengths = torch.full((len(x),), 4)
+        frames = x.view(1, -1, 6).log_softmax(-1).expand(4, -1, 6)
+        return rows.sum() + nn.functional.ctc_loss(frames, torch.ones(len(x), 1).long(), lengths, lengths // 4)
+
+
+def test_functions_of_values_leave_the_layers_to_be_cut() -> None:
+    draw = torch.Generator().manual_seed(5)
+    batches = [((x, torch.rand(8, generator=draw) > 0.4), target) for x, target in minibatches()]
+    batches[0][0][1].fill_(True)  # the largest comes first, as example_inputs
+    assert len({int(mask.sum()) for (_, mask), _ in batches}) > 2
+    for plan in (2, 4):
+        assert_trained_alike(Selects, plan, batches, lambda output, _: output)
+
+
+class Fork(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.tanh(), x.sigmoid()
+
+
+class Join(nn.Module):
+    def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return pair[0] * pair[1]
+
+
+def forked() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), Fork(), Join(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("stages", [[[0], [1, 2, 3]], [[0, 1], [2, 3]], [[0, 1, 2], [3]], [[0], [1], [2], [3]]])
+def test_pairs_between_the_children_of_a_sequential(stages: list[list[int]]) -> None:
+    x = minibatches()[0][0]
+    model = forked()
+    partition = Partition(capture(model, x, leaf_modules=(Fork, Join)), stages)
+    sent: dict[tuple[int, str], torch.Tensor] = {}
+    output = None
+    for number in range(len(stages)):
+        stage = partition.stage_module(number)
+        stage.train(True)
+        received = [sent[source, value.name] for source, value in stage.stage_inputs]
+        outputs, output = stage.run(Arguments((x,), {}), received)
+        sent.update(((number, value.name), each) for value, each in zip(stage.stage_outputs, outputs, strict=True))
+    assert torch.equal(output, forked()(x))
+
+
+class Asks(Net):
+    """Divides by a number of samples that it asks a tensor of another stage for."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.a(x)
+        return self.c(self.b(h).tanh()) / (h.shape[0] + h.size(1) + h.dim())
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_what_a_forward_asks_is_answered_for_its_own_minibatch(plan: int) -> None:
+    batches = minibatches(3) + minibatches(2, samples=5) + minibatches(2) + minibatches(1, samples=3)
+    assert_trained_alike(Asks, plan, batches)
+
+
+def test_an_embedding_of_largest_norm_is_trained() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Embedding(30, 6, max_norm=0.5), nn.Flatten(), nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 3)
+        )
+
+    draw = torch.Generator().manual_seed(1)
+    batches = [(torch.randint(30, (8, 4), generator=draw), target) for _, target in minibatches()]
+    model, batch = build(), batches[0]
+    pipeline_of(model, 2, [batch], recompute=True)
+    assert torch.equal(model[0].weight, build()[0].weight), "the check leaves it as it was"  # type: ignore[index]
+    assert_trained_alike(build, 2, batches)
+
+
+def policy_loss(output: Any, target: torch.Tensor) -> torch.Tensor:
+    return LOSS(output[0], target) + output[1].square().sum()
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_a_parameter_that_is_returned_is_trained(plan: int) -> None:
+    assert_trained_alike(Policy, plan, loss_fn=policy_loss)
+
+
+Named = namedtuple("Named", "last pooled")
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+@pytest.mark.parametrize(
+    "make",
+    [
+        Out,
+        lambda h: types.SimpleNamespace(last=h),
+        lambda h: Named(h, None),
+        lambda h: {"last": h, "pooled": None, "n": 3},
+    ],
+)
+def test_objects_cross_boundaries(make: Any, plan: int) -> None:
+    assert_trained_alike(lambda: Objects(make), plan)
+
+
+class Graph(nn.Module):
+    """Multiplies by a sparse constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.register_buffer("adjacency", torch.eye(8).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.sparse.mm(self.adjacency, self.a(x)).relu())
+
+
+@pytest.mark.parametrize("plan", [1, 2])
+def test_sparse_constants(plan: int) -> None:
+    batches = minibatches()
+    pipeline = pipeline_of(Graph(), plan, batches)
+    pipeline.fit(batches)
+    weights = {name: value for name, value in plain(Graph(), batches).items() if name != "adjacency"}
+    assert all(torch.equal(pipeline.state_dict()[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (lambda: nn.Embedding(20, 6, sparse=True), r"module '0' has sparse gradients, .* sparse=False"),
+        (lambda: nn.LazyLinear(6), r"module '0' of class LazyLinear has no weights yet: run the model once"),
+    ],
+)
+def test_layers_that_are_refused(layer: Callable[[], nn.Module], words: str) -> None:
+    model = nn.Sequential(layer(), nn.Linear(6, 3))
+    with pytest.raises(PipedreamError, match=words):
+        pipeline_of(model, 2, [(torch.zeros(8, dtype=torch.long), torch.zeros(8, dtype=torch.long))])
+
+
+class Strides(nn.Module):
+    """A view that only works with the strides of a transposed tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin, self.conv, self.head, self.out = (
+            nn.Linear(6, 4),
+            nn.Conv1d(4, 4, 1),
+            nn.Linear(20, 12),
+            nn.Linear(12, 3),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        t = self.lin(x).transpose(1, 2)
+        h = self.head(self.conv(t).flatten(1))
+        return self.out(h + t.transpose(1, 2).view(8, -1)[:, :12])
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.b(self.a(x).relu())
+        return self.head(h.permute(0, 2, 3, 1).view(8, 16, 8).mean(1))
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_strides_cross_boundaries(plan: int) -> None:
+    assert_trained_alike(Strides, plan, minibatches(shape=(5, 6)))
+    images = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in minibatches(shape=(3, 4, 4))]
+    assert_trained_alike(ChannelsLast, plan, images)
+
+
+def test_a_model_that_reads_values_itself_cannot_be_cut() -> None:
+    class Reads(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            y = self.a(x)
+            return self.c(self.b(-y if y.sum() > 0 else y))
+
+    with pytest.raises(PipedreamError, match=r"cannot be cut, because its Python reads the values of a tensor"):
+        pipeline_of(Reads(), 2, minibatches())
+    assert_trained_alike(Reads, 1)
