@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from pipedream_hpc.garbage import no_collection
 from pipedream_hpc.model.calls import call_unwatched, watch_modules, watched
 from pipedream_hpc.model.checkpoints import checkpoints
 from pipedream_hpc.model.graph import (
@@ -163,7 +164,8 @@ class _Recorder:
         self, model: nn.Module, keep_whole: Callable[[nn.Module, str], bool], device: torch.device, real: bool
     ) -> None:
         self._model, self._keep_whole, self._device = model, keep_whole, device
-        self._fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
+        with no_collection():  # the first mode imports torch's compiler, which takes half as long again with it
+            self._fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         self.notes = Notes()
         self._names = {id(module): name for name, module in reversed(list(model.named_modules()))}
         self._scopes: list[Scope] = []

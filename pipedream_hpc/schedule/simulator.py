@@ -17,12 +17,11 @@ components of a component of level k take part; it does not wait for ports.
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from pipedream_hpc.garbage import no_collection
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.topology import Topology
 from pipedream_hpc.schedule.actions import (
@@ -166,7 +165,7 @@ def simulate(
                 f"rank {rank} cannot be {times:g} times as slow: name ranks 0 to {max(ranks)}, times from 0 to 1e9"
             )
     costs = PlanCosts(schedule, plan, topology, slow or {}, n_microbatches)
-    with _no_garbage_collection():
+    with no_collection():
         spans = [
             Span(
                 rank,
@@ -186,15 +185,3 @@ def simulate(
         tuple(size // n_microbatches for size in held),
         tuple(stage.waiting_bytes // n_microbatches for stage in plan.stages),
     )
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Switch garbage collection off: of millions of spans none is garbage, and every search through them costs time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
