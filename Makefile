@@ -41,9 +41,9 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 demo: $(VENV)/.package
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# First what one process tests, on two cores at once; then, one by one, what starts several ranks or measures.
+# First two files at once; then, one by one, the tests that measure, or whose ranks must answer in time.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not alone" --numprocesses 2
+	$(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
 	$(BIN)/python -m pytest -m alone
 
 coverage: $(VENV)/.test

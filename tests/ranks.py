@@ -57,7 +57,6 @@ class Team:
     """
 
     def __init__(self, count: int) -> None:
-        _check_alone()
         self._folder, self._tasks = Path(tempfile.mkdtemp(prefix="team-")), 0
         self._output = (self._folder / "output").open("w+")
         launcher = [BIN / "mpirun", "-n", count, "--oversubscribe", "--bind-to", "none"]
@@ -119,12 +118,6 @@ def call(count: int, function: Callable[[Any], T], argument: Any, timeout: float
     return _teams[count].call(function, argument, timeout)
 
 
-def _check_alone() -> None:
-    assert "PYTEST_XDIST_WORKER" not in os.environ, (
-        "several ranks need the cores for themselves: mark the test with pytest.mark.alone"
-    )
-
-
 def without_launcher(*command: object, timeout: float = 120) -> Finished:
     """Run a command without a launcher."""
     return _run([str(word) for word in command], timeout)
@@ -132,7 +125,6 @@ def without_launcher(*command: object, timeout: float = 120) -> Finished:
 
 def mpirun(ranks: int, *command: object, timeout: float = 120) -> Finished:
     """Run a command on `ranks` ranks. A hang ends the whole process group and fails the test."""
-    _check_alone()
     launcher = [str(BIN / "mpirun"), "-n", str(ranks), "--oversubscribe", "--bind-to", "none"]
     return _run([*launcher, *(str(word) for word in command)], timeout)
 

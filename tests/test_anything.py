@@ -25,8 +25,6 @@ from pipedream_hpc.schedule import registry
 from pipedream_hpc.schedule.actions import Layout
 from pipedream_hpc.schedule.interleaved import folded
 
-pytestmark = pytest.mark.alone
-
 DECAY = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)
 DRAWS = int(os.environ.get("PIPEDREAM_DRAWS", "0"))
 #: A schedule with split backwards -> the same schedule with whole backwards.

@@ -28,7 +28,6 @@ def test_in_one_process(kind: str) -> None:
     assert same(boundary_values.piped(kind), boundary_values.plain(kind))
 
 
-@pytest.mark.alone
 def test_on_two_ranks() -> None:
     """MPI sends memory: a conjugate's memory has the numbers of what it is a view of."""
     weights = ranks.call(2, boundary_values.piped_all, ALL)

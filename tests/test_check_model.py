@@ -243,7 +243,6 @@ class Logarithm(nn.Module):
         return torch.log(x - 2)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("build", "reason"),
     [

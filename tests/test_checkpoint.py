@@ -80,7 +80,6 @@ def test_a_resumed_run_is_the_run_that_never_stopped(
     assert_bitwise(second.state_dict(), uninterrupted.state_dict())
 
 
-@pytest.mark.alone
 def test_on_ranks(tmp_path: Path) -> None:
     """Two epochs on ranks, then two more in another launch: the same as four epochs in one process."""
     decay = TrainConfig(lr_scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9))
@@ -182,7 +181,6 @@ def test_frozen_weights_are_restored_in_every_version(tmp_path: Path, monkeypatc
     assert_bitwise(resumed.state_dict(), uninterrupted.state_dict())
 
 
-@pytest.mark.alone
 def test_a_folder_that_one_rank_does_not_see(tmp_path: Path) -> None:
     """Training does not start, and the checkpoint stays."""
     training.launched(2, [Training(2, checkpoints=str(tmp_path / "0"))], tmp_path)

@@ -168,7 +168,6 @@ def test_train_resumes_until_nothing_is_left(planned: Command) -> None:
     assert Path("out/summary.json").read_text() == summary
 
 
-@pytest.mark.alone
 def test_train_on_ranks_gives_the_losses_of_one_process(planned: Command) -> None:
     one_process = planned("train", JOB, "--plan", "plan.json", "--out", "one")
     finished = ranks.mpirun(2, *PIPEDREAM, "train", JOB, "--plan", "plan.json", "--out", "ranks")

@@ -167,7 +167,6 @@ def test_a_failed_command_leaves_no_file(folder: Path, monkeypatch: pytest.Monke
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-@pytest.mark.alone
 def test_four_ranks_print_one_sentence(folder: Path) -> None:
     finished = ranks.mpirun(4, *PIPEDREAM, "train", JOB, "--plan", "absent.json", timeout=60)
     assert finished.status == 2, finished.output
@@ -175,7 +174,6 @@ def test_four_ranks_print_one_sentence(folder: Path) -> None:
     assert "Traceback" not in finished.output
 
 
-@pytest.mark.alone
 def test_a_job_that_exits_on_one_rank_ends_the_others(folder: Path) -> None:
     Path("leaves.py").write_text(
         "import os, sys, time\n"

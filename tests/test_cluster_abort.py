@@ -14,8 +14,6 @@ from pipedream_hpc.cluster import abort
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
 
-pytestmark = pytest.mark.alone
-
 #: Time limit of a job in seconds; it only joins and fails, so this is generous.
 LIMIT_S = 30.0
 ALL_RANKS = -1

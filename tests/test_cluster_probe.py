@@ -131,7 +131,6 @@ def test_four_ranks_of_this_machine(tmp_path: Path) -> None:
     assert "\x1b" not in finished.output
 
 
-@pytest.mark.alone
 def test_two_hosts_make_two_levels() -> None:
     # One machine that reports two host names: ranks 0 and 1 on `a`, 2 and 3 on `b`.
     script = (
@@ -147,7 +146,6 @@ def test_two_hosts_make_two_levels() -> None:
     assert finished.output.strip() == "True [('node', 2), ('network', 2)] ('a', 'a', 'b', 'b')"
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_the_ring_sums_every_part(size: int) -> None:
     # With arrays shorter than the ring, some parts are empty.
@@ -166,7 +164,6 @@ def test_the_ring_sums_every_part(size: int) -> None:
     assert ranks.mpirun(size, sys.executable, "-c", script, timeout=60).output.strip() == "sums"
 
 
-@pytest.mark.alone
 def test_hosts_with_different_numbers_of_ranks_print_one_sentence() -> None:
     script = (
         "import dataclasses\n"

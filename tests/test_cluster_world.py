@@ -83,13 +83,11 @@ def test_a_process_without_a_launcher_does_not_import_mpi() -> None:
     assert ranks.python(0, "place.py").output == "alone 0/1 mpi4py loaded: False\n"
 
 
-@pytest.mark.alone
 def test_ranks_of_one_node() -> None:
     finished = ranks.python(3, "place.py", timeout=60)
     assert finished.output.strip() == str([(rank, 3, rank, 3, CORES) for rank in range(3)])
 
 
-@pytest.mark.alone
 def test_an_inherited_local_rank_of_slurm_is_ignored() -> None:
     """With MPICH's mpiexec in a Slurm job, every rank inherits SLURM_LOCALID=0 from the helper process."""
     script = (
@@ -102,7 +100,6 @@ def test_an_inherited_local_rank_of_slurm_is_ignored() -> None:
     assert finished.output.strip() == str([(rank, 2, rank, 2, CORES) for rank in range(2)])
 
 
-@pytest.mark.alone
 def test_the_cores_of_a_node_are_the_union_of_the_cpusets() -> None:
     # Rank r may only use core r mod CORES.
     program = ranks.PROGRAMS / "place.py"

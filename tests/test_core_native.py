@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import ranks
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "tests"
 NAMES = ("host", "ranks-1", "ranks-2", "ranks-3", "ranks-4", "device-1", "device-2")

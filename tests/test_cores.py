@@ -15,8 +15,6 @@ from pipedream_hpc.cluster.cores import Cores, assign_cores, numa_order, parse_c
 from pipedream_hpc.cluster.threads import bind_rank
 from pipedream_hpc.cluster.world import World
 
-pytestmark = pytest.mark.alone
-
 FREE = [frozenset(range(8))] * 4
 #: Two NUMA domains with hyper-threading: 0 and 4 are threads of one physical core.
 PAIRS = [0, 4, 1, 5, 2, 6, 3, 7]

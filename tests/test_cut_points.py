@@ -270,7 +270,6 @@ def test_a_job_names_them_and_an_option_replaces_them() -> None:
     )
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("n_ranks", [1, 3])
 def test_verify_on_the_command_line(n_ranks: int) -> None:
     words = ["verify", str(ranks.PROGRAMS / "small_job.py"), "--plan", "3", "--cut-points", "1, 2", "--tolerance", "0"]

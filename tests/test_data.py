@@ -194,7 +194,6 @@ def test_a_first_minibatch_unlike_the_example_is_refused() -> None:
         batches.fingerprint()
 
 
-@pytest.mark.alone
 def test_workers_of_a_loader_on_ranks() -> None:
     """Each rank's worker process is started by a fork server; the losses are those of one process."""
     finished = ranks.python(2, "with_workers.py", timeout=120)
@@ -206,7 +205,6 @@ def test_workers_of_a_loader_on_ranks() -> None:
     assert losses[0] in finished.output
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("what", "method", "said"),
     [

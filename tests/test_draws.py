@@ -173,7 +173,6 @@ def test_boundaries_next_to_checkpointing(name: str, plan: str, job: Path) -> No
     assert EXACT in output_of(job, plan, "Part", "Part", "Part")
 
 
-@pytest.mark.alone
 def test_on_ranks(job: Path) -> None:
     finished = ranks.pipedream(2, *words_of(job, "--plan 2", *ALL))
     assert finished.status == 0, finished.output

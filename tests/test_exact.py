@@ -77,7 +77,6 @@ def by_reference(training: Training) -> dict[str, torch.Tensor]:
     )
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 def test_three_epochs_of_forty_minibatches(stages: int, optimizer: str, launched: dict[str, Report]) -> None:
@@ -88,7 +87,6 @@ def test_three_epochs_of_forty_minibatches(stages: int, optimizer: str, launched
     assert on_ranks.scores == emulated.scores
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("epochs", FEWER_THAN_STAGES)
 def test_fewer_minibatches_than_stages(epochs: tuple[int, ...], launched: dict[str, Report]) -> None:
     name = f"4 {epochs}"
@@ -104,7 +102,6 @@ def test_stashing_differs_from_plain_sgd() -> None:
     assert any(not torch.equal(stale[name], plain[name]) for name in plain)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     "name",
     [
@@ -168,14 +165,12 @@ def drawn(trace: Trace) -> str:
     return "\n" + "\n".join(lines) + "\n"
 
 
-@pytest.mark.alone
 def test_the_timeline_of_versions_across_the_drain_between_epochs(launched: dict[str, Report]) -> None:
     """Every backward runs on the version of its forward."""
     for report in (training.in_one_process(TRAININGS["4 draining"]), launched["4 draining"]):
         assert [drawn(trace) for trace in report.traces] == [SEVEN, THREE, SEVEN]
 
 
-@pytest.mark.alone
 def test_slabs_are_those_in_flight_and_nothing_is_allocated_after_warm_up(launched: dict[str, Report]) -> None:
     report = launched["4 allocating"]
     assert report.slabs == {0: 4, 1: 3, 2: 2, 3: 1}

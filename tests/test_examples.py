@@ -16,8 +16,6 @@ import torch
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Job, load
 
-pytestmark = pytest.mark.alone
-
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 

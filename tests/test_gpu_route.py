@@ -19,7 +19,8 @@ from pipedream_hpc.runtime.comm.gpu_route import (
     run_child,
 )
 
-pytestmark = pytest.mark.alone
+sys.path.insert(0, str(ranks.PROGRAMS))
+import route
 
 
 @pytest.mark.parametrize(
@@ -92,12 +93,7 @@ def test_a_child_without_a_gpu_reports_it() -> None:
 )
 def test_all_ranks_choose_the_same_route(case: str, staged: bool, description: str) -> None:
     """child: only rank 0's child fails. bytes: only rank 2 receives wrong bytes. direct, staged: set on rank 0 only."""
-    done = ranks.python(3, "route.py", case)
-    assert done.status == 0, done.output
-    # Sorted: output of ranks that print at the same time arrives in any order.
-    assert sorted(line for line in done.output.splitlines() if line.startswith("rank")) == [
-        f"rank {rank} of 3: {staged} {description}" for rank in range(3)
-    ]
+    assert ranks.call(3, route.choose, case) == [f"rank {rank} of 3: {staged} {description}" for rank in range(3)]
 
 
 def test_an_unknown_route_is_refused() -> None:

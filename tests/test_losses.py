@@ -153,7 +153,6 @@ def train_on_ranks(case: Case) -> tuple[list[float], float, dict[str, Any]]:
     return case.train(minibatches(padded=2))
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("plan", ["2-1", "1-2"])
 def test_ranks_ask_the_output_stage_for_counts(plan: str) -> None:
     case = Case(plan, ScheduleConfig("1f1b-flush", 4))

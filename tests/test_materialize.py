@@ -26,8 +26,6 @@ from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.materialize import materialize
 from pipedream_hpc.model.partition import Partition
 
-pytestmark = pytest.mark.alone
-
 
 class Positions(nn.Module):
     """Computed buffers (a mask and positional encodings), and a weight initialised from another weight."""

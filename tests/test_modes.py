@@ -134,7 +134,6 @@ def test_one_process_computes_the_bits_of_the_reference(name: str) -> None:
     assert_bitwise(report.weights, by_reference(CASES[name], report.stage_of))
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_ranks_compute_the_bits_of_one_process(count: int) -> None:
     chosen = {name: case for name, case in CASES.items() if sum(case.replicas) == count}
@@ -170,7 +169,6 @@ def test_naive_pipelining_computes_neither_stale_nor_plain_gradients() -> None:
         assert any(not torch.equal(value, other[name]) for name, value in naive.weights.items())
 
 
-@pytest.mark.alone
 def test_replicas_stay_equal_where_mpi_chooses_the_order_of_sums() -> None:
     """The run compares the replicas itself, at the end of each epoch."""
     case = training_of("1f1b", "sgd", "3")

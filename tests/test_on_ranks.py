@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import ranks
 
-pytestmark = pytest.mark.alone
-
 FOLDER = Path(__file__).parent / "mpi"
 
 

@@ -114,7 +114,6 @@ def test_losses_of_synchronous_schedules_are_those_of_a_plain_loop(name: str) ->
     assert report["read_by_root"] == pytest.approx(second, rel=1e-5)
 
 
-@pytest.mark.alone
 def test_all_ranks_see_the_steps_of_one_process(tmp_path: Path) -> None:
     """A loss that only rank 0 reads keeps no rank waiting."""
     finished = ranks.python(3, "train_steps.py", tmp_path, *train_steps.WAYS, timeout=240)

@@ -27,8 +27,6 @@ from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.topology import Level, Topology
 
-pytestmark = pytest.mark.alone
-
 ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "slurm"
 SHIMS = Path(__file__).parent / "shims"

@@ -66,7 +66,6 @@ def test_in_one_process_a_file_trains_the_bits_of_the_named_schedule(name: str, 
     assert read.scores == named.scores
 
 
-@pytest.mark.alone
 def test_on_ranks_a_file_trains_the_bits_of_the_named_schedule(tmp_path: Path) -> None:
     trainings = [from_file(tmp_path, case) for case in CASES.values()]
     for name, report in zip(CASES, training.on_ranks(3, trainings), strict=True):
@@ -136,7 +135,6 @@ def test_a_tampered_file_is_refused_before_anything_is_trained(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.alone
 def test_the_command_refuses_a_tampered_file_in_one_sentence_on_all_ranks(tmp_path: Path) -> None:
     path = written(tmp_path, Training((1, 1), ScheduleConfig("1f1b")))
     path.write_text(path.read_text().replace(" 1RECV_F1<0r0", "", 1))
@@ -147,7 +145,6 @@ def test_the_command_refuses_a_tampered_file_in_one_sentence_on_all_ranks(tmp_pa
     assert not (tmp_path / "out" / "summary.json").exists()
 
 
-@pytest.mark.alone
 def test_ranks_with_different_files_are_refused(tmp_path: Path) -> None:
     case = CASES["1f1b"]
     """A file of the same name, with the same layout, for another number of minibatches."""

@@ -338,7 +338,6 @@ def test_a_large_model_without_weights_is_planned() -> None:
     assert max(nbytes) < 2 * min(nbytes), nbytes
 
 
-@pytest.mark.alone
 def test_the_example_saves_what_from_pretrained_reads(tmp_path: Path) -> None:
     program = Path(__file__).parents[1] / "examples" / "huggingface.py"
     finished = ranks.mpirun(4, sys.executable, program, tmp_path / "llama")

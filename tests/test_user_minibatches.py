@@ -220,7 +220,6 @@ def test_minibatches_of_an_evaluation_may_be_larger_than_the_example(plan: Any, 
     evaluate_sizes((plan, n_microbatches, EVALUATIONS))
 
 
-@pytest.mark.alone
 def test_minibatches_of_an_evaluation_may_be_larger_on_ranks() -> None:
     on_ranks = ranks.call(3, evaluate_sizes, (3, 2, EVALUATIONS))
     assert on_ranks == evaluate_sizes((3, 2, EVALUATIONS))

@@ -50,7 +50,6 @@ def job(tmp_path: Path) -> Path:
 EXACT = "exact: every bit of the pipelined training is that of the reference"
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize(
     ("launched", "words"),
     [(3, ["--plan", "2-1"]), (2, ["--plan", "2", "--schedule", "gpipe", "--n-microbatches", "2"])],

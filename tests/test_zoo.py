@@ -71,7 +71,6 @@ def test_one_process_matches_the_reference(name: str) -> None:
         )
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("on_ranks", [3, 4])
 def test_ranks_give_the_bits_of_one_process(on_ranks: int) -> None:
     chosen = [training for training in CASES.values() if sum(map(int, training["plan"].split("-"))) == on_ranks]
