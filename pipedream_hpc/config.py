@@ -179,6 +179,11 @@ class TrainConfig:
             if not isinstance(value := getattr(self, name), bool):
                 raise PipedreamError(f"{name} should be True or False, not {value!r}")
         object.__setattr__(self, "leaf_modules", _module_classes(self.leaf_modules))
+        if not isinstance(self.batch_dims, Mapping):
+            raise PipedreamError(
+                f"batch_dims is {self.batch_dims!r}; it should map names of inputs to dimensions, or to None: "
+                "batch_dims={'tokens': 1, 'mask': None}"
+            )
         for name, dim in self.batch_dims.items():
             if not isinstance(name, str) or isinstance(dim, bool) or not (dim is None or isinstance(dim, int)):
                 raise PipedreamError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,13 @@ def load(target: str, args: Sequence[str] = ()) -> Job:
         raise PipedreamError(
             f"{target} has no function job: define `def job(args: list[str]) -> pipedream_hpc.Job` there"
         )
+    try:
+        inspect.signature(make).bind([])
+    except TypeError:
+        raise PipedreamError(
+            f"{target}: job takes other arguments than one, the list of the words after --: define "
+            "`def job(args: list[str]) -> pipedream_hpc.Job`"
+        ) from None
     made = make(list(args))
     if not isinstance(made, Job):
         raise PipedreamError(

@@ -137,6 +137,14 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
         assert pipeline().resume(tmp_path / "new") == 0
 
 
+def test_resume_takes_the_folder_of_all_checkpoints(tmp_path: Path) -> None:
+    trained(pipeline(), 1, tmp_path)
+    with pytest.raises(PipedreamError, match=r"epoch-00001: is one checkpoint: give the folder that checkpoints are"):
+        pipeline().resume(tmp_path / "epoch-00001")
+    with pytest.raises(PipedreamError, match=r"manifest\.json: is a file: give the folder that checkpoints are"):
+        pipeline().resume(tmp_path / "epoch-00001" / "manifest.json")
+
+
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
     trained(pipeline(), 1, tmp_path)
     with pytest.raises(PipedreamError, match=r"manifest\.json was written with another plan or schedule: resume with"):

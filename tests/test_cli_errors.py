@@ -50,6 +50,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "    return Job(model, torch.nn.MSELoss(), torch.optim.Adam, (x for x in ()), torch.ones(2, 2))\n"
     )
     Path("other.py").write_text("def job(args): return 3\n")
+    Path("none.py").write_text("def job(): return 3\n")
+    Path("two.py").write_text("def job(args, folder): return 3\n")
     Path("published.txt").write_text("node1 -- Linear -- a minute\n")
     Path("occupied").write_text("a file where a folder should be\n")
     return tmp_path
@@ -94,6 +96,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("profile no_such_module", "no module named 'no_such_module'"),
         ("profile nothing.py", "nothing.py has no function job"),
         ("profile other.py", "job(args) returned int"),
+        ("profile none.py", "none.py: job takes other arguments than one, the list of the words after --"),
+        ("train two.py --plan 2", "two.py: job takes other arguments than one"),
         ("profile --import published.txt", "published.txt"),
         (f"profile {JOB} --minibatches 0", "minibatches is 0: profile at least 1"),
         (f"profile {JOB} -- --height 3", "small_job.py takes --width 12 or nothing"),

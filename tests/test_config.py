@@ -67,6 +67,10 @@ COUNT = "should be an integer of at least 1, not"
             "Block",
             "leaf_modules has 'Block'; it should be a list of classes: leaf_m",
         ),
+        *(
+            (TrainConfig, "batch_dims", value, rf"batch_dims is {words}; it should map names of inputs to dimensions")
+            for value, words in ((1, "1"), ([("x", 1)], r"\[\('x', 1\)\]"), (None, "None"))
+        ),
         (TrainConfig, "leaf_modules", ["Block"], "leaf_modules has 'Block'; it should be a list of classes"),
         (
             TrainConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import struct
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -83,12 +84,27 @@ def saved(weights: Weights, folder: Path) -> Path:
     return path
 
 
+def in_shards(weights: Weights, folder: Path) -> Path:
+    """Save weights in two files with an index, as transformers' save_pretrained does."""
+    file_of = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(weights)}
+    for file in set(file_of.values()):
+        save_file({name: weights[name].detach().clone() for name in weights if file_of[name] == file}, folder / file)
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": file_of}))
+    return path
+
+
 def as_given(form: str, weights: Weights, folder: Path) -> Weights | Path:
-    """Return the weights as a dict, or as a file."""
-    return saved(weights, folder) if form == "file" else weights
+    """Return the weights as a dict, a file, the index of several, or the folder of these."""
+    if form == "dict":
+        return weights
+    if form == "file":
+        return saved(weights, folder)
+    index = in_shards(weights, folder)
+    return index if form == "index" else folder
 
 
-in_both_forms = pytest.mark.parametrize("form", ["dict", "file"])
+in_every_form = pytest.mark.parametrize("form", ["dict", "file", "index", "folder"])
 
 
 def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
@@ -181,7 +197,7 @@ def test_optimizer_factories_get_the_models_own_names_and_attributes(model: Any)
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-@in_both_forms
+@in_every_form
 @pytest.mark.parametrize("model", [build, lambda: build], ids=["a module", "a function"])
 def test_loaded_weights_are_the_newest_version_and_stay(model: Any, form: str, tmp_path: Path) -> None:
     """A model that was given as a function keeps what its function makes of a weight that no stage uses."""
@@ -196,7 +212,7 @@ def test_loaded_weights_are_the_newest_version_and_stay(model: Any, form: str, t
     assert_equal(full_state_dict(ALONE, graph, states), expected)
 
 
-@in_both_forms
+@in_every_form
 @pytest.mark.parametrize("dropped", ["last.weight", "again.weight"])
 def test_a_shared_weight_is_loaded_under_any_of_its_names(dropped: str, form: str, tmp_path: Path) -> None:
     """As safetensors' save_model saves it: once."""
@@ -207,13 +223,14 @@ def test_a_shared_weight_is_loaded_under_any_of_its_names(dropped: str, form: st
     assert_equal(full_state_dict(ALONE, graph, states), weights)
 
 
+@pytest.mark.parametrize("files", [saved, in_shards])
 @pytest.mark.parametrize(("stage", "own"), [(0, STAGE_0), (1, STAGE_1)])
 @pytest.mark.parametrize(("model", "unused"), [(build, {"unused"}), (lambda: build, set())], ids=["module", "function"])
 def test_only_the_tensors_of_own_stages_are_read_from_a_file(
-    stage: int, own: set[str], model: Any, unused: set[str], reads: list[str], tmp_path: Path
+    stage: int, own: set[str], model: Any, unused: set[str], files: Any, reads: list[str], tmp_path: Path
 ) -> None:
     graph = capture(model(), torch.zeros(2, 4))
-    load_full_state_dict(graph, [stages_of(graph)[stage]], saved(changed(build()), tmp_path))
+    load_full_state_dict(graph, [stages_of(graph)[stage]], files(changed(build()), tmp_path))
     assert sorted(reads) == sorted((own - {"again.weight"}) | unused), "a weight with two names is read once"
 
 
@@ -240,7 +257,7 @@ def test_master_weights_are_made_anew_from_the_loaded_weights() -> None:
     assert_equal(full_state_dict(ALONE, graph, states), weights)
 
 
-@in_both_forms
+@in_every_form
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -268,7 +285,8 @@ def test_another_models_weights_are_refused_and_nothing_changes(
     graph = capture(build(), torch.zeros(2, 4))
     states, weights = stages_of(graph), changed(build())
     change(weights)
-    where = "weights.safetensors" if form == "file" else "^the state dict|in the state dict"
+    in_dict = "^the state dict|in the state dict"
+    where = {"dict": in_dict, "file": "weights.safetensors", "index": "index.json", "folder": str(tmp_path)}[form]
     with pytest.raises(PipedreamError, match=words) as refused:
         load_full_state_dict(graph, states, as_given(form, weights, tmp_path))
     assert refused.match(where)
@@ -295,7 +313,7 @@ def with_a_wrong_header(path: Path) -> None:
         (truncated, r"weights\.safetensors: cannot be read as a safetensors file"),
         (of_another_format, r"weights\.safetensors: cannot be read as a safetensors file"),
         (with_a_wrong_header, r"weights\.safetensors: cannot be read as a safetensors file"),
-        (lambda path: (path.unlink(), path.mkdir()), r"weights\.safetensors: cannot be read as a safetensors file"),
+        (lambda path: (path.unlink(), path.mkdir()), r"weights\.safetensors: has neither model\.safetensors nor model"),
     ],
 )
 def test_a_file_that_cannot_be_read(spoil: Callable[[Path], Any], words: str, tmp_path: Path) -> None:
@@ -308,9 +326,37 @@ def test_a_file_that_cannot_be_read(spoil: Callable[[Path], Any], words: str, tm
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, r"index\.json: no such file: give a safetensors file, or the index of several"),
+        (
+            "{",
+            r"index\.json: should be an index of safetensors files, with their names in 'weight_map': JSONDecodeError",
+        ),
+        ('{"weight": {}}', r"index\.json: should be an index .*: KeyError: 'weight_map'"),
+        ('{"weight_map": {"first.weight": "absent.safetensors"}}', r"absent\.safetensors: no such file"),
+        (
+            '{"weight_map": {"third": "model-00001-of-00002.safetensors"}}',
+            r"index\.json: says that 'third' is in model-00001-of-00002\.safetensors, which does not have it",
+        ),
+    ],
+)
+def test_an_index_that_cannot_be_read(text: str | None, words: str, tmp_path: Path) -> None:
+    graph = capture(build(), torch.zeros(2, 4))
+    states, path = stages_of(graph), in_shards(changed(build()), tmp_path)
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(PipedreamError, match=words):
+        load_full_state_dict(graph, states, path)
+    assert_equal(full_state_dict(ALONE, graph, states), build().state_dict())
+
+
+@pytest.mark.parametrize(
     ("given", "words"),
     [
-        (3, "load_state_dict takes a dict of tensors or a safetensors file, not int"),
+        (
+            3,
+            "load_state_dict takes a dict of tensors, a safetensors file, the index of several, or their folder, not i",
+        ),
         ({"first.weight": [1.0]}, "'first.weight' in the state dict is list, not a tensor"),
     ],
 )
@@ -323,7 +369,7 @@ def test_neither_tensors_nor_a_file(given: Any, words: str) -> None:
 # -- with a pipeline, against plain torch ----------------------------------------------------------------------------
 
 
-@in_both_forms
+@in_every_form
 @pytest.mark.parametrize("plan", ["1", "1-1-1", "2-1"])
 def test_an_evaluation_after_loading_is_that_of_plain_torch(plan: str, form: str, tmp_path: Path) -> None:
     torch.set_num_threads(1)
@@ -349,7 +395,7 @@ def pipeline(model: nn.Module, plan: str, **options: Any) -> Pipeline:
     )
 
 
-@in_both_forms
+@in_every_form
 @pytest.mark.parametrize("model", ["plain", "half"])
 def test_training_after_loading_is_that_of_plain_torch(model: str, form: str, tmp_path: Path) -> None:
     """Two minibatches, other weights, three more minibatches: the momentum stays. Without a minibatch in flight."""

@@ -220,7 +220,7 @@ def at_times(output: torch.Tensor, target: torch.Tensor) -> Any:
     ("loss_fn", "words"),
     [
         (lambda o, t: (o.sum(), None), r"the loss has the count of type NoneType; in a pair \(sum, count\)"),
-        (lambda o, t: (o.sum(), -1), "the loss has the count of type int"),
+        (lambda o, t: (o.sum(), -1), "the loss has the count -1; in a pair .* at least 0"),
         (lambda o, t: (o, 3), r"the loss has the sum of shape \(8, 6, 11\)"),
         (
             lambda o, t: (o.sum(), 1, 2),

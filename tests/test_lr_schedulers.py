@@ -88,3 +88,10 @@ def test_the_steps_left_are_those_that_torch_takes(name: str) -> None:
         assert taken == expected
     else:
         assert expected == float("inf")
+
+
+def test_a_function_that_returns_no_scheduler() -> None:
+    with pytest.raises(
+        PipedreamError, match=r"lr_scheduler\(optimizer\) returned NoneType; it should return a scheduler"
+    ):
+        pipeline_of(lambda optimizer: None)

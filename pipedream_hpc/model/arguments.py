@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, Dataset
 
 from pipedream_hpc.errors import PipedreamError
 
@@ -92,12 +93,28 @@ class Arguments:
         return Arguments(args, kwargs, self.names)
 
 
+def is_array(value: Any) -> bool:
+    """Return whether a value is a NumPy array."""
+    return type(value).__module__ == "numpy" and hasattr(value, "__array__")
+
+
+def _check_example(inputs: Any) -> None:
+    what = "one minibatch of inputs: a tensor, a tuple of the model's arguments, or a mapping from their names"
+    if inputs is None:
+        raise PipedreamError(f"example_inputs is None: give {what}")
+    if isinstance(inputs, DataLoader | Dataset | Iterator):
+        raise PipedreamError(f"example_inputs is {type(inputs).__name__}: give {what}, such as `next(iter(loader))[0]`")
+    if any(map(is_array, tree_leaves(inputs))):
+        raise PipedreamError("example_inputs has a NumPy array: give tensors, as torch.from_numpy makes them")
+
+
 def _same_names(given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     missing = [name for name in expected if name not in given]
     more = [str(name) for name in given if name not in expected]
     if missing:
         raise PipedreamError(
-            f"the inputs of the loader have no '{missing[0]}', which the model takes, but {', '.join(map(str, given))}"
+            f"the inputs of the loader have no '{missing[0]}', which example_inputs has, but "
+            f"{', '.join(map(str, given))}: in training and in evaluation give every input of example_inputs"
         )
     if more:
         raise PipedreamError(
@@ -117,6 +134,7 @@ def bind_inputs(model: nn.Module, inputs: Any) -> Arguments:
     Raises:
         PipedreamError: forward does not take them.
     """
+    _check_example(inputs)
     signature = inspect.signature(model.forward)
     parameters = list(signature.parameters.values())
     positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]

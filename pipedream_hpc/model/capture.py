@@ -206,6 +206,18 @@ def _refuse(model: nn.Module) -> None:
             "torch has a backward hook for all modules (register_module_full_backward_hook or the like), which would "
             "not run for modules that are cut: register it on the modules that need it"
         )
+    classes = {each.__name__ for each in type(model).__mro__}
+    if "OptimizedModule" in classes:
+        raise PipedreamError(
+            "the model is compiled (torch.compile): pass the module itself, and compile its stages with "
+            "TrainConfig(compile_backend='inductor')"
+        )
+    for wrapper in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"):
+        if wrapper in classes:
+            raise PipedreamError(
+                f"the model is wrapped in {wrapper}, which makes replicas or shards of its own: pass the module itself; "
+                "the plan says how many replicas a stage has, as in '2-1'"
+            )
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise PipedreamError(

@@ -305,8 +305,9 @@ class Pipeline:
         """Set weights and buffers of the model; optimizers keep their state.
 
         Args:
-            weights: tensors by the user's own names, or a safetensors file. From a file each rank reads the tensors
-                of its own stages only.
+            weights: tensors by the user's own names; a safetensors file; the index of several
+                (`model.safetensors.index.json`); or the folder that `save_pretrained` wrote. From files each rank reads
+                the tensors of its own stages only.
 
         Raises:
             PipedreamError: a name is missing or unknown, or a shape differs; nothing is changed then.

@@ -22,7 +22,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.arguments import Arguments
+from pipedream_hpc.model.arguments import Arguments, is_array
 from pipedream_hpc.model.batch_dims import BatchDims
 from pipedream_hpc.model.checksum import checksum
 from pipedream_hpc.model.randomness import seed_for, set_seed
@@ -210,6 +210,11 @@ class MicrobatchLoader:
         """Check a minibatch, split it and keep the microbatches that are read here."""
         inputs, target = _inputs_and_target(minibatch)
         if self._taken == 0:
+            if any(map(is_array, tree_flatten((inputs, target))[0])):
+                raise PipedreamError(
+                    "the loader yielded a NumPy array: let it yield tensors (torch.from_numpy, or the default "
+                    "collate_fn of a DataLoader)"
+                )
             arguments = self._arguments(inputs)
             self._check(arguments)
             self._fingerprint = checksum(_tensors(inputs))

@@ -58,8 +58,8 @@ def read_score(returned: Any, what: str) -> Score:
             divisor = count or 1
         else:
             raise PipedreamError(
-                f"{what} has the count {_kind(count)}; in a pair (sum, count) it should be one number, such as how "
-                "many targets the sum is over"
+                f"{what} has the count {_kind(count)}; in a pair (sum, count) it should be one number of at least "
+                "0, such as how many targets the sum is over"
             )
         if isinstance(total, torch.Tensor) and total.dim() == 0:
             mean = total / divisor
@@ -76,4 +76,6 @@ def read_score(returned: Any, what: str) -> Score:
 
 
 def _kind(value: Any) -> str:
-    return f"of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"of type {type(value).__name__}"
+    if isinstance(value, torch.Tensor):
+        return f"of shape {tuple(value.shape)}"
+    return f"{value}" if isinstance(value, int | float) else f"of type {type(value).__name__}"

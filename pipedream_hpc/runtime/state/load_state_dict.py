@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -65,6 +66,53 @@ class _File:
         return tensor
 
 
+class _Shards:
+    """Several safetensors files with an index, as `save_pretrained` writes them.
+
+    The index is JSON, and its "weight_map" maps names of tensors to the files in the same folder that have them.
+    """
+
+    extra: Mapping[str, Any] = {}
+
+    def __init__(self, index: Path, stack: ExitStack) -> None:
+        try:
+            file_of = json.loads(index.read_text())["weight_map"]
+            names = dict.fromkeys(file_of.values())
+            files = {name: _File(index.parent / name, stack) for name in names}
+        except FileNotFoundError:
+            raise PipedreamError(f"{index}: no such file: give a safetensors file, or the index of several") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise PipedreamError(
+                f"{index}: should be an index of safetensors files, with their names in 'weight_map': "
+                f"{type(error).__name__}: {error}"
+            ) from None
+        shapes = {name: file.shapes() for name, file in files.items()}
+        for tensor, name in file_of.items():
+            if tensor not in shapes[name]:
+                raise PipedreamError(f"{index}: says that '{tensor}' is in {name}, which does not have it")
+        self._file_of = {tensor: files[name] for tensor, name in file_of.items()}
+        self._shapes = {tensor: shapes[name][tensor] for tensor, name in file_of.items()}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._file_of[name].read(name)
+
+
+#: What `save_pretrained` writes into a folder: one file, or an index of several.
+_IN_FOLDER = ("model.safetensors", "model.safetensors.index.json")
+
+
+def _open(path: Path, stack: ExitStack) -> _Source:
+    if path.is_dir():
+        found = [path / name for name in _IN_FOLDER if (path / name).is_file()]
+        if not found:
+            raise PipedreamError(f"{path}: has neither {' nor '.join(_IN_FOLDER)}: give the file itself")
+        path = found[0]
+    return _Shards(path, stack) if path.suffix == ".json" else _File(path, stack)
+
+
 def load_full_state_dict(
     graph: LayerGraph,
     stages: Sequence[StageState],
@@ -79,7 +127,8 @@ def load_full_state_dict(
     Args:
         graph: the captured model.
         stages: of this process.
-        weights: tensors by the user's own names, or a safetensors file, of which only these stages' tensors are read.
+        weights: tensors by the user's own names; or a safetensors file, the index of several, or the folder that
+            `save_pretrained` wrote, of which only these stages' tensors are read.
         check_only: change nothing.
 
     Raises:
@@ -88,12 +137,13 @@ def load_full_state_dict(
     with ExitStack() as stack:
         source: _Source
         if isinstance(weights, str | Path):
-            source, where = _File(Path(weights), stack), str(weights)
+            source, where = _open(Path(weights), stack), str(weights)
         elif isinstance(weights, Mapping):
             source, where = _Dict(weights), "the state dict"
         else:
             raise PipedreamError(
-                f"load_state_dict takes a dict of tensors or a safetensors file, not {type(weights).__name__}"
+                "load_state_dict takes a dict of tensors, a safetensors file, the index of several, or their folder, "
+                f"not {type(weights).__name__}"
             )
         given_as = _given_names(graph, source.shapes(), where)
         if check_only:

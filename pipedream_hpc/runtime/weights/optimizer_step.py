@@ -71,7 +71,7 @@ class StageOptimizer:
         self.lr_scheduler: LRScheduler | None = None
         if lr_scheduler is not None and optimizer is not None:
             made: object = lr_scheduler(optimizer)
-            if made is not None and not isinstance(made, LRScheduler):
+            if not isinstance(made, LRScheduler):
                 raise PipedreamError(
                     f"lr_scheduler(optimizer) returned {type(made).__name__}; it should return a scheduler: "
                     "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)"
