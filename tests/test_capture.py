@@ -173,7 +173,7 @@ def test_models_that_are_wrapped() -> None:
     ):
         capture(torch.compile(model), torch.zeros(2, 8))
     with pytest.raises(
-        PipedreamError, match=r"the model is wrapped in DataParallel, .*: pass the module itself; the plan"
+        PipedreamError, match=r"the model is wrapped in DataParallel, .*: pass the module in it; the plan"
     ):
         capture(nn.DataParallel(model), torch.zeros(2, 8))
 

@@ -215,8 +215,8 @@ def _refuse(model: nn.Module) -> None:
     for wrapper in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"):
         if wrapper in classes:
             raise PipedreamError(
-                f"the model is wrapped in {wrapper}, which makes replicas or shards of its own: pass the module itself; "
-                "the plan says how many replicas a stage has, as in '2-1'"
+                f"the model is wrapped in {wrapper}, which makes replicas or shards itself: pass the module in it; the "
+                "plan says how many replicas a stage has, as in '2-1'"
             )
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
