@@ -218,7 +218,7 @@ def test_metrics_are_means_per_sample_by_name(schedule: ScheduleConfig) -> None:
     [
         ({}, "metrics is empty: give at least one"),
         ({"each": lambda output, target: output[:, 0]}, r"the metric 'each' should be one number, .* shape \(8,\)"),
-        ({"count": lambda output, target: 3}, "the metric 'count' should be one number, .* type int"),
+        ({"count": lambda output, target: 3}, "the metric 'count' should be one number, .* but is 3"),
     ],
 )
 def test_metrics_that_are_no_numbers_are_refused(metrics: Any, words: str) -> None:
