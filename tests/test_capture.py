@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -126,7 +127,58 @@ def test_a_module_whose_python_reads_values_is_kept_whole() -> None:
     model = nn.Sequential(nn.Linear(12, 12), Branching(), nn.Linear(12, 5))
     graph = capture(model, chains.example())
     assert [layer.name for layer in graph.layers] == ["0", "1", "2"]
-    assert graph.closed == {"1": "its Python reads the values of a tensor (__bool__)"}
+    assert graph.closed == {
+        "1": "its Python reads the values of a tensor (`return self.inner(x) if x.sum() > 0 else x`)"
+    }
+
+
+class Dropping(nn.Module):
+    """Layers that are dropped at random, as an attribute says."""
+
+    def __init__(self, rate: float, draw: Callable[[], Any]) -> None:
+        super().__init__()
+        self.layers, self.rate, self.draw = nn.ModuleList(nn.Linear(12, 12) for _ in range(3)), rate, draw
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            if self.draw() < self.rate:
+                continue
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("rate", "draw", "is_open"),
+    [
+        (1e-9, lambda: torch.rand([]), False),  # not by luck: it is all but never dropped
+        (0.5, lambda: (1 - torch.rand(1)).sqrt(), False),
+        (0.5, lambda: torch.rand(1).item(), False),
+        (0.5, lambda: torch.empty(1).uniform_(), False),
+        (0.5, lambda: torch.randn(1), False),
+        (0.5, random.random, False),
+        (0.0, lambda: torch.rand([]), True),
+        (0.0, lambda: (1 - torch.rand(1)).sqrt(), True),
+    ],
+)
+def test_a_container_that_decides_by_random_numbers_is_kept_whole(
+    rate: float, draw: Callable[[], Any], *, is_open: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(12, 12), Dropping(rate, draw), nn.Linear(12, 5))
+    graph = capture(model, chains.example())
+    if is_open:
+        assert graph.closed == {}
+        assert [layer.name for layer in graph.layers] == ["0", "1.layers.0", "1.layers.1", "1.layers.2", "2"]
+    else:
+        assert [layer.name for layer in graph.layers] == ["0", "1", "2"]
+        assert "random numbers" in graph.closed["1"]
+
+
+def test_a_number_that_depends_on_draws_but_on_no_path_leaves_a_container_open() -> None:
+    class Scaled(Dropping):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * torch.rand([]))
+
+    assert capture(nn.Sequential(Scaled(0.0, lambda: 1)), chains.example()).closed == {}
 
 
 class TwoInputs(nn.Module):

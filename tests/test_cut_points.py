@@ -182,7 +182,8 @@ def test_without_cut_points_costs_decide() -> None:
             2,
             ["layers.1.attention.value"],
             "no stage can begin with module 'layers.1.attention.value': module 'layers.1.attention' is kept whole, "
-            "because its Python reads the values of a tensor (__bool__): name 'layers.1.attention', or a module ",
+            "because its Python reads the values of a tensor (`return self.value(scores if scores.sum() > 0 else "
+            "-scores)`): name 'layers.1.attention', or a module ",
         ),
         (
             2,

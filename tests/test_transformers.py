@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from pipedream_hpc import Pipeline, ScheduleConfig, TrainConfig
+from pipedream_hpc import PipedreamError, Pipeline, ScheduleConfig, TrainConfig
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.counting import count
 from pipedream_hpc.planning.even import even_plan
@@ -142,6 +142,17 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         },
         "waves",
     ),
+    "switch, experts by name": (
+        "SwitchTransformersForConditionalGeneration",
+        "SwitchTransformersConfig",
+        {
+            **{"d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2},
+            **{"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4, "vocab_size": 50},
+            **{"decoder_start_token_id": 0, "router_jitter_noise": 0.0},
+        },
+        "pairs",
+    ),
+    "m2m100, layers dropped": ("M2M100ForConditionalGeneration", "M2M100Config", SEQ2SEQ, "pairs"),
 }
 #: Fields of configurations that are probabilities of dropping something.
 DROPS = ("drop", "layerdrop")
@@ -310,6 +321,28 @@ def test_masks_of_dropout_do_not_depend_on_the_plan(name: str) -> None:
     without = pipeline_of(model_of(name), batches, 1, ScheduleConfig("1f1b-flush", 1))
     if name != "llama":  # which has none but in attention
         assert losses[0] != [step.loss for step in without.train(batches)]
+
+
+def test_layers_that_are_dropped_do_not_depend_on_the_plan() -> None:
+    """A dropped layer leaves a cache that the encoder or decoder returns without its keys and values."""
+    name = "m2m100, layers dropped"
+
+    def dropping() -> nn.Module:
+        model = model_of(name)
+        model.model.encoder.layerdrop = model.model.decoder.layerdrop = 0.4  # type: ignore[union-attr]
+        return model
+
+    batches, losses = minibatches(name) * 3, []
+    for plan in (1, 2, 3):
+        pipeline = pipeline_of(dropping(), batches, plan, ScheduleConfig("1f1b-flush", 1))
+        losses.append([step.loss for step in pipeline.train(batches)])
+    assert losses[0] == losses[1] == losses[2]
+    assert losses[0] != plain(model_of(name), batches)[0]
+    closed = capture(dropping(), batches[0]).closed
+    reason = "its Python decides by random numbers that it draws (`if dropout_probability < self.layerdrop:`)"
+    assert closed["model.encoder"] == closed["model.decoder"] == reason
+    with pytest.raises(PipedreamError, match=r"; 'model\.encoder' cannot be cut, because its Python decides by random"):
+        pipeline_of(dropping(), batches, 12, ScheduleConfig("1f1b-flush", 1))
 
 
 def test_layers_are_named_by_their_modules() -> None:

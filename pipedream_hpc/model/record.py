@@ -8,12 +8,17 @@ such as a mask, is computed with their values; everything else has none, so a mo
 
 from __future__ import annotations
 
+import inspect
+import linecache
 import logging
 import random
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -53,9 +58,14 @@ MARK = "_pipedream_key"
 _READS_VALUES = frozenset(
     {
         *("item", "tolist", "numpy", "is_nonzero", "equal", "allclose", "__contains__"),
-        *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__"),
+        *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "__format__"),
     }
 )
+
+
+#: Folders of code that is not the user's.
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_DISTRIBUTIONS = str(Path(torch.distributions.__file__).parent)
 
 
 #: Names of torch's functions that draw random numbers.
@@ -69,6 +79,10 @@ DRAWING = frozenset(
         *("scaled_dot_product_attention", "multi_head_attention_forward"),
     }
 )
+
+
+#: Draw numbers from 0 on and less than 1.
+_DRAWING_FRACTIONS = frozenset({"rand", "rand_like"})
 
 
 #: A module without lists of modules in it, such as attention, is kept whole if its forward calls more functions.
@@ -157,6 +171,19 @@ def record(
             return recorder.recording(), recorder.notes
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A tensor that depends on random numbers.
+
+    Attributes:
+        tensor: the tensor, whose identity is its own only while it is live.
+        ends: what it would be for the smallest and for the largest numbers; None if unknown.
+    """
+
+    tensor: torch.Tensor
+    ends: tuple[torch.Tensor, torch.Tensor] | None
+
+
 class _Recorder:
     """The watcher that records."""
 
@@ -181,6 +208,7 @@ class _Recorder:
         self._live: list[Any] = []  # a storage's identity is unique only while the storage is live
         self._parameters: dict[int, str] = {}  # by the identity of what stands for them
         self._local: dict[int, torch.Tensor] = {}  # tensors that depend on no call, but have no values
+        self._drawn: dict[int, _Drawn] = {}  # tensors that depend on random numbers and on no call, by their identity
         self._overwritten: dict[str, tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = {}  # what they were
         self._contents: dict[str, dict[str, Contents]] = {}  # of the modules that are open
         self._owned: dict[int, tuple[str, str]] = {}  # ("buffer", "weight" or "attribute", name) by storage
@@ -300,9 +328,12 @@ class _Recorder:
             if any(isinstance(each, FakeTensor) for each in given):
                 raise CannotOpenError(self._within[-1], f"{name} uses a tensor that no module has returned")
             with _Writes(self) if any(_storage_id(each) in self._owned for each in given) else nullcontext():
-                return function(*args, **kwargs)
+                returned = function(*args, **kwargs)
+            if name in DRAWING or any(id(each) in self._drawn for each in given):
+                self._follow_draw(function, args, kwargs, returned)
+            return returned
         if name in _READS_VALUES:
-            raise CannotOpenError(self._within[-1], f"its Python reads the values of a tensor ({name})")
+            raise CannotOpenError(self._within[-1], f"its Python reads the values of a tensor ({_line()})")
         return self._record(Call(0, name, function=function), function, args, kwargs)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -311,7 +342,7 @@ class _Recorder:
         """Run a function of buffers that have no values yet: every stage will compute it from their values."""
         name = function_name(function)
         if name in _READS_VALUES:
-            raise CannotOpenError(self._within[-1], f"its Python reads the values of a buffer ({name})")
+            raise CannotOpenError(self._within[-1], f"its Python reads the values of a buffer ({_line()})")
         with unwatched_functions(self):
             args, kwargs = self._to_fakes(args, kwargs)
             with self._fake or nullcontext(), _Writes(self):
@@ -339,11 +370,51 @@ class _Recorder:
         """
         scope = self._scopes[-1]
         if scope.name and all(
-            self._keep_whole(child, f"{scope.name}.{name}") for name, child in scope.module.named_children()
+            self._keep_whole(child, f"{scope.name}.{name}") and not is_list(child)
+            for name, child in scope.module.named_children()
         ):
             raise CannotOpenError(scope.name, f"it draws random numbers ({function_name(function)})")
         self.notes.random_functions.add(scope.name)
         self.notes.drawing.add(function)
+
+    def _follow_draw(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], returned: Any
+    ) -> None:
+        """Note what depends on random numbers; refuse to open a module whose Python decides by them."""
+        name = function_name(function)
+        ends: tuple[Any, Any] | None
+        if name in _DRAWING_FRACTIONS:
+            most = 1 - torch.finfo(returned.dtype).eps / 2
+            ends = torch.zeros_like(returned), torch.full_like(returned, most)
+        else:
+            ends = None if name in DRAWING else self._at_ends(function, args, kwargs)
+        if name in _READS_VALUES and (ends is None or not numpy.array_equal(*ends)):
+            raise CannotOpenError(self._within[-1], f"its Python decides by random numbers that it draws ({_line()})")
+        smallest, largest = (tensors_of_value(end) for end in ends or (None, None))
+        for position, each in enumerate(tensors_of_value(returned)):
+            at_ends = (smallest[position], largest[position]) if ends is not None else None
+            self._drawn[id(each)] = _Drawn(each, at_ends)
+
+    def _at_ends(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Any] | None:
+        """Return what a function returns for the smallest and for the largest random numbers; None if unknown."""
+        given = [self._drawn[id(each)] for each in tensors_of_value((args, kwargs)) if id(each) in self._drawn]
+        name = function_name(function)
+        writes = name.endswith("_") and name not in _READS_VALUES
+        if writes or any(each.ends is None for each in given):
+            return None
+
+        def at(end: int) -> Any:
+            def replaced(each: torch.Tensor) -> torch.Tensor:
+                drawn = self._drawn.get(id(each))
+                return each if drawn is None or drawn.ends is None else drawn.ends[end]
+
+            new_args, new_kwargs = map_tensors(replaced, (args, dict(kwargs)))
+            return function(*new_args, **new_kwargs)
+
+        with unwatched_functions(self):
+            return at(0), at(1)
 
     def _record(self, call: Call, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a call without values, and record it if it puts out tensors."""
@@ -747,6 +818,17 @@ def _memory(tensor: torch.Tensor) -> Any:
 def _python_generators() -> tuple[int, int]:
     state: Any = numpy.random.get_state()
     return hash(random.getstate()), hash(state[1].tobytes())
+
+
+def _line() -> str:
+    """Return the line of the user's code that runs, and how torch.distributions there is made to read no values."""
+    frame, checks = inspect.currentframe(), False
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        checks |= frame.f_code.co_filename.startswith(_DISTRIBUTIONS)
+        frame = frame.f_back
+    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+    text = f"`{textwrap.shorten(line, 90, placeholder=' ...')}`" if line else "in code without a source"
+    return f"{text}, which reads none if it is given validate_args=False" if checks else text
 
 
 def _first_line(error: Exception) -> str:

@@ -33,7 +33,7 @@ from pipedream_hpc.model.calls import Applied, call_function, call_unwatched, is
 from pipedream_hpc.model.graph import Call, Key, Notes, Recording, Returned, Scope, Value
 from pipedream_hpc.model.randomness import count_calls, is_seeding, run_drawing, seed_draw
 from pipedream_hpc.model.record import function_name
-from pipedream_hpc.model.structure import map_tensors, tensors_of_value
+from pipedream_hpc.model.structure import at_same_places, map_tensors, tensors_of_value
 
 #: Attribute of a tensor that depends on a call of the graph: functions of it are calls of the graph, too.
 _MARK = "_pipedream_call"
@@ -80,6 +80,7 @@ class Step:
         own: whether the stage makes the call.
         captures: (where, position, slot): outputs that are sent, by their slot among the stage's outputs.
         received: tensor of the graph -> number among the tensors that the stage receives.
+        n_returned: number of tensors that were returned.
         chain: modules of an nn.Sequential that the stage calls one after the other, of which this is the first. They
             run at once; the calls that follow find their input computed already.
         done: whether the chain of a step before has made this call.
@@ -96,6 +97,7 @@ class Step:
         "function",
         "item",
         "module",
+        "n_returned",
         "name",
         "number",
         "own",
@@ -116,9 +118,21 @@ class Step:
         self.received = {key: number for key, number in received.items() if key in keys}
         self.replaces = [each for each in item.found if each.where == "argument"]
         self.returned = item.returned
+        self.n_returned = len(_returned(item.returned))
         self.counts: Counter[str] = Counter()
         self.chain: tuple[nn.Module, ...] = ()
         self.done = False
+
+    def as_recorded(self, returned: Any) -> list[torch.Tensor | None]:
+        """Return the tensors that the call has returned, by their recorded numbers; None for one that is missing.
+
+        A module that is kept whole may return other tensors than it did, such as a cache of the layers that it ran.
+        """
+        numbers = {id(each): number for number, each in enumerate(_returned(self.returned))}
+        tensors: list[torch.Tensor | None] = [None] * self.n_returned
+        for each, tensor in at_same_places(self.returned, returned, Returned):
+            tensors[numbers[id(each)]] = tensor
+        return tensors
 
 
 def steps_of(
@@ -258,8 +272,8 @@ class StageForward:
         self._direct = None if functions else _direct_chain(model, steps)
         #: Called instead of the modules of a step, such as a compiled form of them, by the step's identity.
         self.replacements: dict[int, Callable[..., Any]] = {}
-        #: Called after every step of the stage, with the step and its outputs.
-        self.after: Callable[[Step, Sequence[torch.Tensor]], None] | None = None
+        #: Called after every step of the stage, with the step and its outputs; None for one that it has not returned.
+        self.after: Callable[[Step, Sequence[torch.Tensor | None]], None] | None = None
 
     def __call__(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], received: Sequence[torch.Tensor]
@@ -424,17 +438,29 @@ class StageForward:
         """Keep what is sent of a call that was made, and mark its outputs."""
         self._making = False
         if step.captures or self._functions or self.after is not None:
+            tensors: Sequence[torch.Tensor | None]
             tensors = [returned] if isinstance(returned, torch.Tensor) else tensors_of_value(returned)
+            if self._functions or self.after is not None:
+                for tensor in tensors:
+                    setattr(tensor, _MARK, True)
+            if len(tensors) != step.n_returned:
+                tensors = step.as_recorded(returned)
             given = tensors_of_value((args, kwargs)) if step.replaces else []
             for where, position, slot in step.captures:
-                self._outputs[slot] = tensors[position] if where == "returned" else given[position]
+                self._outputs[slot] = output = tensors[position] if where == "returned" else given[position]
+                if output is None:
+                    raise PipedreamError(
+                        f"'{step.name}' has not returned all that it did with example_inputs, and a later stage needs "
+                        "it: cut elsewhere"
+                    )
             if self._functions or self.after is not None:
                 outputs = [
                     tensors[found.position] if found.where == "returned" else given[found.position]
                     for found in step.found
                 ]
                 for output in outputs:
-                    setattr(output, _MARK, True)
+                    if output is not None:
+                        setattr(output, _MARK, True)
                 if self.after is not None:
                     with unwatched():
                         self.after(step, outputs)
@@ -613,14 +639,19 @@ def _link(chain: list[Step]) -> None:
 
 def _computes_from_arguments(scope: Scope) -> bool:
     """Return whether a module returns a tensor that depends on no call of the graph."""
+    return any(each.key is None and each.argument is None for each in _returned(scope.returned))
+
+
+def _returned(template: Any) -> list[Returned]:
+    """Return what stands for tensors in a recorded return value, in order."""
     found: list[Returned] = []
 
     def note(each: Returned) -> Returned:
         found.append(each)
         return each
 
-    fill_template(note, scope.returned)
-    return any(each.key is None and each.argument is None for each in found)
+    fill_template(note, template)
+    return found
 
 
 def fill_template(fill: Callable[[Any], Any], template: Any) -> Any:

@@ -303,8 +303,8 @@ class StageModule:
                 return f"'{name}'"
         return f"a tensor of shape {tuple(leaf.shape)}"
 
-    def watch_calls(self, after: Callable[[Step, Sequence[torch.Tensor]], None] | None) -> None:
-        """Call `after` with every call of the stage and its outputs; None to end it."""
+    def watch_calls(self, after: Callable[[Step, Sequence[torch.Tensor | None]], None] | None) -> None:
+        """Call `after` with every call of the stage and its outputs (see StageForward.after); None to end it."""
         for forward in self._forwards.values():
             forward.after = after
 

@@ -50,6 +50,27 @@ def map_tensors(function: Callable[[Any], Any], value: Any, *, leaf: type = torc
     return _map(function, value, True, leaf, set())
 
 
+def at_same_places(template: Any, value: Any, leaf: type) -> list[tuple[Any, torch.Tensor]]:
+    """Return (what the template has, the tensor) wherever a template has a `leaf` and the value a tensor.
+
+    The value may have fewer or other items than the template, such as a cache that not all layers have filled.
+    """
+    found: list[tuple[Any, torch.Tensor]] = []
+
+    def walk(template: Any, value: Any, above: frozenset[int]) -> None:
+        if isinstance(template, leaf):
+            if isinstance(value, torch.Tensor):
+                found.append((template, value))
+        elif type(template) is type(value) and id(value) not in above and not isinstance(value, _ATOMS):
+            items = dict(_items(value, True))
+            for key, item in _items(template, True):
+                if key in items:
+                    walk(item, items[key], above | {id(value)})
+
+    walk(template, value, frozenset())
+    return found
+
+
 def _map(
     function: Callable[[Any], Any], value: Any, rebuild: bool, leaf: type, above: set[int], objects: bool = True
 ) -> Any:

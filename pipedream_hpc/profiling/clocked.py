@@ -114,11 +114,12 @@ class ClockedModel:
         for (layer, _), (since_s, until_s) in zip(self._backward, itertools.pairwise(times[count + 1 :]), strict=True):
             self.backward_s[layer] += until_s - since_s
 
-    def _after(self, step: Step, outputs: Sequence[torch.Tensor]) -> None:
+    def _after(self, step: Step, outputs: Sequence[torch.Tensor | None]) -> None:
         """Mark the end of a layer after its last call."""
         assert isinstance(step.item, Call)
         number = step.item.number
-        self._outputs += [each for found, each in zip(step.found, outputs, strict=True) if found.key in self._shown]
+        found = zip(step.found, outputs, strict=True)
+        self._outputs += [value for each, value in found if value is not None and each.key in self._shown]
         if number in self._last_calls:
             self._mark(self._layer_of[number], self._outputs)
             self._outputs = []

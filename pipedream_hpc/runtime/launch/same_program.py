@@ -60,8 +60,8 @@ def measure_orders(graph: LayerGraph, arguments: Arguments, precision: Precision
     """
     orders: list[list[Any]] = []
 
-    def note(step: Step, outputs: Sequence[torch.Tensor]) -> None:
-        orders[-1].append([memory_order(each) for each in outputs])
+    def note(step: Step, outputs: Sequence[torch.Tensor | None]) -> None:
+        orders[-1].append([None if each is None else memory_order(each) for each in outputs])
 
     with graph.closing():
         whole = Partition(graph, [range(len(graph.layers))]).stage_module(0, whole=False)

@@ -145,10 +145,14 @@ def _results(
     return results
 
 
-def _compare_with_recording(problems: list[str], training: bool, step: Step, outputs: Sequence[torch.Tensor]) -> None:
+def _compare_with_recording(
+    problems: list[str], training: bool, step: Step, outputs: Sequence[torch.Tensor | None]
+) -> None:
     """Note how the outputs of a call differ from those that were recorded."""
     assert isinstance(step.item, Call)
     for value, each in zip(step.item.values, outputs, strict=True):
+        if each is None:
+            continue
         expected, found = (value.shape, value.dtype), (tuple(each.shape), each.dtype)
         mode = "in training" if training else "in evaluation"
         if found != expected:

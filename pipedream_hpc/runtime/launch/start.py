@@ -33,6 +33,7 @@ from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.model.materialize import materialized
 from pipedream_hpc.model.precision import autocast
 from pipedream_hpc.model.recipe import ModelFactory, require_values
+from pipedream_hpc.model.record import is_list
 from pipedream_hpc.planning.plan import Plan
 from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.planning.resolve import PlanRequest, check_cut_points, parse_plan, resolve_plan
@@ -122,10 +123,21 @@ def plan_for(
     try:
         resolved = resolve_plan(request, counted, schedule.name, cuts)
     except PipedreamError as error:
-        if "" in graph.closed:
-            raise PipedreamError(f"{error}; the model cannot be cut, because {graph.closed['']}") from None
+        if why := _why_no_cut(graph):
+            raise PipedreamError(f"{error}; {why}") from None
         raise
     return plan_as_run(resolved, name, schedule, recompute)
+
+
+def _why_no_cut(graph: LayerGraph) -> str:
+    """Return which modules with many others in them cannot be cut, and why."""
+    if "" in graph.closed:
+        return f"the model cannot be cut, because {graph.closed['']}"
+    return "; ".join(
+        f"'{name}' cannot be cut, because {reason}"
+        for name, reason in graph.closed.items()
+        if any(map(is_list, graph.module.get_submodule(name).modules()))
+    )
 
 
 def start(
