@@ -114,8 +114,9 @@ class TrainConfig:
             `functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)`.
         leaf_modules: module classes that are kept whole: no boundary between stages lies in them. One, or several.
         batch_dims: name of an input, or "target" -> the dimension that its samples are along; None for one that has no
-            samples, such as a mask over positions, which every microbatch gets whole. All others have their samples
-            along the first dimension.
+            samples, such as a mask over positions, which every microbatch gets whole; 0 for a list with an item for
+            each sample. All others have their samples along the first dimension. What is in nested inputs is named by
+            its key, or by a path: "states.0", "target.boxes".
 
     Raises:
         PipedreamError: a value is not one of those that are accepted.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import MappingKey, tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
@@ -18,13 +18,28 @@ from pipedream_hpc.model.structure import tensors_of_value
 TARGET = "target"
 
 
+class _Place(NamedTuple):
+    """Where a value is: its name, the batch dimension of what is in it, and whether that was said of this value."""
+
+    path: str
+    dim: int | None = 0
+    stated: bool = False
+
+    @property
+    def holds_samples(self) -> bool:
+        """Whether a list here has an item for each sample."""
+        return self.stated and self.dim == 0
+
+
 @dataclass(frozen=True)
 class BatchDims:
     """The batch dimension of every input and target.
 
     Attributes:
-        by_name: name of an input, or key of a mapping -> its batch dimension; None for one that has none, which every
-            microbatch gets whole. Inputs without an entry have their samples along the first dimension.
+        by_name: name of an input, or key of a mapping, or a path such as `states.0` or `target.boxes` -> its batch
+            dimension; None for one that has none, which every microbatch gets whole. It is that of everything within
+            that has no entry of its own. 0 for a list or tuple: it has an item for each sample. Values without an entry
+            have their samples along the first dimension.
     """
 
     by_name: Mapping[str, int | None] = field(default_factory=dict)
@@ -36,13 +51,12 @@ class BatchDims:
             PipedreamError: a name is none of an input, or an input has no such dimension.
         """
         self.sizes(arguments.named())
-        paths, _ = tree_flatten_with_path(arguments.named())
-        keys = (key.key for path, _ in paths for key in path if isinstance(key, MappingKey))
-        names = list(dict.fromkeys(keys))
+        names = dict.fromkeys(_names(arguments.named(), ""))
         for name in self.by_name:
-            if name not in names and name != TARGET:
+            if name not in names and name.partition(".")[0] != TARGET:
+                shown = ", ".join(each for each in names if "." not in each)
                 raise PipedreamError(
-                    f"batch_dims has '{name}', which is no input of the model: its inputs are {', '.join(names)}; "
+                    f"batch_dims has '{name}', which is no input of the model: its inputs are {shown}; "
                     f"'{TARGET}' is that of the loss"
                 )
 
@@ -52,73 +66,123 @@ class BatchDims:
             first = arguments.args[0]
             if isinstance(first, torch.Tensor) and first.dim():
                 return int(first.shape[0])
-        return next((leaf.shape[dim] for leaf, dim in self._leaves(arguments.named()) if dim is not None), 1)
+        return next(self._sizes(arguments.named(), _Place("")), 1)
 
     def sizes(self, named: Mapping[str, Any]) -> set[int]:
         """Return the numbers of samples that named inputs, or targets, have."""
-        return {leaf.shape[dim] for leaf, dim in self._leaves(named) if dim is not None}
+        return set(self._sizes(named, _Place("")))
 
-    def sample_dims(self, name: str, value: Any) -> list[int | None]:
-        """Return the batch dimension of each tensor in an input."""
-        return [dim for _, dim in self._leaves({name: value})]
+    def leaves(self, name: str, value: Any) -> list[tuple[torch.Tensor, int | None]]:
+        """Return the tensors in an input that have dimensions, with their batch dimensions."""
+        walk = self._walk(value, self._within(_Place(""), name))
+        return [(each, where.dim) for each, where in walk if isinstance(each, torch.Tensor) and each.dim()]
+
+    def cuts_lists(self, target: Any) -> bool:
+        """Return whether a target has lists of samples."""
+        return any(
+            place.holds_samples and isinstance(value, list | tuple)
+            for value, place in self._walk(target, self._of_target(target))
+        )
 
     def split(self, arguments: Arguments, target: Any, n_microbatches: int) -> list[tuple[Arguments, Any]]:
         """Split a minibatch along the samples, as evenly as possible, longer microbatches first.
 
         Raises:
-            PipedreamError: there are fewer samples than microbatches, or tensors of different length.
+            PipedreamError: there are fewer samples than microbatches, or tensors of different length; or a list has as
+                many values as there are samples, of which is not said what they are.
         """
         if n_microbatches == 1:
             return [(arguments, target)]
-        value = (arguments.args, arguments.kwargs, target)
-        if self.by_name:
-            named = arguments.named()
-            _check_sizes(self.sizes(named) | self.sizes(self._target(target)), n_microbatches)
-            cut = self._split_by_name(named, n_microbatches)
-            targets = self._split_by_name(self._target(target), n_microbatches)
-            return [
-                (_like(arguments, inputs), own if isinstance(target, Mapping) else own[TARGET])
-                for inputs, own in zip(cut, targets, strict=True)
-            ]
-        tensors = tensors_of_value(value)
-        sizes = {each.shape[0] for each in tensors if each.dim()}
+        named, of_target = arguments.named(), self._of_target(target)
+        self._check_target(target)
+        sizes = {*self._sizes(named, _Place("")), *self._sizes(target, of_target)}
         _check_sizes(sizes, n_microbatches)
         samples = next(iter(sizes), 0)
-        return [
-            (Arguments(args, kwargs, arguments.names), own)
-            for args, kwargs, own in _split(value, n_microbatches, samples)
-        ]
+        inputs = self._split(named, _Place(""), n_microbatches, samples)
+        targets = self._split(target, of_target, n_microbatches, samples)
+        return [(_like(arguments, each), own) for each, own in zip(inputs, targets, strict=True)]
 
-    def _target(self, target: Any) -> Mapping[str, Any]:
-        return target if isinstance(target, Mapping) else {TARGET: target}
+    def _of_target(self, target: Any) -> _Place:
+        if isinstance(target, Mapping) and TARGET in target:  # an input has this name
+            return _Place(TARGET)
+        return _Place(TARGET, self.by_name.get(TARGET, 0), TARGET in self.by_name)
 
-    def _leaves(self, named: Mapping[str, Any]) -> list[tuple[torch.Tensor, int | None]]:
-        """Return all tensors that have dimensions, with their batch dimensions."""
-        return [
-            (leaf, self._dim(path, leaf))
-            for path, leaf in tree_flatten_with_path(dict(named))[0]
-            if isinstance(leaf, torch.Tensor) and leaf.dim()
-        ]
-
-    def _dim(self, path: Sequence[Any], leaf: torch.Tensor) -> int | None:
-        for key in reversed(path):
-            if isinstance(key, MappingKey) and key.key in self.by_name:
-                dim = self.by_name[key.key]
-                if dim is not None and not -leaf.dim() <= dim < leaf.dim():
+    def _check_target(self, target: Any) -> None:
+        paths = [name for name in self.by_name if name.startswith(f"{TARGET}.")]
+        if paths and target is not None:
+            names = set(_names(target, TARGET))
+            for path in paths:
+                if path not in names:
                     raise PipedreamError(
-                        f"batch_dims says that '{key.key}' has its samples along dimension {dim}, but its shape is "
-                        f"{tuple(leaf.shape)}"
+                        f"batch_dims has '{path}', which is not in the target: give the keys of mappings and the "
+                        "numbers of items"
                     )
-                return dim
-        return 0
 
-    def _split_by_name(self, named: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-        leaves, structure = tree_flatten_with_path(dict(named))
-        columns: list[Sequence[Any]] = []
-        for path, leaf in leaves:
-            dim = self._dim(path, leaf) if isinstance(leaf, torch.Tensor) and leaf.dim() else None
-            columns.append([leaf] * count if dim is None else leaf.tensor_split(count, dim))
-        return [tree_unflatten([column[index] for column in columns], structure) for index in range(count)]
+    def _within(self, place: _Place, key: str) -> _Place:
+        """Return the place of an item."""
+        path = f"{place.path}.{key}" if place.path else key
+        name = path if path in self.by_name else key
+        if name in self.by_name:
+            return _Place(path, self.by_name[name], stated=True)
+        return _Place(path, place.dim)
+
+    def _walk(self, value: Any, place: _Place) -> Iterator[tuple[Any, _Place]]:
+        """Visit a nested value and everything in it; not what is in a list of samples."""
+        yield value, place
+        if isinstance(value, torch.Tensor) or (place.holds_samples and isinstance(value, list | tuple)):
+            return
+        for key, item in _items(value):
+            yield from self._walk(item, self._within(place, key))
+
+    def _sizes(self, value: Any, place: _Place) -> Iterator[int]:
+        for each, where in self._walk(value, place):
+            if isinstance(each, torch.Tensor):
+                if where.dim is not None and each.dim():
+                    yield each.shape[_checked(each, where)]
+            elif where.holds_samples and isinstance(each, list | tuple):
+                yield len(each)
+
+    def _split(self, value: Any, place: _Place, count: int, samples: int) -> Sequence[Any]:
+        if isinstance(value, torch.Tensor):
+            return [value] * count if place.dim is None or not value.dim() else value.tensor_split(count, place.dim)
+        if isinstance(value, list | tuple) and len(value) == samples > 0 and place.dim == 0:
+            if place.stated:
+                indices = torch.arange(samples).tensor_split(count)
+                return [_like_list(value, [value[index] for index in own.tolist()]) for own in indices]
+            if not any(each.dim() for each in tensors_of_value(value)):
+                raise _unclear(value, place, samples)
+        items = _items(value)
+        if items:
+            columns = [self._split(item, self._within(place, key), count, samples) for key, item in items]
+            return [_rebuilt(value, [column[index] for column in columns]) for index in range(count)]
+        if place.dim is not None and not isinstance(value, str | bytes):
+            if tensors_of_value(value):
+                raise PipedreamError(
+                    f"inputs or target have {type(value).__name__}, whose tensors cannot be split into microbatches: "
+                    "use tuples, lists and mappings of tensors"
+                )
+            if isinstance(value, Sized) and len(value) == samples > 0:
+                raise _unclear(value, place, samples)
+        return [value] * count
+
+
+def _checked(tensor: torch.Tensor, place: _Place) -> int:
+    """Return the batch dimension of a tensor that has one."""
+    dim = place.dim or 0
+    if not -tensor.dim() <= dim < tensor.dim():
+        raise PipedreamError(
+            f"batch_dims says that '{place.path}' has its samples along dimension {dim}, but its shape is "
+            f"{tuple(tensor.shape)}"
+        )
+    return dim
+
+
+def _unclear(value: Any, place: _Place, samples: int) -> PipedreamError:
+    return PipedreamError(
+        f"inputs or target have a {type(value).__name__} of {samples} values, as many as there are samples, which is "
+        f"not split into microbatches: make it a tensor, or say what it is with TrainConfig(batch_dims="
+        f"{{'{place.path}': 0}}), if it has one for each sample, or None"
+    )
 
 
 def _check_sizes(sizes: set[int], n_microbatches: int) -> None:
@@ -131,7 +195,7 @@ def _check_sizes(sizes: set[int], n_microbatches: int) -> None:
         raise PipedreamError(
             f"tensors of {' and '.join(map(str, sorted(sizes)))} samples cannot be split into {n_microbatches} "
             "microbatches: samples must be the first dimension of every tensor, or say where they are with "
-            "TrainConfig(batch_dims={name: dimension, or None})"
+            "TrainConfig(batch_dims={name: dimension, or None; 0 for a list with an item for each sample})"
         )
 
 
@@ -143,36 +207,45 @@ def _like(arguments: Arguments, named: Mapping[str, Any]) -> Arguments:
     )
 
 
-def _split_mapping(value: Mapping[Any, Any], count: int, samples: int) -> list[Any]:
-    parts = [copy.copy(value) for _ in range(count)]
-    for key, item in value.items():
-        for part, own in zip(parts, _split(item, count, samples), strict=True):
-            part[key] = own  # type: ignore[index]
-    return parts
+def _items(value: Any) -> list[tuple[str, Any]]:
+    """Return the items of a mapping, list or tuple, or of a class that torch's pytrees know, by their names."""
+    if isinstance(value, Mapping):
+        return [(str(key), item) for key, item in value.items()]
+    if type(value) in (tuple, list):
+        return [(str(index), item) for index, item in enumerate(value)]
+    paths, _ = _opened(value)
+    return [] if paths is None else [(str(path[0]).strip(".[]'"), item) for path, item in paths]
 
 
-def _split(value: Any, count: int, samples: int) -> Sequence[Any]:
-    # Every tensor is split once: it takes microseconds per microbatch.
+def _opened(value: Any) -> tuple[list[tuple[Any, Any]] | None, Any]:
+    """Return the items of one level of a pytree, with its structure."""
+    paths, structure = tree_flatten_with_path(value, is_leaf=lambda each: each is not value)
+    return (None if len(paths) == 1 and paths[0][1] is value else paths), structure
+
+
+def _rebuilt(value: Any, items: list[Any]) -> Any:
+    """Return a value like another with other items."""
+    if isinstance(value, Mapping):
+        rebuilt: Any = copy.copy(value)
+        for key, item in zip(value, items, strict=True):
+            rebuilt[key] = item
+        return rebuilt
+    if type(value) in (tuple, list):
+        return type(value)(items)
+    return tree_unflatten(items, _opened(value)[1])
+
+
+def _like_list(value: Any, items: list[Any]) -> Any:
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _names(value: Any, path: str) -> Iterator[str]:
+    """Visit the names that `batch_dims` may have for what is in a value."""
     if isinstance(value, torch.Tensor):
-        return value.tensor_split(count) if value.dim() else [value] * count
-    if type(value) is tuple:
-        return list(zip(*(_split(each, count, samples) for each in value), strict=True)) if value else [()] * count
-    if type(value) is dict:
-        return _split_mapping(value, count, samples)
-    if type(value) is list and len(value) == samples > 0 and not tensors_of_value(value):
-        raise PipedreamError(
-            f"inputs or target have a list of {samples} values, as many as there are samples, which is not split into "
-            "microbatches: make it a tensor"
-        )
-    leaves, structure = tree_flatten(value)
-    if len(leaves) == 1 and leaves[0] is value:
-        if isinstance(value, Mapping):  # such as what a tokenizer returns
-            return _split_mapping(value, count, samples)
-        if tensors_of_value(value):
-            raise PipedreamError(
-                f"inputs or target have {type(value).__name__}, whose tensors cannot be split into microbatches: use "
-                "tuples, lists and mappings of tensors"
-            )
-        return [value] * count
-    columns = [_split(leaf, count, samples) for leaf in leaves]
-    return [tree_unflatten([column[index] for column in columns], structure) for index in range(count)]
+        return
+    for key, item in _items(value):
+        own = f"{path}.{key}" if path else key
+        yield own
+        if isinstance(value, Mapping):
+            yield key
+        yield from _names(item, own)

@@ -47,7 +47,8 @@ class ReferenceConfig:
         gradient_accumulation_steps: minibatches per replica in a round.
         clip: largest norm of the gradients, and whether of each "stage" or of the "model"; None for no clipping.
         master_weights: whether bfloat16 weights are float32 masters, rounded after each step.
-        batch_dims: name of an input, or "target" -> the dimension of its samples; None for one that has none.
+        batch_dims: name of an input, "target", or a path in them -> the dimension of its samples; None for one that
+            has none.
     """
 
     schedule: str = "1f1b"
@@ -332,26 +333,36 @@ def _split(
     """
     samples: list[tuple[int, int]] = []
 
-    def part(name: str, value: Any) -> Any:
+    def part(path: str, dim: int | None, value: Any) -> Any:
+        key = path if path in batch_dims else path.rpartition(".")[2]
+        dim = batch_dims.get(key, dim)
         if isinstance(value, Mapping):
-            return {key: part(key if key in batch_dims else name, each) for key, each in value.items()}
+            return {each: part(f"{path}.{each}".lstrip("."), dim, item) for each, item in value.items()}
         if isinstance(value, tuple | list):
-            parts = [part(name, each) for each in value]
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-        dim = batch_dims.get(name, 0)
+            kind: Any = partial(_named_tuple, type(value)) if hasattr(value, "_fields") else type(value)
+            if dim == 0 and key in batch_dims:
+                own = torch.arange(len(value)).tensor_split(count)[index].tolist()
+                samples.append((len(own), len(value)))
+                return kind([value[each] for each in own])
+            fields = getattr(value, "_fields", range(len(value)))
+            return kind([part(f"{path}.{each}", dim, item) for each, item in zip(fields, value, strict=True)])
         if not isinstance(value, torch.Tensor) or not value.dim() or dim is None:
             return value
-        own = value if count == 1 else value.tensor_split(count, dim)[index]
-        samples.append((own.shape[dim], value.shape[dim]))
-        return own
+        cut = value if count == 1 else value.tensor_split(count, dim)[index]
+        samples.append((cut.shape[dim], value.shape[dim]))
+        return cut
 
     if name or isinstance(value, Mapping):
-        found = part(name, value)
+        found = part(name, 0, value)
     elif isinstance(value, tuple | list):
-        found = tuple(part(own, each) for own, each in zip(names, value, strict=False))
+        found = tuple(part(own, 0, each) for own, each in zip(names, value, strict=False))
     else:
-        found = part(names[0], value)
+        found = part(names[0], 0, value)
     return found, samples[0] if samples else (1, 1)
+
+
+def _named_tuple(kind: Any, items: list[Any]) -> Any:
+    return kind(*items)
 
 
 def _add(total: Tensors, gradients: Gradients) -> None:

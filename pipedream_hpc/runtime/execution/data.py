@@ -229,9 +229,8 @@ class MicrobatchLoader:
             return
         planned, given = self._example.named(), arguments.named()
         for name in planned:
-            dims = self._batch_dims.sample_dims(name, planned[name])
-            pairs = zip(_tensors(planned[name]), _tensors(given[name]), strict=False)
-            for (expected, actual), dim in zip(pairs, dims, strict=False):
+            leaves = (self._batch_dims.leaves(name, values[name]) for values in (planned, given))
+            for (expected, dim), (actual, _) in zip(*leaves, strict=False):
                 limited = () if self._may_be_larger else [each for each in range(expected.dim()) if each != dim]
                 fits = actual.dim() == expected.dim() and all(
                     actual.shape[each] <= expected.shape[each] for each in limited

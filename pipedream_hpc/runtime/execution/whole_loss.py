@@ -74,6 +74,8 @@ class WholeLoss:
         kept, self._kept, self._compared = self._kept, [], True
         if len(kept) < 2 or any(map(_holds_tensors, tree_flatten([each[:2] for each in kept])[0])):
             return
+        if self._batch_dims.cuts_lists(kept[0][1]):
+            return
         samples = [each[2] for each in kept]
         rtol = 1e-4 if kept[0][3].dtype in (torch.float32, torch.float64) else 2e-2  # sums have another order
         mean = sum(float(each[3]) * each[2] for each in kept) / sum(samples)
