@@ -163,9 +163,3 @@ def test_names_and_lengths_that_do_not_fit(dims: Any, words: str) -> None:
     with pytest.raises(PipedreamError, match=words):
         BatchDims(dims).check(arguments)
         BatchDims(dims).split(arguments, {"boxes": [1, 2, 3, 4]}, 2)
-
-
-@pytest.mark.parametrize("given", [["words"], "words", {"words"}])
-def test_batch_dims_is_a_mapping(given: Any) -> None:
-    with pytest.raises(PipedreamError, match=r"batch_dims is \w+; it should map names of inputs to dimensions"):
-        TrainConfig(batch_dims=given)
