@@ -137,12 +137,23 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
         assert pipeline().resume(tmp_path / "new") == 0
 
 
-def test_resume_takes_the_folder_of_all_checkpoints(tmp_path: Path) -> None:
-    trained(pipeline(), 1, tmp_path)
-    with pytest.raises(PipedreamError, match=r"epoch-00001: is one checkpoint: give the folder that checkpoints are"):
-        pipeline().resume(tmp_path / "epoch-00001")
-    with pytest.raises(PipedreamError, match=r"manifest\.json: is a file: give the folder that checkpoints are"):
-        pipeline().resume(tmp_path / "epoch-00001" / "manifest.json")
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("file", r"file is no folder: resume from the folder that save_checkpoint \(--checkpoints\) was given"),
+        ("other", "other holds no checkpoints, but 'notes' and 1 more: resume from"),
+        ("run/epoch-00001", "epoch-00001 is one checkpoint: resume from the folder"),
+    ],
+)
+def test_what_exists_and_is_no_folder_of_checkpoints_is_refused(path: str, words: str, tmp_path: Path) -> None:
+    trained(pipeline(), 1, tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other" / "notes").mkdir(parents=True)
+    (tmp_path / "other" / "weights").write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PipedreamError, match=words):
+        pipeline().resume(tmp_path / path)
+    assert pipeline().resume(tmp_path / "empty") == 0
 
 
 def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ from torch import nn
 from torch.nn import functional
 
 from pipedream_hpc import PipedreamError, Pipeline, ScheduleConfig, TrainConfig
+from pipedream_hpc.runtime.execution.loss_meter import LossMeter
+from pipedream_hpc.runtime.execution.score import Score
 
 PADDING = -100
 SAMPLES, LENGTH, WORDS = 8, 6, 11
@@ -220,7 +222,9 @@ def at_times(output: torch.Tensor, target: torch.Tensor) -> Any:
     ("loss_fn", "words"),
     [
         (lambda o, t: (o.sum(), None), r"the loss has the count of type NoneType; in a pair \(sum, count\)"),
-        (lambda o, t: (o.sum(), -1), "the loss has the count -1; in a pair .* at least 0"),
+        (lambda o, t: (o.sum(), -1), r"the loss has the count -1; in a pair \(sum, count\) it should be 0 or more"),
+        (lambda o, t: (o.sum(), torch.tensor(-0.5)), "the loss has the count -0.5"),
+        (lambda o, t: (o.sum(), float("nan")), "the loss has the count nan"),
         (lambda o, t: (o, 3), r"the loss has the sum of shape \(8, 6, 11\)"),
         (
             lambda o, t: (o.sum(), 1, 2),
@@ -235,6 +239,29 @@ def test_a_loss_that_is_no_score_is_refused(loss_fn: Any, words: str) -> None:
     with pytest.raises(Exception, match=words) as raised:
         Case("2", ScheduleConfig("1f1b-flush", 1)).train(batches, loss_fn)
     assert isinstance(raised.value, PipedreamError) or isinstance(raised.value.__cause__, PipedreamError)
+
+
+def test_a_count_may_be_a_sum_of_weights() -> None:
+    weights = torch.linspace(0.1, 1.0, WORDS)
+
+    def weighted(output: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = functional.cross_entropy(output.flatten(0, 1), target.flatten(), weights, reduction="sum")
+        return total, weights[target[target != PADDING]].sum()
+
+    net = model()
+    steps = SGD(net.parameters())
+    for words, target in minibatches():
+        steps.zero_grad()
+        functional.cross_entropy(net(words).flatten(0, 1), target.flatten(), weights).backward()
+        steps.step()
+    assert_close(Case("2", ScheduleConfig("gpipe", 4)).train(minibatches(), weighted)[2], dict(net.state_dict()))
+
+
+def test_a_negative_count_on_a_device_is_found_at_the_end_of_the_pass() -> None:
+    meter = LossMeter()
+    meter.add(0, [Score(torch.tensor(1.0), torch.tensor(-2.0), torch.tensor(-2))], 4)
+    with pytest.raises(PipedreamError, match="has the count -2; in a pair"):
+        meter.read()
 
 
 # -- a loss that the model computes itself ----------------------------------------------------------------------------

@@ -61,6 +61,12 @@ def test_any_other_scheduler_that_raises() -> None:
         pipeline.fit(DATA)
 
 
+@pytest.mark.parametrize("made", [None, 0.1])
+def test_a_function_that_makes_no_scheduler_is_refused(made: Any) -> None:
+    with pytest.raises(PipedreamError, match=rf"lr_scheduler\(optimizer\) returned {type(made).__name__}; it should"):
+        pipeline_of(lambda _: made)
+
+
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "one cycle": partial(one_cycle, total_steps=5),
     "step": partial(StepLR, step_size=1),

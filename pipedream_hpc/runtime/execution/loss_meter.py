@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pipedream_hpc.runtime.execution.score import Score
+from pipedream_hpc.runtime.execution.score import Score, require_count
 
 
 @dataclass
@@ -33,11 +33,18 @@ class LossMeter:
         self.entries.append((microbatch, means, weights))
 
     def read(self) -> list[tuple[int, list[float], list[float]]]:
-        """Return (microbatch, means, weights) of all microbatches, k of each."""
+        """Return (microbatch, means, weights) of all microbatches, k of each.
+
+        Raises:
+            PipedreamError: a count on a GPU was negative.
+        """
         if not self.entries:
             return []
         microbatches, means, weights = zip(*self.entries, strict=True)
         values = torch.stack(means).view(len(means), -1).tolist()
+        for weight in weights:
+            for each in weight.tolist() if isinstance(weight, torch.Tensor) else ():
+                require_count(each, "a loss or metric")
         return [
             (microbatch, own, weight.tolist() if isinstance(weight, torch.Tensor) else [weight] * len(own))
             for microbatch, own, weight in zip(microbatches, values, weights, strict=True)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,7 @@ def read_score(returned: Any, what: str) -> Score:
         what: the function, for messages.
 
     Raises:
-        PipedreamError: it is neither.
+        PipedreamError: it is neither, or the count is negative.
     """
     if isinstance(returned, torch.Tensor) and returned.dim() == 0:
         return Score(returned)
@@ -54,7 +55,10 @@ def read_score(returned: Any, what: str) -> Score:
         if isinstance(count, torch.Tensor) and count.dim() == 0 and not count.is_complex():
             count = count.detach()
             divisor: Any = count.where(count != 0, 1)
-        elif isinstance(count, int | float) and count >= 0:
+            if not count.is_cuda:  # there reading it would wait; the loss meter looks at the end of the pass
+                require_count(float(count), what)
+        elif isinstance(count, int | float):
+            require_count(count, what)
             divisor = count or 1
         else:
             raise PipedreamError(
@@ -73,6 +77,19 @@ def read_score(returned: Any, what: str) -> Score:
         f"{what} should be one number, the mean over the minibatch, or a pair (sum, count), but is {_kind(returned)}: "
         "take its mean (reduction='mean')"
     )
+
+
+def require_count(count: float, what: str) -> None:
+    """Refuse a count that is no number from 0. It need not be an integer: a weighted mean counts weights.
+
+    Raises:
+        PipedreamError: it is negative, infinite or no number.
+    """
+    if not 0 <= count < math.inf:
+        raise PipedreamError(
+            f"{what} has the count {count:g}; in a pair (sum, count) it should be 0 or more, such as how many targets "
+            "the sum is over, or the sum of their weights"
+        )
 
 
 def _kind(value: Any) -> str:

@@ -132,8 +132,10 @@ class Checkpoints:
         """Return the positions of complete checkpoints, newest first, and for each other one why it is skipped.
 
         Raises:
-            PipedreamError: the folder belongs to another run, or to a version with another format.
+            PipedreamError: the folder belongs to another run, or to a version with another format; or it is there, but
+                something else than a folder of checkpoints. An empty one may be that of a run that was stopped early.
         """
+        self._refuse_other()
         positions, skipped = [], []
         for folder in self._found():
             try:
@@ -161,6 +163,26 @@ class Checkpoints:
             ) from None
 
     # ------------------------------------------------------------------
+
+    def _refuse_other(self) -> None:
+        """Refuse to resume from what exists and holds no checkpoints."""
+        folder = self._folder
+        if folder.is_dir():
+            names = sorted(each.name for each in folder.iterdir())
+            if not names or self._found():
+                return
+            more = f" and {len(names) - 1} more" if names[1:] else ""
+            where = f"holds no checkpoints, but '{names[0]}'{more}"
+            if (folder / _MANIFEST).exists():
+                where = "is one checkpoint"
+        elif folder.exists():
+            where = "is no folder"
+        else:
+            return
+        raise PipedreamError(
+            f"{folder} {where}: resume from the folder that save_checkpoint (--checkpoints) was given, or from a new "
+            "or empty one"
+        )
 
     def _folder_of(self, position: Position) -> Path:
         return self._folder / f"epoch-{position.epoch:05d}"

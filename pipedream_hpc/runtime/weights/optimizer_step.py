@@ -77,7 +77,7 @@ class StageOptimizer:
                     "functools.partial(torch.optim.lr_scheduler.StepLR, step_size=100)"
                 )
             self.lr_scheduler = made
-            if isinstance(self.lr_scheduler, ReduceLROnPlateau):
+            if isinstance(made, ReduceLROnPlateau):
                 raise PipedreamError(
                     "ReduceLROnPlateau steps by a metric, but learning rates advance once per minibatch: use a "
                     "scheduler of steps, such as StepLR or LambdaLR"
