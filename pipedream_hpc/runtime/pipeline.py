@@ -342,8 +342,8 @@ class Pipeline:
     def resume(self, folder: str | Path) -> int:
         """Continue from the newest complete checkpoint, as if training had never stopped; return its epochs.
 
-        Collective. Returns 0 and changes nothing if the folder is empty or missing. A damaged or incomplete checkpoint is
-        skipped; rank 0 says which one and why.
+        Collective. Returns 0 and changes nothing if the folder is empty or missing. A damaged or incomplete checkpoint
+        is skipped; rank 0 says which one and why.
 
         Raises:
             PipedreamError: the checkpoints are of another model or plan; or the path is that of a file, or of a folder

@@ -189,9 +189,6 @@ class Checkpoints:
 
     def _found(self) -> list[Path]:
         """Return the folders of checkpoints, newest first."""
-        if self._folder.is_file() or (self._folder / _MANIFEST).is_file():
-            what = "a file" if self._folder.is_file() else "one checkpoint"
-            raise PipedreamError(f"{self._folder}: is {what}: give the folder that checkpoints are written to")
         if not self._folder.is_dir():
             return []
         return sorted(
