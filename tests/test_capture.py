@@ -132,6 +132,23 @@ def test_a_module_whose_python_reads_values_is_kept_whole() -> None:
     }
 
 
+class Gaussian(nn.Module):
+    def __init__(self, *, validate: bool) -> None:
+        super().__init__()
+        self.inner, self.validate = nn.Linear(12, 12), None if validate else False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.distributions.Normal(self.inner(x), 1.0, validate_args=self.validate).log_prob(x)
+
+
+def test_distributions_check_their_arguments_by_value() -> None:
+    line = "return torch.distributions.Normal(self.inner(x), 1.0, ..."
+    assert capture(Gaussian(validate=False), chains.example()).closed == {}
+    assert capture(Gaussian(validate=True), chains.example()).closed[""] == (
+        f"its Python reads the values of a tensor (`{line}`, which reads none if it is given validate_args=False)"
+    )
+
+
 class Dropping(nn.Module):
     """Layers that are dropped at random, as an attribute says."""
 

@@ -57,6 +57,49 @@ class Dropped(programs.Net):
         return self.c(self.norm(self.drop(self.b(self.a(x)))))
 
 
+# -- microbatches ------------------------------------------------------------------------------------------------------
+
+
+class Several(programs.Net):
+    """Returns a tensor, and a list as `listed` makes it."""
+
+    def __init__(self, listed: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.listed = listed
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = super().forward(x)
+        return {"y": y, "list": self.listed(y)}
+
+
+def test_an_output_may_be_a_list_with_an_item_for_each_sample() -> None:
+    batches = programs.minibatches()
+    for listed in (lambda y: list(y), lambda y: [(each, each[:2]) for each in y], lambda y: [y, y]):
+        with Pipeline(
+            Several(listed),
+            loss_fn=lambda output, target: programs.LOSS(output["y"], target),
+            optimizer=programs.SGD,
+            example_inputs=batches[0][0],
+            plan=2,
+            schedule=ScheduleConfig("1f1b-flush", 2),
+        ) as pipeline:
+            pipeline.fit(batches)
+
+
+@pytest.mark.parametrize(
+    ("listed", "how"),
+    [
+        (lambda y: y @ y.T, r"in a tensor of shape \(8, 8\), which is \(4, 4\) and \(4, 4\) for the microbatches"),
+        (lambda y: y - y.mean(0), "by up to "),
+        (lambda y: list(y - y.mean(0)), "by up to "),
+    ],
+)
+def test_a_sample_must_not_see_another(listed: Any, how: str) -> None:
+    words = f"output for a minibatch differs from that for its 2 microbatches {how}.*: no sample may see another"
+    with pytest.raises(PipedreamError, match=words):
+        pipeline_of(Several(listed), n_microbatches=2)
+
+
 # -- a model given as a function ---------------------------------------------------------------------------------------
 
 

@@ -62,8 +62,8 @@ def at_same_places(template: Any, value: Any, leaf: type) -> list[tuple[Any, tor
             if isinstance(value, torch.Tensor):
                 found.append((template, value))
         elif type(template) is type(value) and id(value) not in above and not isinstance(value, _ATOMS):
-            items = dict(_items(value, True))
-            for key, item in _items(template, True):
+            items = dict(items_of(value))
+            for key, item in items_of(template):
                 if key in items:
                     walk(item, items[key], above | {id(value)})
 
@@ -79,7 +79,7 @@ def _map(
     if isinstance(value, _ATOMS) or id(value) in above:
         return value
     kind = type(value)
-    items = _items(value, objects)
+    items = items_of(value, objects=objects)
     if not items:
         return value
     above.add(id(value))
@@ -102,8 +102,8 @@ def _map(
     return rebuilt
 
 
-def _items(value: Any, objects: bool) -> list[tuple[Any, Any]]:
-    """Return the (key, item) pairs of a container or object; none if it is not searched."""
+def items_of(value: Any, *, objects: bool = True) -> list[tuple[Any, Any]]:
+    """Return the (key, item) pairs of a container or object; none if it is not searched, as objects may not be."""
     if isinstance(value, list | tuple):
         return list(enumerate(value))
     if isinstance(value, Mapping):

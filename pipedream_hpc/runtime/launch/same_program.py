@@ -30,7 +30,7 @@ from pipedream_hpc.model.preserve_state import preserve_state
 from pipedream_hpc.model.randomness import DrawsOnly, seed_for, seed_modules, seeding, set_seed
 from pipedream_hpc.model.rerun import Step
 from pipedream_hpc.model.stage_module import StageModule, writable
-from pipedream_hpc.model.structure import output_tensors
+from pipedream_hpc.model.structure import items_of, output_tensors
 
 #: Gradients of a value with several users are added in another order where the users are in several stages.
 _RTOL, _ATOL = 1e-3, 1e-5
@@ -179,27 +179,48 @@ def check_microbatches(
         "TrainConfig(batch_dims={name: dimension, or None}) says; otherwise train whole minibatches (n_microbatches=1)"
     )
 
-    def outputs_of(arguments: Arguments) -> list[torch.Tensor]:
+    def output_of(arguments: Arguments) -> Any:
         with _preserved(graph), torch.no_grad(), (precision or nullcontext)():
             graph.modes.set(model, False)
-            return output_tensors(model(*arguments.args, **arguments.kwargs))
+            return model(*arguments.args, **arguments.kwargs)
 
-    expected = outputs_of(whole)
+    expected = output_of(whole)
     try:
-        found = [outputs_of(part) for part in parts]
+        found = [output_of(part) for part in parts]
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise PipedreamError(f"the model does not accept a microbatch of example_inputs: {first}: {remedy}") from error
-    for number, tensor in enumerate(expected):
-        cut = [each[number] for each in found if number < len(each)]
-        if not tensor.dim() or len(cut) != len(parts) or any(not each.dim() for each in cut):
+    for tensor, cut in _side_by_side(expected, found):
+        if not tensor.dim() or any(not each.dim() for each in cut):
             continue  # a loss, which is a mean
         joined = [torch.cat(cut, dim) for dim in range(tensor.dim()) if _fit(tensor, cut, dim)]
-        if not any(_same(tensor, each) for each in joined):
-            raise PipedreamError(
-                f"the model's output for a minibatch differs from that for its {len(parts)} microbatches by up to "
-                f"{_distance(tensor, (joined or cut)[0]):.3g}: {remedy}"
-            )
+        if any(_same(tensor, each) for each in joined):
+            continue
+        what = f"the model's output for a minibatch differs from that for its {len(parts)} microbatches"
+        shapes = " and ".join(str(tuple(each.shape)) for each in cut)
+        how = (
+            f"by up to {_distance(tensor, joined[0]):.3g}"
+            if joined
+            else f"in a tensor of shape {tuple(tensor.shape)}, which is {shapes} for the microbatches"
+        )
+        raise PipedreamError(f"{what} {how}: {remedy}")
+
+
+def _side_by_side(whole: Any, parts: Sequence[Any]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+    """Return every tensor of an output for a minibatch, with those for its microbatches in the same place.
+
+    A list with an item for each sample, or for each image of one, has those of the microbatches one after the other.
+    """
+    if isinstance(whole, torch.Tensor):
+        return [(whole, list(parts))] if all(isinstance(each, torch.Tensor) for each in parts) else []
+    if isinstance(whole, list | tuple) and all(isinstance(each, list | tuple) for each in parts):
+        lengths = [len(each) for each in parts]
+        if sum(lengths) == len(whole) and set(lengths) != {len(whole)}:
+            items = [item for each in parts for item in each]
+            return [found for item, other in zip(whole, items, strict=True) for found in _side_by_side(item, [other])]
+    inner, *others = (dict(items_of(each, objects=False)) for each in (whole, *parts))
+    shared = [key for key in inner if all(key in each for each in others)]
+    return [found for key in shared for found in _side_by_side(inner[key], [each[key] for each in others])]
 
 
 def _preserved(graph: LayerGraph) -> AbstractContextManager[None]:
