@@ -8,17 +8,11 @@ such as a mask, is computed with their values; everything else has none, so a mo
 
 from __future__ import annotations
 
-import inspect
-import linecache
 import logging
 import random
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -34,6 +28,8 @@ from torch.utils.flop_counter import flop_registry
 from pipedream_hpc.garbage import no_collection
 from pipedream_hpc.model.calls import call_unwatched, watch_modules, watched
 from pipedream_hpc.model.checkpoints import checkpoints
+from pipedream_hpc.model.drawn import DRAWING, Drawn, draws_numbers, python_generators
+from pipedream_hpc.model.functions import READS_VALUES, function_name, line_of_user
 from pipedream_hpc.model.graph import (
     AVERAGES_TARGETS,
     Call,
@@ -50,47 +46,13 @@ from pipedream_hpc.model.preserve_state import STATE, Contents, ModuleState, con
 from pipedream_hpc.model.randomness import is_seeding, seeding
 from pipedream_hpc.model.recipe import tensors_of
 from pipedream_hpc.model.structure import map_tensors, output_tensors, tensors_of_value
+from pipedream_hpc.model.writes import memory_of, storage_id, written_by
 
 #: Attribute of a tensor: which output of which call it is.
 MARK = "_pipedream_key"
 
-#: Functions that read the values of a tensor into Python.
-_READS_VALUES = frozenset(
-    {
-        *("item", "tolist", "numpy", "is_nonzero", "equal", "allclose", "__contains__"),
-        *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "__format__"),
-    }
-)
-
-
-#: Folders of code that is not the user's.
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-_DISTRIBUTIONS = str(Path(torch.distributions.__file__).parent)
-
-
-#: Names of torch's functions that draw random numbers.
-DRAWING = frozenset(
-    {
-        *("rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "normal", "poisson"),
-        *("bernoulli", "multinomial", "binomial", "rrelu", "rrelu_", "gumbel_softmax"),
-        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "dropout_"),
-        *("feature_dropout", "feature_dropout_", "alpha_dropout_", "feature_alpha_dropout_", "native_dropout"),
-        *("uniform_", "normal_", "bernoulli_", "random_", "exponential_", "geometric_", "cauchy_", "log_normal_"),
-        *("scaled_dot_product_attention", "multi_head_attention_forward"),
-    }
-)
-
-
-#: Draw numbers from 0 on and less than 1.
-_DRAWING_FRACTIONS = frozenset({"rand", "rand_like"})
-
-
 #: A module without lists of modules in it, such as attention, is kept whole if its forward calls more functions.
 _MOST_FUNCTIONS = 8
-
-
-#: Arguments of batch normalizations that are written in training.
-_STATISTICS = frozenset({"running_mean", "running_var"})
 
 
 #: Lets a tensor have other memory: `tensor.data = other`.
@@ -171,19 +133,6 @@ def record(
             return recorder.recording(), recorder.notes
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """A tensor that depends on random numbers.
-
-    Attributes:
-        tensor: the tensor, whose identity is its own only while it is live.
-        ends: what it would be for the smallest and for the largest numbers; None if unknown.
-    """
-
-    tensor: torch.Tensor
-    ends: tuple[torch.Tensor, torch.Tensor] | None
-
-
 class _Recorder:
     """The watcher that records."""
 
@@ -202,13 +151,13 @@ class _Recorder:
         self._within: list[str] = []  # names of the modules whose code runs, also of those in modules kept whole
         self._in_call = False
         self._checkpoint: int | None = None  # number of the checkpointed part that runs
-        self._generators = _python_generators()
+        self._generators = python_generators()
         self._entered: list[str] = []  # by the call that is being recorded
         self._used: list[str] = []  # by functions in it: parameters, as a hook may use those of a module around it
         self._live: list[Any] = []  # a storage's identity is unique only while the storage is live
         self._parameters: dict[int, str] = {}  # by the identity of what stands for them
         self._local: dict[int, torch.Tensor] = {}  # tensors that depend on no call, but have no values
-        self._drawn: dict[int, _Drawn] = {}  # tensors that depend on random numbers and on no call, by their identity
+        self._drawn = Drawn()
         self._overwritten: dict[str, tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = {}  # what they were
         self._contents: dict[str, dict[str, Contents]] = {}  # of the modules that are open
         self._owned: dict[int, tuple[str, str]] = {}  # ("buffer", "weight" or "attribute", name) by storage
@@ -222,7 +171,7 @@ class _Recorder:
                 with watched(self), checkpoints(self._checkpointed):
                     returned = model(*args, **kwargs)
                 self.notes.writes_parameters |= {
-                    name for name, each in model.named_parameters() if _storage_id(each) not in self._owned
+                    name for name, each in model.named_parameters() if storage_id(each) not in self._owned
                 }
         finally:
             undo()
@@ -327,13 +276,16 @@ class _Recorder:
                 return self._computed_locally(function, args, kwargs)
             if any(isinstance(each, FakeTensor) for each in given):
                 raise CannotOpenError(self._within[-1], f"{name} uses a tensor that no module has returned")
-            with _Writes(self) if any(_storage_id(each) in self._owned for each in given) else nullcontext():
+            with _Writes(self) if any(storage_id(each) in self._owned for each in given) else nullcontext():
                 returned = function(*args, **kwargs)
-            if name in DRAWING or any(id(each) in self._drawn for each in given):
-                self._follow_draw(function, args, kwargs, returned)
+            with unwatched_functions(self):
+                reads = self._drawn.follow(function, args, kwargs, returned)
+            if reads:
+                reason = f"its Python decides by random numbers that it draws ({line_of_user()})"
+                raise CannotOpenError(self._within[-1], reason)
             return returned
-        if name in _READS_VALUES:
-            raise CannotOpenError(self._within[-1], f"its Python reads the values of a tensor ({_line()})")
+        if name in READS_VALUES:
+            raise CannotOpenError(self._within[-1], f"its Python reads the values of a tensor ({line_of_user()})")
         return self._record(Call(0, name, function=function), function, args, kwargs)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -341,8 +293,8 @@ class _Recorder:
     def _computed_locally(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a function of buffers that have no values yet: every stage will compute it from their values."""
         name = function_name(function)
-        if name in _READS_VALUES:
-            raise CannotOpenError(self._within[-1], f"its Python reads the values of a buffer ({_line()})")
+        if name in READS_VALUES:
+            raise CannotOpenError(self._within[-1], f"its Python reads the values of a buffer ({line_of_user()})")
         with unwatched_functions(self):
             args, kwargs = self._to_fakes(args, kwargs)
             with self._fake or nullcontext(), _Writes(self):
@@ -376,45 +328,6 @@ class _Recorder:
             raise CannotOpenError(scope.name, f"it draws random numbers ({function_name(function)})")
         self.notes.random_functions.add(scope.name)
         self.notes.drawing.add(function)
-
-    def _follow_draw(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], returned: Any
-    ) -> None:
-        """Note what depends on random numbers; refuse to open a module whose Python decides by them."""
-        name = function_name(function)
-        ends: tuple[Any, Any] | None
-        if name in _DRAWING_FRACTIONS:
-            most = 1 - torch.finfo(returned.dtype).eps / 2
-            ends = torch.zeros_like(returned), torch.full_like(returned, most)
-        else:
-            ends = None if name in DRAWING else self._at_ends(function, args, kwargs)
-        if name in _READS_VALUES and (ends is None or not numpy.array_equal(*ends)):
-            raise CannotOpenError(self._within[-1], f"its Python decides by random numbers that it draws ({_line()})")
-        smallest, largest = (tensors_of_value(end) for end in ends or (None, None))
-        for position, each in enumerate(tensors_of_value(returned)):
-            at_ends = (smallest[position], largest[position]) if ends is not None else None
-            self._drawn[id(each)] = _Drawn(each, at_ends)
-
-    def _at_ends(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[Any, Any] | None:
-        """Return what a function returns for the smallest and for the largest random numbers; None if unknown."""
-        given = [self._drawn[id(each)] for each in tensors_of_value((args, kwargs)) if id(each) in self._drawn]
-        name = function_name(function)
-        writes = name.endswith("_") and name not in _READS_VALUES
-        if writes or any(each.ends is None for each in given):
-            return None
-
-        def at(end: int) -> Any:
-            def replaced(each: torch.Tensor) -> torch.Tensor:
-                drawn = self._drawn.get(id(each))
-                return each if drawn is None or drawn.ends is None else drawn.ends[end]
-
-            new_args, new_kwargs = map_tensors(replaced, (args, dict(kwargs)))
-            return function(*new_args, **new_kwargs)
-
-        with unwatched_functions(self):
-            return at(0), at(1)
 
     def _record(self, call: Call, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a call without values, and record it if it puts out tensors."""
@@ -518,9 +431,9 @@ class _Recorder:
             )
             for index, value in enumerate(values)
         )
-        call.memory = frozenset(map(_storage_id, values))
-        call.writes = frozenset(_storage_id(given[position]) for position in written)
-        self._live += [_memory(each) for each in [*values, *(given[position] for position in written)]]
+        call.memory = frozenset(map(storage_id, values))
+        call.writes = frozenset(storage_id(given[position]) for position in written)
+        self._live += [memory_of(each) for each in [*values, *(given[position] for position in written)]]
         call.returned, _ = self._describe(returned, originals)
         call.flops = counter.flops
         self._calls.append(call)
@@ -582,7 +495,7 @@ class _Recorder:
 
     def _look_at_generators(self) -> None:
         """Blame the module whose code has just run for a change of Python's or NumPy's generator."""
-        now = _python_generators()
+        now = python_generators()
         if now != self._generators and self._within:
             self.notes.python_random.add(self._within[-1])
         self._generators = now
@@ -644,14 +557,14 @@ class _Recorder:
         for kind, named in (("weight", weights), ("buffer", buffers)):
             for name, tensor in named:
                 for each in (tensor, *self._to_fakes((tensor,), {})[0]):
-                    self._owned.setdefault(_storage_id(each), (kind, name))
-                    self._live.append(_memory(each))
+                    self._owned.setdefault(storage_id(each), (kind, name))
+                    self._live.append(memory_of(each))
         for path, module in self._model.named_modules():
             for key, contents in contents_of(module).items():
                 for tensor in filter(lambda each: each.is_leaf, contents.tensors):
                     for each in (tensor, *self._to_fakes((tensor,), {})[0]):
-                        self._owned.setdefault(_storage_id(each), ("attribute", f"{path}.{key}"))
-                        self._live.append(_memory(each))
+                        self._owned.setdefault(storage_id(each), ("attribute", f"{path}.{key}"))
+                        self._live.append(memory_of(each))
 
     def note_draw(self) -> None:
         """Note that an operation inside a call draws random numbers."""
@@ -664,8 +577,8 @@ class _Recorder:
         Raises:
             CannotOpenError: an opened module writes them itself: every stage would, as each runs its forward.
         """
-        for each in _written_by(function, args, kwargs):
-            kind, name = self._owned.get(_storage_id(each), ("", ""))
+        for each in written_by(function, args, kwargs):
+            kind, name = self._owned.get(storage_id(each), ("", ""))
             if kind == "weight" and self._fake is None and name not in self._overwritten:
                 weight = self._model.get_parameter(name)
                 self._overwritten[name] = weight, weight.data, weight.detach().clone()
@@ -752,83 +665,8 @@ def is_list(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and len(module) > 1
 
 
-def _written_by(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
-    """Return the tensors that an operation writes."""
-    names, written = _written_names(function)
-    if not written:
-        return []
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if given.get("training") is False:
-        written = written - _STATISTICS
-    return tensors_of_value([given.get(name) for name in sorted(written)])
-
-
-@cache  # a model calls few operations, each of them often
-def _written_names(function: Any) -> tuple[list[str], frozenset[str]]:
-    """Return the names of an operation's arguments, and of those that it writes."""
-    arguments = function._schema.arguments
-    names = [argument.name for argument in arguments]
-    written = {each.name for each in arguments if each.alias_info is not None and each.alias_info.is_write}
-    # The schemas of some batch normalizations do not say that they write.
-    if "training" in names:
-        written |= _STATISTICS & set(names)
-    return names, frozenset(written)
-
-
-def draws_numbers(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Return whether an operation draws random numbers. Attention without dropout has the tag, but does not."""
-    names = _names_if_random(function)
-    if names is None:
-        return False
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return "dropout_p" not in names or bool(given.get("dropout_p"))
-
-
-@cache  # a model calls few operations, each of them often
-def _names_if_random(function: Any) -> list[str] | None:
-    """Return the names of an operation's arguments if it may draw random numbers."""
-    if torch.Tag.nondeterministic_seeded not in function.tags:
-        return None
-    return [argument.name for argument in function._schema.arguments]
-
-
-def function_name(function: Any) -> str:
-    """Return the name of a torch function, as a user writes it: `add` of `x + y`, `T` of `x.T`."""
-    name = getattr(function, "__name__", str(function))
-    if name in ("__get__", "__set__"):
-        name = getattr(getattr(function, "__self__", None), "__name__", name)
-    if name in _READS_VALUES:
-        return str(name)
-    return str(name).strip("_") + ("_" if str(name).endswith("_") and not str(name).endswith("__") else "")
-
-
 def _mark(tensor: torch.Tensor) -> Key | None:
     return getattr(tensor, "__dict__", {}).get(MARK)
-
-
-def _storage_id(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
-
-
-def _memory(tensor: torch.Tensor) -> Any:
-    """Return what keeps the identity of a tensor's storage its own."""
-    return tensor.untyped_storage() if tensor.layout is torch.strided else tensor
-
-
-def _python_generators() -> tuple[int, int]:
-    state: Any = numpy.random.get_state()
-    return hash(random.getstate()), hash(state[1].tobytes())
-
-
-def _line() -> str:
-    """Return the line of the user's code that runs, and how torch.distributions there is made to read no values."""
-    frame, checks = inspect.currentframe(), False
-    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
-        checks |= frame.f_code.co_filename.startswith(_DISTRIBUTIONS)
-        frame = frame.f_back
-    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
-    text = f"`{textwrap.shorten(line, 90, placeholder=' ...')}`" if line else "in code without a source"
-    return f"{text}, which reads none if it is given validate_args=False" if checks else text
 
 
 def _first_line(error: Exception) -> str:

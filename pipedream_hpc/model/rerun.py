@@ -30,9 +30,9 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.calls import Applied, call_function, call_unwatched, is_watching, unwatched, watched
+from pipedream_hpc.model.functions import function_name
 from pipedream_hpc.model.graph import Call, Key, Notes, Recording, Returned, Scope, Value
 from pipedream_hpc.model.randomness import count_calls, is_seeding, run_drawing, seed_draw
-from pipedream_hpc.model.record import function_name
 from pipedream_hpc.model.structure import at_same_places, map_tensors, tensors_of_value
 
 #: Attribute of a tensor that depends on a call of the graph: functions of it are calls of the graph, too.

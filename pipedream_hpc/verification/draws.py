@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.checksum import checksum
-from pipedream_hpc.model.record import draws_numbers
+from pipedream_hpc.model.drawn import draws_numbers
 from pipedream_hpc.runtime.execution.stage import Stage
 
 #: Operations whose result is nothing but random numbers, of a distribution that does not depend on tensors.

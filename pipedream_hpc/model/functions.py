@@ -1,0 +1,44 @@
+"""Functions of torch that a forward calls: how they are named, and where in the user's code."""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Functions that read the values of a tensor into Python.
+READS_VALUES = frozenset(
+    {
+        *("item", "tolist", "numpy", "is_nonzero", "equal", "allclose", "__contains__"),
+        *("__bool__", "__int__", "__float__", "__index__", "__complex__", "__array__", "__format__"),
+    }
+)
+
+#: Folders of code that is not the user's.
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_DISTRIBUTIONS = str(Path(torch.distributions.__file__).parent)
+
+
+def function_name(function: Any) -> str:
+    """Return the name of a torch function, as a user writes it: `add` of `x + y`, `T` of `x.T`."""
+    name = getattr(function, "__name__", str(function))
+    if name in ("__get__", "__set__"):
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    if name in READS_VALUES:
+        return str(name)
+    return str(name).strip("_") + ("_" if str(name).endswith("_") and not str(name).endswith("__") else "")
+
+
+def line_of_user() -> str:
+    """Return the line of the user's code that runs, and how torch.distributions there is made to read no values."""
+    frame, checks = inspect.currentframe(), False
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        checks |= frame.f_code.co_filename.startswith(_DISTRIBUTIONS)
+        frame = frame.f_back
+    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
+    text = f"`{textwrap.shorten(line, 90, placeholder=' ...')}`" if line else "in code without a source"
+    return f"{text}, which reads none if it is given validate_args=False" if checks else text
