@@ -164,6 +164,18 @@ class Dropping(nn.Module):
         return x
 
 
+def _in_place() -> torch.Tensor:
+    number = torch.ones(())
+    number += torch.rand(())
+    return number - 1
+
+
+def _by_index() -> torch.Tensor:
+    numbers = torch.zeros(2)
+    numbers[0] = torch.rand(())
+    return numbers[0]
+
+
 @pytest.mark.parametrize(
     ("rate", "draw", "is_open"),
     [
@@ -172,6 +184,8 @@ class Dropping(nn.Module):
         (0.5, lambda: torch.rand(1).item(), False),
         (0.5, lambda: torch.empty(1).uniform_(), False),
         (0.5, lambda: torch.randn(1), False),
+        (1e-9, _in_place, False),
+        (1e-9, _by_index, False),
         (0.5, random.random, False),
         (0.0, lambda: torch.rand([]), True),
         (0.0, lambda: (1 - torch.rand(1)).sqrt(), True),

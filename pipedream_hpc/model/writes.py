@@ -38,6 +38,7 @@ def _written_names(function: Any) -> tuple[list[str], frozenset[str]]:
 
 
 def storage_id(tensor: torch.Tensor) -> int:
+    """Return the identity of a tensor's memory, which is unique only while the memory is live (see memory_of)."""
     return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
 
 
