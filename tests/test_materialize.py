@@ -255,7 +255,10 @@ ONCE = functools.cache(lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
             lambda: nn.Sequential(EXISTING, nn.Linear(8, 8)),
             r"returns a model with '0\.0\.weight', of a module that was made before: pass the model itself, or make",
         ),
-        (ONCE, "^the function given as model returns again what it built before: it must build a new model at each"),
+        (
+            ONCE,
+            "^the function given as model returns again what it built before, as with functools.cache: it must",
+        ),
         (nn.Sequential(nn.Linear(8, 8, device="meta")), r"^'0\.weight' of the model is on the meta device and has"),
         (lambda: nn.Sequential(nn.Linear(8, 8, device="meta")), r"^'0\.weight' of the model is on the meta device"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from user_programs import (
     plain,
 )
 
-from pipedream_hpc import Pipeline
+from pipedream_hpc import PipedreamError, Pipeline
 from pipedream_hpc.model.capture import capture
 
 
@@ -128,3 +129,63 @@ def test_no_boundary_lies_in_what_is_checkpointed() -> None:
     assert {"drop", "linear"} <= inside
     assert any({"drop", "tanh", "linear"} <= each for each in layers)
     assert any({"norm", "relu", "dropout"} <= each for each in layers)
+
+
+class Forces(nn.Module):
+    """Returns energies and their gradient, which its own forward takes; `where` says of how much of it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.where = where
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 16)
+        self.c, self.d = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        with torch.enable_grad():
+            if self.where == "all":
+                x = x.detach().requires_grad_()
+            h = self.b(self.a(x).tanh())
+            if self.where == "end":
+                h = h * 1
+            elif self.where == "detached":
+                h = h.detach().requires_grad_()
+            out = self.d(self.c(h).tanh())
+            of = {"all": x, "begin": h}.get(self.where, h)
+            if self.where == "backward":
+                out.sum().backward(retain_graph=True)
+                return out, out
+            (force,) = torch.autograd.grad(out.sum(), of, create_graph=self.training)
+        return out, force
+
+
+def force_loss(output: Any, target: torch.Tensor) -> torch.Tensor:
+    return LOSS(output[0], target) + output[1].square().mean()
+
+
+@pytest.mark.parametrize("where", ["end", "detached"])
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_a_forward_may_take_gradients_of_what_is_in_one_stage(where: str, plan: int) -> None:
+    batches = minibatches()
+    pipeline = assert_trained_alike(partial(Forces, where), plan, batches, force_loss)
+    model = Forces(where)
+    model.load_state_dict(pipeline.state_dict())
+    model.eval()
+    expected = sum(float(force_loss(model(x), target)) for x, target in batches) / len(batches)
+    assert pipeline.evaluate(batches)["loss"] == pytest.approx(expected, rel=1e-5)
+    stages = pipeline.stage_of_parameters()
+    assert stages["c.weight"] == stages["d.weight"] == plan - 1
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("all", r"its forward takes gradients of all of it \(torch.autograd.grad\)"),
+        ("backward", r"its forward calls backward\(\)"),
+    ],
+)
+def test_a_forward_that_takes_gradients_across_stages_is_not_cut(where: str, words: str) -> None:
+    with pytest.raises(PipedreamError, match=f"the model cannot be cut, because {words}"):
+        pipeline_of(Forces(where), 2, minibatches(), force_loss)
+    if where == "all":
+        assert_trained_alike(partial(Forces, where), 1, loss_fn=force_loss)

@@ -49,10 +49,50 @@ def test_a_penalty_over_weights_of_other_stages_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model", "loss_fn"),
     [
-        pytest.param(chain().requires_grad_(False), LOSS, id="frozen"),
+        pytest.param(chain(), lambda output, target: LOSS(output.detach(), target), id="detached"),
         pytest.param(chain(), lambda output, target: torch.zeros(()), id="constant"),
     ],
 )
 def test_a_loss_that_trains_nothing_is_refused(model: nn.Module, loss_fn: Any, plan: int) -> None:
     with pytest.raises(PipedreamError, match="the loss depends on no weight that requires a gradient"):
         pipeline_of(model, plan, minibatches(), loss_fn).fit(minibatches())
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_training_with_all_weights_frozen_since_is_refused(plan: int) -> None:
+    model, batches = chain(), minibatches()
+    pipeline = pipeline_of(model, plan, batches)
+    pipeline.fit(batches)
+    model.requires_grad_(False)
+    with pytest.raises(PipedreamError, match=r"no weight of the model requires a gradient, so nothing would be train"):
+        pipeline.fit(batches)
+    model[4].requires_grad_(True)
+    before = pipeline.state_dict()["4.weight"].clone()
+    pipeline.fit(batches)
+    assert not torch.equal(pipeline.state_dict()["4.weight"], before)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_a_loss_that_reads_what_a_hook_kept_is_right_or_refused(plan: int, detached: bool) -> None:
+    """With plan 1 the feature is there; otherwise the output stage, in which the loss runs, does not have it."""
+
+    def build(kept: list[torch.Tensor]) -> nn.Module:
+        model = chain()
+        model[0].register_forward_hook(
+            lambda module, inputs, output: kept.__setitem__(slice(None), [output.detach() if detached else output])
+        )
+        return model
+
+    def loss_of(kept: list[torch.Tensor]) -> Any:
+        return lambda output, target: LOSS(output, target) * (1 + kept[0].square().mean())
+
+    batches, kept, other = minibatches(), list[torch.Tensor](), list[torch.Tensor]()
+    pipeline = pipeline_of(build(kept), plan, batches, loss_of(kept))
+    if plan > 1:
+        with pytest.raises(PipedreamError, match=r"reads a tensor that a hook .* the loss runs on the output stage"):
+            pipeline.fit(batches)
+        return
+    pipeline.fit(batches)
+    expected = plain(build(other), batches, loss_of(other))
+    assert all(torch.equal(pipeline.state_dict()[name], value) for name, value in expected.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ def test_a_forward_that_holds_a_parameter_itself_is_refused() -> None:
     model, batches = chain(), minibatches()
     weight = model[2].weight
     model[2].forward = lambda x: nn.functional.linear(x, weight)
-    with pytest.raises(PipedreamError, match=r"the forward or the loss of stage \d depends on '2.weight'"):
+    with pytest.raises(PipedreamError, match=r"the forward uses the parameter '2.weight' as .* \(module.weight\)"):
         pipeline_of(model, 2, batches).fit(batches)
 
 
@@ -44,3 +45,48 @@ def test_a_wrapper_takes_a_mapping_as_keyword_arguments() -> None:
     pipeline.fit([({"x": x}, target) for x, target in batches])
     expected = plain(Wrapper(), batches)
     assert all(torch.equal(each, expected[name]) for name, each in pipeline.state_dict().items())
+
+
+class Recalls(nn.Module):
+    """Holds the layers' weights besides the layers, as `how` says."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        layer = self.layers[2]
+        weight = layer.weight
+        if how == "hook":
+            layer.register_forward_hook(lambda module, inputs, output: output + inputs[0] @ weight)
+        elif how == "detached":
+            layer.register_forward_hook(lambda module, inputs, output: output + inputs[0] @ weight.detach())
+        elif how == "outside":
+            self.layers[2] = nn.Identity()
+            self.layers[2].weight, self.layers[2].bias = weight, layer.bias
+            self.layers[2].forward = lambda x: layer(x)
+        elif how == "module":
+            layer.register_forward_hook(lambda module, inputs, output: output + inputs[0] @ module.weight)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+@pytest.mark.parametrize("how", ["hook", "detached", "outside"])
+def test_weights_that_are_held_besides_their_modules_are_refused(how: str, plan: int) -> None:
+    words = r"forward \(.*\): the forward uses the parameter 'layers.2.weight' as .* from its module in the model"
+    batches = minibatches()
+    with pytest.raises(PipedreamError, match=words):
+        pipeline_of(Recalls(how), plan, batches).fit(batches)
+    assert_trained_alike(partial(Recalls, "module"), plan)
+
+
+class Asks(Net):
+    def forward(self, x: torch.Tensor) -> Any:
+        kind = next(self.parameters()).dtype
+        return self.c(self.b(self.a(x.to(kind))).tanh()) * (next(self.parameters()).numel() / 96)
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_a_forward_may_ask_for_dtypes_of_weights(plan: int) -> None:
+    assert_trained_alike(Asks, plan)

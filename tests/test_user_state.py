@@ -317,3 +317,31 @@ def test_a_forward_that_writes_weights_of_its_own_is_not_cut() -> None:
     assert_trained_alike(Outermost, 1)
     with pytest.raises(PipedreamError, match=r"cannot be cut, because its forward writes weight 'b\.weight'"):
         pipeline_of(Outermost(), 2, minibatches())
+
+
+class Recurrent(Net):
+    """Keeps what it computed for one minibatch for the next, where no module has it."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where, self.kept = where, dict[str, torch.Tensor]()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.a(x)
+        before = self.kept.get("h")
+        if self.where == "first":
+            h = h if before is None else h + before
+            self.kept["h"] = h.detach()
+        h = self.b(h).tanh() + (0 if before is None or self.where == "first" else before)
+        if self.where == "last":
+            self.kept["h"] = h.detach()
+        return self.c(h)
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_what_a_forward_keeps_for_the_next_minibatch_is_right_or_refused(where: str) -> None:
+    assert_trained_alike(partial(Recurrent, where), 1)
+    batches = minibatches()
+    for plan in (2, 3):
+        with pytest.raises(PipedreamError, match=r"(kept of|from) an earlier minibatch"):
+            pipeline_of(Recurrent(where), plan, batches).fit(batches)

@@ -213,3 +213,27 @@ def test_a_model_that_reads_values_itself_cannot_be_cut() -> None:
     with pytest.raises(PipedreamError, match=r"cannot be cut, because its Python reads the values of a tensor"):
         pipeline_of(Reads(), 2, minibatches())
     assert_trained_alike(Reads, 1)
+
+
+class Counts(Net):
+    """Calls modules alone, and asks another stage's tensor for its size."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.a(x)
+        samples = h.shape[0]
+        return self.c(self.b(h)), samples
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_a_forward_of_modules_alone_may_ask(plan: int) -> None:
+    batches, seen = minibatches(2) + minibatches(1, samples=5), []
+
+    def loss_fn(output: Any, target: torch.Tensor) -> torch.Tensor:
+        seen.append(output[1])
+        return LOSS(output[0], target) * output[1]
+
+    pipeline = pipeline_of(Counts(), plan, batches, loss_fn)
+    pipeline.fit(batches)
+    assert seen == [8, 8, 5]
+    expected = plain(Counts(), batches, loss_fn)
+    assert all(torch.equal(pipeline.state_dict()[name], value) for name, value in expected.items())

@@ -106,6 +106,8 @@ def capture(
                 real = True
     notes.merge(others)
     layers, edges = group_into_layers(model, training, notes.stateful())
+    if len(layers) == 1 and any(call.differentiates for call in training.calls):
+        closed.setdefault("", "its forward takes gradients of all of it (torch.autograd.grad)")
     return LayerGraph(
         module=model,
         layers=layers,

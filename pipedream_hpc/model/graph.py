@@ -135,6 +135,7 @@ class Call:
         entered: names of the modules that run in it, once for each call of them.
         draws: whether a function draws random numbers.
         checkpoint: number of the checkpointed part that it runs again with in backward; None for none.
+        differentiates: numbers of the calls that it takes gradients of, as torch.autograd.grad does.
     """
 
     number: int
@@ -153,6 +154,7 @@ class Call:
     entered: tuple[str, ...] = ()
     draws: bool = False
     checkpoint: int | None = None
+    differentiates: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -287,6 +289,7 @@ class Notes:
         writes_inputs: whether the model writes into its arguments.
         averages_targets: whether it computes means over targets, of which some may be ignored or weighted.
         checkpoints: whether parts of the forward run again in backward.
+        questions: whether the forward asks for more than tensors, such as x.size(0).
         hooked: modules with forward hooks, which may keep their outputs.
     """
 
@@ -301,6 +304,7 @@ class Notes:
     writes_inputs: bool = False
     averages_targets: bool = False
     checkpoints: bool = False
+    questions: bool = False
     hooked: set[str] = field(default_factory=set)
 
     def merge(self, other: Notes) -> None:
@@ -317,6 +321,7 @@ class Notes:
         self.writes_inputs |= other.writes_inputs
         self.averages_targets |= other.averages_targets
         self.checkpoints |= other.checkpoints
+        self.questions |= other.questions
         self.hooked |= other.hooked
 
     def written_weights(self) -> set[str]:

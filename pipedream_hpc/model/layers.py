@@ -122,11 +122,12 @@ class _Grouping:
                 self._join(range(numbers[0], numbers[-1] + 1))
 
     def _join_checkpointed(self) -> None:
-        """Join the calls that run again together in backward."""
+        """Join the calls that run again together in backward, and those that the forward takes gradients of."""
         parts: dict[int, list[int]] = {}
         for call in self._calls:
             if call.checkpoint is not None:
                 parts.setdefault(call.checkpoint, []).append(call.number)
+            self._join([call.number, *call.differentiates])
         for numbers in parts.values():
             self._join(numbers)
 

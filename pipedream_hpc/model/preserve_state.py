@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pipedream_hpc.model.placeholder import Placeholder
 from pipedream_hpc.model.randomness import preserve_rng_state
 
 
@@ -72,7 +73,7 @@ class Contents:
             return
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
-            if not isinstance(value, nn.Parameter):
+            if not isinstance(value, nn.Parameter | Placeholder):
                 self.tensors.append(value)
         elif isinstance(value, tuple):
             for item in value:

@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.checksum import checksum
+from pipedream_hpc.model.placeholder import Placeholder
 
 #: Builds a model; called more than once, it must build the same model every time.
 ModelFactory = Callable[[], nn.Module]
@@ -159,8 +160,8 @@ class ModelRecipe:
         made = _by_name(model)
         if any(tensor.is_meta for tensor in made.values()):
             raise PipedreamError(
-                "the function given as model returns again what it built before: it must build a new model at each "
-                "call, or pass the built model"
+                "the function given as model returns again what it built before, as with functools.cache: it must "
+                "build a new model at each call, or pass the built model"
             )
         if {name: tensor.shape for name, tensor in made.items()} != self._shapes:
             raise PipedreamError(
@@ -246,7 +247,7 @@ def tensors_of(model: nn.Module) -> Iterator[TensorPlace]:
     for path, module in list(model.named_modules(remove_duplicate=False)):
         for held in (module._parameters, module._buffers, vars(module)):
             for key, value in list(held.items()):
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, torch.Tensor) and not isinstance(value, Placeholder):
                     yield TensorPlace(f"{path}.{key}" if path else key, module, key, value)
 
 

@@ -150,6 +150,7 @@ class _Recorder:
         self._module_calls: Counter[str] = Counter()
         self._within: list[str] = []  # names of the modules whose code runs, also of those in modules kept whole
         self._in_call = False
+        self._graph: dict[Any, int] = {}  # number of the call that put out what has this node in autograd's graph
         self._checkpoint: int | None = None  # number of the checkpointed part that runs
         self._generators = python_generators()
         self._entered: list[str] = []  # by the call that is being recorded
@@ -286,6 +287,8 @@ class _Recorder:
             return returned
         if name in READS_VALUES:
             raise CannotOpenError(self._within[-1], f"its Python reads the values of a tensor ({line_of_user()})")
+        if function == torch.Tensor.backward:
+            raise CannotOpenError(self._within[-1], "its forward calls backward()")
         return self._record(Call(0, name, function=function), function, args, kwargs)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -387,6 +390,7 @@ class _Recorder:
         with self._fake or nullcontext():
             returned = map_tensors(output, returned)
         if call.module is None and not tensors_of_value(returned) and not written:
+            self.notes.questions = True
             return returned  # a question, such as x.size(0)
         number = len(self._calls)
         arguments = {id(each): position for position, each in reversed(list(enumerate(originals)))}
@@ -401,6 +405,9 @@ class _Recorder:
         if call.function is not None:
             call.name = self._numbered(call.name)
         call.checkpoint = self._checkpoint
+        if call.function is torch.autograd.grad:
+            call.differentiates = self._calls_between(*args[:2], **kwargs)
+        self._graph.update((each.grad_fn, number) for _, each in outputs if each.grad_fn is not None)
         call.draws = call.function is not None and counter.draws
         if call.draws:
             self._note_draw(run)
@@ -440,6 +447,22 @@ class _Recorder:
         if self._scopes:
             self._scopes[-1].items.append(call)
         return returned
+
+    def _calls_between(self, outputs: Any, inputs: Any, **_: Any) -> tuple[int, ...]:
+        """Return the calls by which some tensors were computed from others, and those that put these out.
+
+        The others may become leaves of autograd's graph there: h.detach().requires_grad_().
+        """
+        todo = [each.grad_fn for each in tensors_of_value(outputs)]
+        found = [each.grad_fn for each in tensors_of_value(inputs)]
+        seen = set(found)
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                found.append(node)
+                todo += [each for each, _ in node.next_functions]
+        return tuple(self._graph[node] for node in found if node in self._graph)
 
     def _describe(self, returned: Any, given: list[torch.Tensor]) -> tuple[Any, list[tuple[torch.Tensor, Key | None]]]:
         """Return the return value with a Returned in place of each tensor; and the tensors with their keys."""

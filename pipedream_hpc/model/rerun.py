@@ -27,16 +27,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import TorchFunctionMode
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.calls import Applied, call_function, call_unwatched, is_watching, unwatched, watched
 from pipedream_hpc.model.functions import function_name
 from pipedream_hpc.model.graph import Call, Key, Notes, Recording, Returned, Scope, Value
+from pipedream_hpc.model.placeholder import MARK, Placeholder
 from pipedream_hpc.model.randomness import count_calls, is_seeding, run_drawing, seed_draw
 from pipedream_hpc.model.structure import at_same_places, map_tensors, tensors_of_value
-
-#: Attribute of a tensor that depends on a call of the graph: functions of it are calls of the graph, too.
-_MARK = "_pipedream_call"
 
 
 class _Left(BaseException):
@@ -44,11 +43,16 @@ class _Left(BaseException):
 
 
 class _ShownError(Exception):
-    """A hook computes with the output of a call that another stage makes."""
+    """A hook needs the values of the output of a call that another stage makes."""
 
 
 #: Answers to questions about a tensor that are the same whenever it is asked.
 _ANSWERS = (int, torch.Size, torch.dtype, torch.device, torch.layout)
+
+_KEPT = (
+    "the model's forward uses a tensor that it has kept of an earlier minibatch, or of another forward, which stages "
+    "cannot pass on: keep it in a module of its own, which one stage runs, or use plan 1"
+)
 
 #: Key of a placeholder for one of the model's arguments.
 INPUT: Key = (-1, 0)
@@ -58,17 +62,21 @@ class _Needed(BaseException):
     """The stage needs the model's arguments."""
 
 
-class Placeholder(torch.Tensor):
-    """Stands for a tensor that another stage has."""
+class _Showing(TorchFunctionMode):
+    """Answers functions of what is shown to a hook.
 
-    key: Key | None
+    Args:
+        answer: computes a function of tensors of which some depend on calls of the graph.
+    """
 
-    @staticmethod
-    def make(key: Key | None) -> Placeholder:
-        made: Placeholder = torch.Tensor._make_subclass(Placeholder, torch.empty(0, device="meta"))
-        setattr(made, _MARK, True)
-        made.key = key
-        return made
+    def __init__(self, answer: Callable[..., Any]) -> None:
+        super().__init__()
+        self._answer = answer
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = tensors_of_value((args, kwargs or {}))
+        marked = any(isinstance(each, nn.Parameter) or MARK in each.__dict__ for each in given)
+        return self._answer(function, args, kwargs or {}) if marked else function(*args, **(kwargs or {}))
 
 
 class Step:
@@ -262,7 +270,9 @@ class StageForward:
         self._end = len(steps) if is_last or not own else own[-1] + 1
         self._placeholders: dict[Key, Placeholder] = {}
         self._position = 0
-        self._trying = self._showing = self._making = False
+        self._trying = self._making = False
+        self._run: Any = None  # of the forward: what its tensors are marked with
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._n_checkpointed = 0  # checkpointed parts that run, one in another
         self._n_draws = 0
         self._n_received = len({number for step in steps for number in step.received.values()})
@@ -295,12 +305,12 @@ class StageForward:
                 for *_, slot in steps[-1].captures:
                     outputs[slot] = value
                 return outputs, value if self._is_last else None
-        self._n_draws, self._making = 0, False
+        self._n_draws, self._making, self._run = 0, False, object()
         self._position, self._received, self._outputs = 0, received, [None] * self._n_outputs
         self._aliases, self._given, self._values = {}, (args, kwargs), {}
         if self._functions:
             for tensor in received:
-                setattr(tensor, _MARK, True)
+                setattr(tensor, MARK, self._run)
         returned = None
         try:
             if self._end == 0 and not self._is_last:
@@ -333,14 +343,14 @@ class StageForward:
     def checkpointed(self, arguments: Any) -> Iterator[Callable[[Any], AbstractContextManager[None]]]:
         """Make a part of the forward run again from here in backward (see checkpoints.Begin)."""
         watching = is_watching(self)
-        marked = [_MARK in each.__dict__ for each in tensors_of_value(arguments)]
+        marked = [MARK in each.__dict__ for each in tensors_of_value(arguments)]
         here = self._here()
 
         @contextmanager
         def again(arguments: Any) -> Iterator[None]:
             for each, is_marked in zip(tensors_of_value(arguments), marked, strict=True):
                 if is_marked:
-                    setattr(each, _MARK, True)
+                    setattr(each, MARK, here[0])
             now, outputs = self._here(), self._outputs
             self._go(here)
             self._outputs = [None] * self._n_outputs
@@ -363,10 +373,12 @@ class StageForward:
 
     def _here(self) -> tuple[Any, ...]:
         """Return where in the forward it is."""
-        return self._position, self._n_draws, self._received, dict(self._aliases), self._given, self._values
+        now = self._run, self._position, self._n_draws, self._received
+        return *now, dict(self._aliases), self._given, self._values
 
     def _go(self, where: tuple[Any, ...]) -> None:
-        self._position, self._n_draws, self._received, self._aliases, self._given, self._values = where
+        self._run, self._position, self._n_draws, self._received = where[:4]
+        self._aliases, self._given, self._values = where[4:]
 
     def _watched(self) -> AbstractContextManager[None]:
         return watched(self, functions=self._functions, applied=self._applies)
@@ -411,14 +423,12 @@ class StageForward:
         return self._made(step, returned, args, kwargs)
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if not _is_marked(args) and not (kwargs and _is_marked(tuple(kwargs.values()))):
+        if not self._is_marked(args) and not (kwargs and self._is_marked(tuple(kwargs.values()))):
             if self._drawing and function in self._drawing:
                 returned, drew = run_drawing(self._n_draws, lambda: function(*args, **kwargs))
                 self._n_draws += drew
                 return returned
             return call_function(function, args, kwargs)
-        if self._showing:
-            raise _ShownError
         step = self._steps[self._position] if self._position < len(self._steps) else None
         if step is None or step.function != function:
             return self._question(function, args, kwargs)
@@ -430,7 +440,16 @@ class StageForward:
         if self._aliases:
             args, kwargs = self._with_aliases((args, kwargs))
         self._making = True
-        return self._made(step, call_function(function, args, kwargs), args, kwargs)
+        try:
+            returned = call_function(function, args, kwargs)
+        except RuntimeError as error:
+            if function is not torch.autograd.grad:
+                raise
+            raise PipedreamError(
+                f"torch.autograd.grad in the model's forward failed in a stage: {error}: let a module of its own "
+                "compute what gradients are taken of, and take them"
+            ) from error
+        return self._made(step, returned, args, kwargs)
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -442,7 +461,7 @@ class StageForward:
             tensors = [returned] if isinstance(returned, torch.Tensor) else tensors_of_value(returned)
             if self._functions or self.after is not None:
                 for tensor in tensors:
-                    setattr(tensor, _MARK, True)
+                    setattr(tensor, MARK, self._run)
             if len(tensors) != step.n_returned:
                 tensors = step.as_recorded(returned)
             given = tensors_of_value((args, kwargs)) if step.replaces else []
@@ -460,7 +479,7 @@ class StageForward:
                 ]
                 for output in outputs:
                     if output is not None:
-                        setattr(output, _MARK, True)
+                        setattr(output, MARK, self._run)
                 if self.after is not None:
                     with unwatched():
                         self.after(step, outputs)
@@ -481,7 +500,7 @@ class StageForward:
             given = tensors_of_value((args, kwargs))
             for found in step.replaces:
                 old = given[found.position]
-                setattr(old, _MARK, True)
+                setattr(old, MARK, self._run)
                 self._aliases[id(old)] = (old, self._stand_in(step, found.key))
         if isinstance(step.returned, Returned) and step.returned.argument is None and step.returned.key is not None:
             returned = self._stand_in(step, step.returned.key)
@@ -505,19 +524,27 @@ class StageForward:
     def _show_to_hooks(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], returned: Any
     ) -> None:
-        """Let hooks that only keep a module's output, as for a loss of routers, have what stands for it."""
-        self._showing = True
+        """Let hooks that keep a module's output, as for a loss of routers, have what stands for it."""
+        for number, hook in module._forward_hooks.items():
+            if is_seeding(hook):
+                continue
+            with suppress(_ShownError), _Showing(self._shown):
+                if number in module._forward_hooks_with_kwargs:
+                    hook(module, args, kwargs, returned)
+                else:
+                    hook(module, args, returned)
+
+    def _shown(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return what stands for a function of what another stage has; the stage of the hook's module computes it."""
+        if self._trying:
+            raise _Needed  # for the shapes
         try:
-            for number, hook in module._forward_hooks.items():
-                if is_seeding(hook):
-                    continue
-                with suppress(_ShownError):
-                    if number in module._forward_hooks_with_kwargs:
-                        hook(module, args, kwargs, returned)
-                    else:
-                        hook(module, args, returned)
-        finally:
-            self._showing = False
+            args, kwargs = map_tensors(self._without_values, (args, kwargs))
+            with self._fake:
+                answer = function(*args, **kwargs)
+        except Exception as error:
+            raise _ShownError from error
+        return map_tensors(lambda each: Placeholder.make(None, each), answer)
 
     def _stand_in(self, step: Step, key: Key | None) -> Any:
         number = None if key is None else step.received.get(key)
@@ -526,7 +553,9 @@ class StageForward:
         assert key is not None
         if key not in self._placeholders:
             self._placeholders[key] = Placeholder.make(key)
-        return self._placeholders[key]
+        placeholder = self._placeholders[key]
+        setattr(placeholder, MARK, self._run)
+        return placeholder
 
     def _with_aliases(self, value: Any) -> Any:
         return map_tensors(lambda each: self._aliases.get(id(each), (each, each))[1], value)
@@ -558,8 +587,10 @@ class StageForward:
     def _without_values(self, tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, Placeholder):
             return tensor
+        if tensor.without_values is not None:
+            return tensor.without_values
         value = self._value_of(tensor)
-        with FakeTensorMode():
+        with self._fake:
             return torch.empty(value.shape, dtype=value.dtype, device=self.device, requires_grad=value.needs_gradient)
 
     def _value_of(self, placeholder: Placeholder) -> Value:
@@ -569,6 +600,26 @@ class StageForward:
         if key not in self._values:
             self._values[key] = self._shapes(*self._given, key)
         return self._values[key]
+
+    def _is_marked(self, values: Sequence[Any]) -> bool:
+        """Return whether a tensor among some arguments depends on a call of the graph.
+
+        Raises:
+            PipedreamError: on a call of an earlier run.
+        """
+        marked = False
+        for each in values:
+            if isinstance(each, torch.Tensor):
+                run = each.__dict__.get(MARK)
+                if run is None:
+                    marked = marked or isinstance(each, nn.Parameter)
+                elif run is self._run or run is True:
+                    marked = True
+                else:
+                    raise PipedreamError(_KEPT)
+            elif isinstance(each, list | tuple) and self._is_marked(each):
+                marked = True
+        return marked
 
     def _other_path(self, what: str) -> PipedreamError:
         expected = self._steps[self._position].name if self._position < len(self._steps) else "the end"
@@ -598,6 +649,9 @@ def _direct_chain(model: nn.Module, steps: Sequence[Step]) -> tuple[Sequence[Ste
         return None
     first, last = own[0], own[-1]
     calls = steps[first : last + 1]
+    shown = (step.module for step in steps if not step.own and step.module is not None)
+    if any(not is_seeding(hook) for module in shown for hook in module._forward_hooks.values()):
+        return None
     if len(calls) != len(own) or any(step.counts for step in steps) or any(step.captures for step in calls[:-1]):
         return None
     if not isinstance(calls[-1].returned, Returned):
@@ -657,14 +711,3 @@ def _returned(template: Any) -> list[Returned]:
 def fill_template(fill: Callable[[Any], Any], template: Any) -> Any:
     """Return a recorded return value with fill(each) in place of every Returned."""
     return map_tensors(fill, template, leaf=Returned)
-
-
-def _is_marked(values: Sequence[Any]) -> bool:
-    """Return whether a tensor among some arguments depends on a call of the graph."""
-    for each in values:
-        if isinstance(each, torch.Tensor):
-            if isinstance(each, nn.Parameter) or _MARK in each.__dict__:
-                return True
-        elif isinstance(each, list | tuple) and _is_marked(each):
-            return True
-    return False

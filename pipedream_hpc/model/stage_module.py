@@ -24,10 +24,11 @@ from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.calls import Applied, watch_modules
 from pipedream_hpc.model.checkpoints import checkpoints
 from pipedream_hpc.model.graph import Call, LayerGraph, modes_restored
+from pipedream_hpc.model.placeholder import Placeholder
 from pipedream_hpc.model.preserve_state import Contents, contents_restored
 from pipedream_hpc.model.randomness import seeding_from_here
 from pipedream_hpc.model.recipe import TensorPlace, tensors_of
-from pipedream_hpc.model.rerun import INPUT, Placeholder, StageForward, Step, steps_of
+from pipedream_hpc.model.rerun import INPUT, StageForward, Step, steps_of
 from pipedream_hpc.model.structure import map_tensors
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class StageModule:
         written_inputs: positions of stage inputs that the stage writes into in place.
         state: (container, key) of what forwards change, besides running statistics.
         runs_modules_in_backward: whether an autograd.Function of the stage calls modules, as reversible layers do.
+        takes_gradients: whether forwards take gradients of their own, in evaluation as well.
         bound: what the entries point at; replicas in one process have it in common (see WeightStash).
     """
 
@@ -102,6 +104,7 @@ class StageModule:
             step.own and isinstance(step.function, Applied) and isinstance(step.item, Call) and step.item.entered
             for step in self._steps
         )
+        self.takes_gradients = any(step.own and step.function is torch.autograd.grad for step in self._steps)
         self.bound: list[Any] = [None]
         self._checkpoints = self._graph.notes.checkpoints
         self._private: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -293,6 +296,11 @@ class StageModule:
         named = [*self._model.named_parameters(), *self._model.named_buffers()]
         return {id(each): name for name, each in named if name not in own}
 
+    def first_weights(self) -> list[tuple[nn.Parameter, str]]:
+        """Return the trained parameters that the user's model had at first, as far as they exist, with their names."""
+        alive = ((weight(), name) for weight, name in self._originals)
+        return [(weight, name) for weight, name in alive if weight is not None and weight.requires_grad]
+
     def name_of(self, leaf: torch.Tensor) -> str:
         """Return a text that names a leaf of autograd's graph that is none of the stage's weights."""
         for name, parameter in self._model.named_parameters():
@@ -385,7 +393,9 @@ class StageModule:
             opened,
             len(self._sent),
             is_last=self.is_last,
-            functions=any(step.function is not None for step in steps) or bool(graph.notes.random_functions),
+            functions=any(step.function is not None for step in steps)
+            or graph.notes.questions
+            or bool(graph.notes.random_functions),
             drawing=frozenset(graph.notes.drawing),
             shapes=graph.shapes[training],
             device=graph.device,

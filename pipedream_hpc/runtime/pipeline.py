@@ -449,8 +449,23 @@ class Pipeline:
         for stage in self.stages:
             stage.optimizer.check_steps(minibatches)
 
+    def _check_trains(self) -> None:
+        """Refuse to train where all weights are frozen, in whatever stage: the user's model shows those of all.
+
+        Raises:
+            PipedreamError: no weight requires a gradient.
+        """
+        loss_fn = self._run.setup.loss_fn
+        modules = [self._run.deployment.graph.module, *([loss_fn] if isinstance(loss_fn, nn.Module) else [])]
+        if not any(weight.requires_grad for module in modules for weight in module.parameters()):
+            raise PipedreamError(
+                "no weight of the model requires a gradient, so nothing would be trained: thaw some with "
+                "requires_grad_(True)"
+            )
+
     def _training_pass(self, loader: Any, total: int, *, publish: bool) -> Generator[Stepped, None, list[float]]:
         self._check_lr_schedulers(total)
+        self._check_trains()
         if not self._peak.begun:
             tensors = self._run.deployment.edge_tensors
             stages = [(stage.state, stage.channels) for stage in self.stages]

@@ -1,15 +1,23 @@
-"""Others' weights: a loss or a metric must not read weights of other stages, which are not here, or not the newest."""
+"""Others' weights: what is not here, or is not the newest, must not be read.
+
+A loss or a metric must not read weights of other stages. No forward may read a weight by itself: every version of it is
+another tensor, which only the modules of the model have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.placeholder import Placeholder
+from pipedream_hpc.model.structure import tensors_of_value
 
 
 class ForbiddenTensors(TorchFunctionMode):
@@ -28,9 +36,58 @@ class ForbiddenTensors(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for leaf in tree_leaves((args, kwargs or {})):
-            if isinstance(leaf, torch.Tensor) and id(leaf) in self._names:
-                raise PipedreamError(
-                    f"the loss or a metric reads '{self._names[id(leaf)]}', which another stage has: let it use the "
-                    "model's output alone, and return what it needs from the model's forward"
-                )
+            if isinstance(leaf, torch.Tensor):
+                self._check(leaf)
         return function(*args, **(kwargs or {}))
+
+    def _check(self, tensor: torch.Tensor) -> None:
+        if id(tensor) in self._names:
+            raise PipedreamError(self.sentence(self._names[id(tensor)]))
+
+    def sentence(self, name: str) -> str:
+        """Say what is wrong with a tensor of this name."""
+        raise NotImplementedError
+
+
+class OthersTensors(ForbiddenTensors):
+    """Refuses a loss or a metric that reads weights of other stages, or what hooks have kept of their calls."""
+
+    def _check(self, tensor: torch.Tensor) -> None:
+        super()._check(tensor)
+        if isinstance(tensor, Placeholder | FakeTensor):
+            raise PipedreamError(
+                "the loss or a metric reads a tensor that a hook or a module has kept, and that another stage has: "
+                "the loss runs on the output stage; return from the model's forward what it needs"
+            )
+
+    def sentence(self, name: str) -> str:
+        return (
+            f"the loss or a metric reads '{name}', which another stage has: let it use the model's output alone, and "
+            "return what it needs from the model's forward"
+        )
+
+
+class HeldWeights(ForbiddenTensors):
+    """Refuses a forward that reads a weight of the model other than from its module.
+
+    Args:
+        first: the parameters that the model had before versions of them took their places, with their names.
+    """
+
+    def __init__(self, first: Sequence[tuple[nn.Parameter, str]]) -> None:
+        super().__init__({id(weight): name for weight, name in first})
+        self._first = first  # which keeps their identities their own
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = function(*args, **(kwargs or {}))
+        if tensors_of_value(returned):  # and not a question, such as next(model.parameters()).dtype
+            for leaf in tensors_of_value((args, kwargs)):
+                self._check(leaf)
+        return returned
+
+    def sentence(self, name: str) -> str:
+        return (
+            f"the forward uses the parameter '{name}' as a hook, a closure, a list or a module outside the model holds "
+            "it, and would not see it trained: every version of a weight is another tensor; take it from its module "
+            f"in the model when the forward runs (module.{name.rpartition('.')[2]})"
+        )

@@ -63,7 +63,7 @@ from pipedream_hpc.runtime.execution.data import MicrobatchLoader
 from pipedream_hpc.runtime.execution.loss_means import LossMeans
 from pipedream_hpc.runtime.execution.loss_meter import LossMeter
 from pipedream_hpc.runtime.execution.memory_probe import MemoryProbe
-from pipedream_hpc.runtime.execution.others_weights import ForbiddenTensors
+from pipedream_hpc.runtime.execution.others_weights import HeldWeights, OthersTensors
 from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.score import Score, ScoreFn, read_score
 from pipedream_hpc.runtime.execution.split_backward import SplitBackward
@@ -187,6 +187,7 @@ class Stage:
         self._counted: bool | None = None  # whether the loss is a pair (sum, count), once that is known
         self._n_stepped = 0  # microbatches of the pass that an optimizer step has learned from
         self._publishes = self._scored = False
+        self._compiled = compile_backend is not None
         self._whole_loss = whole_loss
         self.is_last = stage_module.is_last
         #: Whether it reads inputs or targets from the data set.
@@ -317,7 +318,7 @@ class Stage:
             tensors = [_permuted(each, order) for each, order in zip(tensors, orders, strict=True)]
         # Leaves on the slot's memory, without a copy: autograd puts the gradient to send back into their `.grad`.
         state.stage_inputs[action.peer_stage] = [
-            tensor.detach().requires_grad_(self._training and needed)
+            tensor.detach().requires_grad_(needed and (self._training or self.stage_module.takes_gradients))
             for tensor, needed in zip(tensors, self._needs_gradient[action.peer_stage], strict=True)
         ]
 
@@ -352,7 +353,8 @@ class Stage:
             if not self._training and not state.sends_left:
                 self._finish(microbatch, state)
             return
-        leaves = [leaf for leaf in state.stage_inputs.pop(action.peer_stage) if leaf.requires_grad]
+        received = zip(state.stage_inputs.pop(action.peer_stage), self._needs_gradient[action.peer_stage], strict=True)
+        leaves = [leaf for leaf, needed in received if needed]  # a forward may want gradients of others
         # An input that no output depends on has no gradient: send zeros.
         input_gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         if self._reorders:
@@ -466,6 +468,8 @@ class Stage:
             within.append(watched)
         if self._split_backward is not None and state.split and graph:
             within.append(self._split_backward.recording(microbatch))
+        if self._training and self.memory_probe.microbatch_bytes is None and not self._compiled:
+            within.append(HeldWeights(self.stage_module.first_weights()))
         with _entering(around):
             with _entering(within), self._seeding:
                 outputs, returned = self.stage_module.run(state.arguments, leaves)
@@ -478,7 +482,7 @@ class Stage:
                 watched.end_forward()
                 computing.append(watched)
             if not self._scored:
-                computing.append(ForbiddenTensors(self.stage_module.weights_of_others()))
+                computing.append(OthersTensors(self.stage_module.weights_of_others()))
             with _entering(computing):
                 scores = self._score_fn(returned, target)
             self._scored = True

@@ -288,8 +288,9 @@ def _staged(stages: list[StageModule], arguments: Arguments, training: bool, res
     output = None
     for stage in stages:
         stage.train(training)
+        gradients = training or stage.takes_gradients
         own = [
-            sent[value.name].detach().clone().requires_grad_(training and value.needs_gradient)
+            sent[value.name].detach().clone().requires_grad_(gradients and value.needs_gradient)
             if value.name in sent
             else torch.empty(0)
             for _, value in stage.stage_inputs

@@ -119,7 +119,7 @@ def _results(
     no_values = {value.name for call in partition.graph.training.calls if call.kind in _EMPTY for value in call.values}
     has_values = [value.name not in no_values for value in stage.stage_outputs]
     leaves = [
-        tensor.clone().requires_grad_(training and value.needs_gradient)
+        tensor.clone().requires_grad_(value.needs_gradient and (training or stage.takes_gradients))
         for tensor, value in zip(boundary, inputs, strict=True)
     ]
 
