@@ -12,6 +12,7 @@ from typing import Any
 import numpy
 import torch
 
+from pipedream_hpc.model.calls import unwatched
 from pipedream_hpc.model.functions import READS_VALUES, function_name
 from pipedream_hpc.model.structure import map_tensors, tensors_of_value
 
@@ -51,30 +52,37 @@ class Drawn:
     def __init__(self) -> None:
         self._found: dict[int, _Tensor] = {}
 
-    def follow(
-        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], returned: Any
-    ) -> bool:
-        """Note what a function that has been called returns, if it draws or takes what was drawn.
+    def call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], run: Callable[[], Any]
+    ) -> tuple[Any, bool]:
+        """Call a function; note what it returns or writes, if it draws or takes what was drawn.
+
+        Args:
+            function: the function.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            run: calls it with them.
 
         Returns:
-            whether it told Python something that depends on what was drawn.
+            what it returns, and whether that tells Python something that depends on what was drawn.
         """
         name = function_name(function)
         given = [self._found[id(each)] for each in tensors_of_value((args, kwargs)) if id(each) in self._found]
         if name not in DRAWING and not given:
-            return False
+            return run(), False
         ends: tuple[Any, Any] | None = None
+        if name not in DRAWING and all(each.ends is not None for each in given):
+            with suppress(Exception), unwatched():  # it may not be defined there
+                ends = self._at_end(0, function, args, kwargs), self._at_end(1, function, args, kwargs)
+        returned = run()
         if name in _FRACTIONS:
             most = 1 - torch.finfo(returned.dtype).eps / 2
             ends = torch.zeros_like(returned), torch.full_like(returned, most)
-        elif name not in DRAWING and all(each.ends is not None for each in given):
-            with suppress(Exception):  # it may not be defined there
-                ends = self._at_end(0, function, args, kwargs), self._at_end(1, function, args, kwargs)
         written = args[:1] if returned is None else returned  # as by x[0] = ...
         smallest, largest = (tensors_of_value(end) for end in ends or (None, None))
         for position, each in enumerate(tensors_of_value(written)):
             self._found[id(each)] = _Tensor(each, None if ends is None else (smallest[position], largest[position]))
-        return name in READS_VALUES and (ends is None or not numpy.array_equal(*ends))
+        return returned, name in READS_VALUES and (ends is None or not numpy.array_equal(*ends))
 
     def _at_end(self, end: int, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return what a function returns, or else writes, for the smallest or for the largest random numbers."""

@@ -278,9 +278,7 @@ class _Recorder:
             if any(isinstance(each, FakeTensor) for each in given):
                 raise CannotOpenError(self._within[-1], f"{name} uses a tensor that no module has returned")
             with _Writes(self) if any(storage_id(each) in self._owned for each in given) else nullcontext():
-                returned = function(*args, **kwargs)
-            with unwatched_functions(self):
-                reads = self._drawn.follow(function, args, kwargs, returned)
+                returned, reads = self._drawn.call(function, args, kwargs, lambda: function(*args, **kwargs))
             if reads:
                 reason = f"its Python decides by random numbers that it draws ({line_of_user()})"
                 raise CannotOpenError(self._within[-1], reason)

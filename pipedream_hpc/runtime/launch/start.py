@@ -132,12 +132,11 @@ def plan_for(
 def _why_no_cut(graph: LayerGraph) -> str:
     """Return which modules with many others in them cannot be cut, and why."""
     if "" in graph.closed:
+        reason = graph.closed[""]
         remedy = (
-            ": put what does that into a module of its own"
-            if graph.closed[""].startswith(("its Python", "its forward"))
-            else ""
+            ": put what does that into a module of its own" if reason.startswith(("its Python", "its forward")) else ""
         )
-        return f"the model cannot be cut, because {graph.closed['']}{remedy}"
+        return f"the model cannot be cut, because {reason}{remedy}"
     return "; ".join(
         f"'{name}' cannot be cut, because {reason}"
         for name, reason in graph.closed.items()
