@@ -58,14 +58,44 @@ class ReversibleLayers(Net):
         self.f = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)])
 
     def forward(self, x: torch.Tensor) -> Any:
-        h = Reversible.apply(self.a(x), self.f[0], self.f[1])
-        return self.c(Reversible.apply(self.b(h), self.f[2], self.f[3]))
+        h = self.residual(self.a(x), self.f[0], self.f[1])
+        return self.c(self.residual(self.b(h), self.f[2], self.f[3]))
+
+    def residual(self, x: torch.Tensor, f: nn.Module, g: nn.Module) -> torch.Tensor:
+        return Reversible.apply(x, f, g)  # type: ignore[no-any-return]
+
+
+class KeptLayers(ReversibleLayers):
+    """The same layers; autograd keeps their inputs."""
+
+    def residual(self, x: torch.Tensor, f: nn.Module, g: nn.Module) -> torch.Tensor:
+        one, other = x.chunk(2, -1)
+        one = one + f(other)
+        return torch.cat([one, other + g(one)], -1)
 
 
 @pytest.mark.parametrize("plan", [1, 2, 3])
 @pytest.mark.parametrize("build", [ReversedInAModule, ReversedInTheForward, Checkpointed, ReversibleLayers])
 def test_a_custom_backward_runs(build: Callable[[], nn.Module], plan: int) -> None:
     assert_trained_alike(build, plan)
+
+
+def test_modules_in_a_backward_run_on_the_weights_of_their_forward() -> None:
+    """1F1B with three stages, where newer weights are there before a backward."""
+    batches, trained = minibatches(8), []
+    for build in (ReversibleLayers, KeptLayers):
+        pipeline = Pipeline(
+            build(),
+            loss_fn=LOSS,
+            optimizer=SGD,
+            example_inputs=batches[0][0],
+            plan=3,
+            cut_points=["b", "c"],
+            schedule="1f1b",
+        )
+        pipeline.fit(batches)
+        trained.append(pipeline.state_dict())
+    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
 
 
 class Parts(Net):

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from user_programs import LOSS, Masks, Noisy, assert_trained_alike, minibatches, pipeline_of, plain
 
+from pipedream_hpc.model.capture import capture
+
 
 class Siamese(nn.Module):
     def __init__(self) -> None:
@@ -82,3 +84,23 @@ def test_a_question_leaves_what_autograd_has_saved(plan: int) -> None:
     pipeline.fit(batches)
     expected = plain(AsksWithValues(), batches)
     torch.testing.assert_close(pipeline.state_dict(), expected, rtol=0, atol=1e-5)
+
+
+class Twice(nn.Module):
+    """Calls one BatchNorm early and late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+        self.norm = nn.BatchNorm1d(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(self.norm(self.b(self.norm(self.a(x)).relu())))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_all_calls_of_a_batchnorm_are_in_one_stage(plan: int) -> None:
+    assert_trained_alike(Twice, plan)
+    layers = capture(Twice(), minibatches()[0][0]).layers
+    assert [sum(call.name == "norm" for call in layer.calls) for layer in layers] == [0, 2, 0]

@@ -96,3 +96,11 @@ def test_a_loss_that_reads_what_a_hook_kept_is_right_or_refused(plan: int, detac
     pipeline.fit(batches)
     expected = plain(build(other), batches, loss_of(other))
     assert all(torch.equal(pipeline.state_dict()[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("plan", [1, 2])
+def test_an_optimizer_of_other_parameters_is_refused(plan: int) -> None:
+    other, model = chain(), chain()
+    for of in (other, model):
+        with pytest.raises(PipedreamError, match=r"returned a SGD of other parameters than the \d of this stage"):
+            pipeline_of(model, plan, minibatches(), optimizer=lambda _, of=of: SGD(of.parameters()))

@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from user_programs import LOSS, SGD, Auxiliary, Net, Residual, assert_trained_alike, auxiliary_loss, minibatches, plain
+from user_programs import (
+    LOSS,
+    SGD,
+    Auxiliary,
+    Net,
+    Residual,
+    assert_trained_alike,
+    auxiliary_loss,
+    minibatches,
+    pipeline_of,
+    plain,
+)
 
 from pipedream_hpc import Pipeline, ScheduleConfig
 
@@ -135,3 +146,21 @@ class FrozenNorm(nn.Module):
 def test_an_overridden_train_is_respected(plan: int) -> None:
     pipeline = assert_trained_alike(FrozenNorm, plan)
     assert pipeline.state_dict()["norm.num_batches_tracked"] == 0
+
+
+class SetByHand(FrozenNorm):
+    """As FrozenNorm, but its user sets the normalization to evaluation before training, with norm.eval()."""
+
+    train = nn.Module.train
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_modules_that_the_user_has_set_to_evaluation_stay_so(plan: int) -> None:
+    model, batches = SetByHand(), minibatches()
+    model.norm.eval()
+    pipeline = pipeline_of(model, plan, batches)
+    pipeline.fit(batches)
+    pipeline.evaluate(batches)
+    pipeline.fit(batches)
+    expected = plain(FrozenNorm(), [*batches, *batches])
+    assert all(torch.equal(pipeline.state_dict()[name], value) for name, value in expected.items())

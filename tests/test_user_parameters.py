@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from user_programs import LOSS, SGD, Net, assert_trained_alike, chain, minibatches, pipeline_of
 
-from pipedream_hpc import PipedreamError
+from pipedream_hpc import PipedreamError, Pipeline
 
 
 def test_weights_frozen_between_epochs() -> None:
@@ -77,3 +77,24 @@ def test_an_optimizer_of_names_that_a_stage_does_not_have_is_refused() -> None:
     for each in (model.a, model.b):
         each.requires_grad_(False)
     pipeline_of(model, 3, minibatches(), optimizer=head).fit(minibatches())
+
+
+def test_weights_frozen_between_epochs_are_frozen_in_all_versions() -> None:
+    batches, model = minibatches(8), chain()
+    pipeline = Pipeline(model, loss_fn=LOSS, optimizer=SGD, example_inputs=batches[0][0], plan=3, schedule="1f1b")
+    pipeline.fit(batches)
+    before = {name: value.clone() for name, value in pipeline.state_dict().items()}
+    model[0].requires_grad_(False)
+    pipeline.fit(batches)
+    after = pipeline.state_dict()
+    assert [name for name, value in before.items() if torch.equal(value, after[name])] == ["0.weight", "0.bias"]
+
+
+def test_weights_that_were_frozen_at_first_cannot_be_trained_later() -> None:
+    model = chain()
+    model[0].requires_grad_(False)
+    pipeline = pipeline_of(model, 2, minibatches())
+    pipeline.fit(minibatches())
+    model[0].requires_grad_(True)
+    with pytest.raises(PipedreamError, match=r"parameter '0\.weight' requires a gradient now, but did not when the"):
+        pipeline.fit(minibatches())

@@ -14,8 +14,23 @@ from user_programs import Net, assert_trained_alike, chain, lora, minibatches, p
 from pipedream_hpc import PipedreamError
 
 
+def frozen_first() -> nn.Module:
+    """Return an nn.Sequential that calls its children in turn, but the first of them without gradients."""
+    model = chain()
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = model[0](x)
+        for layer in model[1:]:  # type: ignore[attr-defined]
+            x = layer(x)
+        return x
+
+    model.forward = forward  # type: ignore[method-assign,assignment]
+    return model
+
+
 @pytest.mark.parametrize("plan", [1, 2, 3])
-@pytest.mark.parametrize("build", [patched, lora])
+@pytest.mark.parametrize("build", [patched, lora, frozen_first])
 def test_patches_are_the_users_own(build: Callable[[], nn.Module], plan: int) -> None:
     assert_trained_alike(build, plan)
 
