@@ -26,12 +26,13 @@ class ModulesWithout(Net):
 
 
 class FunctionsWithout(Net):
-    """Calls functions of weights alone in the block."""
+    """Calls a function of a weight in the block."""
 
     def forward(self, x: torch.Tensor) -> Any:
+        h = self.a(x)
         with torch.no_grad():
-            h = nn.functional.linear(x, self.a.weight)
-        return self.c(self.b(h).tanh())
+            scale = nn.functional.linear(h, self.b.weight)
+        return self.c((h + scale).tanh())
 
 
 class FullPrecision(Net):

@@ -237,3 +237,20 @@ def test_a_forward_of_modules_alone_may_ask(plan: int) -> None:
     assert seen == [8, 8, 5]
     expected = plain(Counts(), batches, loss_fn)
     assert all(torch.equal(pipeline.state_dict()[name], value) for name, value in expected.items())
+
+
+class Tied(Net):
+    """Uses a weight of an early module in a late function."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.b(self.a(x)).tanh()
+        return self.c(nn.functional.linear(h, self.b.weight).tanh())
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3, 4])
+def test_a_weight_that_two_stages_use_is_trained(plan: int) -> None:
+    batches = minibatches()
+    pipeline = pipeline_of(Tied(), plan, batches)
+    pipeline.fit(batches)
+    # Its gradient is a sum, which stages add up in another order.
+    torch.testing.assert_close(pipeline.state_dict(), plain(Tied(), batches), rtol=1e-6, atol=1e-7)
