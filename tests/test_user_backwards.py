@@ -98,6 +98,30 @@ def test_modules_in_a_backward_run_on_the_weights_of_their_forward() -> None:
     torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
 
 
+class CheckpointedModules(Net):
+    """Checkpoints modules, and calls no function itself."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.a(x)
+        for _ in range(2):
+            h = checkpoint(self.b, h, use_reentrant=self.reentrant)
+        return self.c(h)
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3, 4])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_modules_may_be_those_of_other_stages(reentrant: bool, plan: int) -> None:
+    batches = minibatches()
+    pipeline = pipeline_of(CheckpointedModules(reentrant), plan, batches)
+    pipeline.fit(batches)
+    expected = plain(CheckpointedModules(reentrant), batches)
+    torch.testing.assert_close(pipeline.state_dict(), expected, rtol=2e-6, atol=2e-7)
+
+
 class Parts(Net):
     """Two parts, each of two modules and functions that draw; `reentrant` is None where nothing is checkpointed."""
 

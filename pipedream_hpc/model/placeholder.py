@@ -18,6 +18,14 @@ MARK = "_pipedream_call"
 #: What may be done with a placeholder that a module or a hook keeps: copy, save and print the module.
 _HARMLESS = frozenset({"__deepcopy__", "__reduce_ex__", "__repr__", "__format__"})
 
+#: What torch.utils.checkpoint asks of the arguments of a part, also where the part is another stage's.
+_ASKED = frozenset(
+    {
+        torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    }
+)
+
 
 class Placeholder(torch.Tensor):
     """Stands for a tensor that another stage has.
@@ -40,7 +48,7 @@ class Placeholder(torch.Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", str(function))
-        if name in _HARMLESS:
+        if name in _HARMLESS or function in _ASKED:
             return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
         raise PipedreamError(
             f"{name} uses a tensor that another stage has, and that was not passed on but kept, by a hook, in an "
