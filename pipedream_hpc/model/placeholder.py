@@ -21,7 +21,7 @@ _HARMLESS = frozenset({"__deepcopy__", "__reduce_ex__", "__repr__", "__format__"
 #: What torch.utils.checkpoint asks of the arguments of a part, also where the part is another stage's.
 _ASKED = frozenset(
     {
-        torch.Tensor.device.__get__,  # type: ignore[attr-defined]
+        torch.Tensor.device.__get__,
         torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
     }
 )
