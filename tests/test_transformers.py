@@ -152,6 +152,16 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         },
         "pairs",
     ),
+    "prophetnet, positions returned": (
+        "ProphetNetForConditionalGeneration",
+        "ProphetNetConfig",
+        {
+            **{"hidden_size": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 50},
+            **{"num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": 2},
+            **{"num_decoder_attention_heads": 2, "max_position_embeddings": 64},
+        },
+        "pairs",
+    ),
     "m2m100, layers dropped": ("M2M100ForConditionalGeneration", "M2M100Config", SEQ2SEQ, "pairs"),
 }
 #: Fields of configurations that are probabilities of dropping something.

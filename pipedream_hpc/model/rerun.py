@@ -459,10 +459,11 @@ class StageForward:
         if step.captures or self._functions or self.after is not None:
             tensors: Sequence[torch.Tensor | None]
             tensors = [returned] if isinstance(returned, torch.Tensor) else tensors_of_value(returned)
-            if self._functions or self.after is not None:
-                for tensor in tensors:
-                    setattr(tensor, MARK, self._run)
             if len(tensors) != step.n_returned:
+                arguments = {id(each) for each in tensors_of_value((args, kwargs))}
+                for tensor in tensors if isinstance(step.item, Call) else ():
+                    if id(tensor) not in arguments:
+                        setattr(tensor, MARK, self._run)
                 tensors = step.as_recorded(returned)
             given = tensors_of_value((args, kwargs)) if step.replaces else []
             for where, position, slot in step.captures:
