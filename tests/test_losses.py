@@ -391,8 +391,129 @@ def classify(loss_fn: Any, n_microbatches: int, plan: Any = 2, model: nn.Module 
         return pipeline.state_dict()
 
 
+def masked_squares(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    mask = target != 0
+    return ((output.mean(1) - target).pow(2) * mask).sum() / mask.sum()
+
+
+def selected(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    mask = target != 0
+    return (output.mean(1) - target)[mask].pow(2).mean()
+
+
+def selected_by_torch(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    mask = target != 0
+    return functional.mse_loss(output.mean(1)[mask], target[mask].float())
+
+
+def by_reciprocal(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    mask = target != 0
+    return ((output.mean(1) - target).pow(2) * mask).sum() * (1 / mask.sum())
+
+
+def by_python(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    mask = target != 0
+    return ((output.mean(1) - target).pow(2) * mask).sum() / int(mask.sum())
+
+
+def spread_first(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    mask = (target != 0).float()
+    return ((output.mean(1) - target).pow(2) * mask / mask.sum()).sum()
+
+
+MASKED = [of_some, masked_squares, selected, selected_by_torch, by_python]
+
+
+class WithLoss(nn.Module):
+    """A model that computes its loss itself."""
+
+    def __init__(self, loss_fn: Any) -> None:
+        super().__init__()
+        self.net, self.loss_fn = classifier(), loss_fn
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": self.loss_fn(self.net(x), y)}
+
+
+def losses_of(loss_fn: Any, batches: list[Batch], in_model: bool, n_microbatches: int, plan: Any = 2) -> list[float]:
+    pipeline = Pipeline(
+        WithLoss(loss_fn) if in_model else classifier(),
+        loss_fn=(lambda output, _: output["loss"]) if in_model else loss_fn,
+        optimizer=SGD,
+        example_inputs={"x": batches[0][0], "y": batches[0][1]} if in_model else batches[0][0],
+        plan=plan,
+        schedule=ScheduleConfig("gpipe", n_microbatches),
+    )
+    data: list[Any] = [{"x": x, "y": y} for x, y in batches] if in_model else batches
+    return [step.loss for step in pipeline.train(data)]
+
+
+def plain_losses(loss_fn: Any, batches: list[Batch]) -> list[float]:
+    net = classifier()
+    steps, losses = SGD(net.parameters()), []
+    for x, y in batches:
+        loss = loss_fn(net(x), y)
+        steps.zero_grad()
+        loss.backward()
+        steps.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+#: Four of eight samples count, in any half of the minibatch two of them.
+EVEN, UNEVEN = [1, 0, 2, 0, 1, 0, 0, 2], [1, 1, 2, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "in_model"),
+    # In a model only what is done with one number with a gradient is taken for a loss.
+    [(each, False) for each in (*MASKED, by_reciprocal, spread_first)] + [(each, True) for each in MASKED],
+)
+def test_a_masked_mean_is_refused_at_the_minibatch_whose_microbatches_divide_by_other_numbers(
+    loss_fn: Any, in_model: bool
+) -> None:
+    """Also where the first minibatches happen to have equal numbers: until then it is the loss of plain torch."""
+    even, uneven = ([(x, torch.tensor(counts)) for x, _ in labels()] for counts in (EVEN, UNEVEN))
+    assert losses_of(loss_fn, even, in_model, 2) == pytest.approx(plain_losses(loss_fn, even), rel=1e-5)
+    with pytest.raises(PipedreamError, match=r"minibatch 2, .* the loss divides by 1 for 4 samples .* and by 3 for 4"):
+        losses_of(loss_fn, [*even[:2], uneven[2]], in_model, 2)
+    assert losses_of(loss_fn, uneven, in_model, 1) == pytest.approx(plain_losses(loss_fn, uneven), rel=1e-5)
+
+
+def test_a_masked_mean_in_replicas_is_refused_at_the_end_of_the_pass() -> None:
+    batches = [(x, torch.tensor(UNEVEN)) for x, _ in labels()]
+    with pytest.raises(PipedreamError, match="the loss divides by 1 for 4 samples in one microbatch, and by 3 for 4"):
+        losses_of(masked_squares, batches, False, 2, plan="1-2")
+
+
+class Tempered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(output / self.temperature.detach(), target) / 2
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        lambda o, t: functional.mse_loss(o.mean(1), t.float()),
+        lambda o, t: (o.mean(1) - t).pow(2).mean() / 3,
+        lambda o, t: (o.mean(1) - t).pow(2).sum() / len(t),
+        lambda o, t: (o.mean(1) - t).pow(2).mean() + (torch.ones(5) * 0.1).mean(),
+        Tempered(),
+    ],
+)
+def test_what_a_mean_over_samples_may_divide_by(loss_fn: Any) -> None:
+    """The last minibatch is cut into 4 and 3 samples."""
+    batches = labels()
+    batches[-1] = (batches[-1][0][:7], batches[-1][1][:7])
+    assert losses_of(loss_fn, batches, False, 2) == pytest.approx(plain_losses(loss_fn, batches), rel=1e-5)
+
+
 @pytest.mark.parametrize("plan", [2, "1-2"])
-@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(reduction="sum"), contrast, of_some])
+@pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(reduction="sum"), contrast])
 def test_a_number_that_is_no_mean_over_samples_is_refused_where_minibatches_are_cut(loss_fn: Any, plan: Any) -> None:
     with pytest.raises(PipedreamError, match=r"loss of the first minibatch is .* but the mean .* pair \(sum, count\)"):
         classify(loss_fn, 4, plan)

@@ -22,14 +22,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.batch_dims import BatchDims
 from pipedream_hpc.model.recipe import ModelRecipe
-
-#: Functions that compute a mean over targets, of which some may be ignored or weighted.
-AVERAGES_TARGETS = (functional.cross_entropy, functional.nll_loss)
 
 #: One tensor that a call puts out: (number of the call, number of the output).
 Key = tuple[int, int]
@@ -287,7 +283,7 @@ class Notes:
         renormalizes: names of the weights of nn.Embedding(max_norm=...), for which to be written again changes nothing.
         sets_attributes: modules whose attributes are set in a forward -> the names.
         writes_inputs: whether the model writes into its arguments.
-        averages_targets: whether it computes means over targets, of which some may be ignored or weighted.
+        averages: whether it computes means over targets, or divides a number with a gradient, as of a loss of its own.
         checkpoints: whether parts of the forward run again in backward.
         questions: whether the forward asks for more than tensors, such as x.size(0).
         hooked: modules with forward hooks, which may keep their outputs.
@@ -302,7 +298,7 @@ class Notes:
     renormalizes: set[str] = field(default_factory=set)
     sets_attributes: dict[str, set[str]] = field(default_factory=dict)
     writes_inputs: bool = False
-    averages_targets: bool = False
+    averages: bool = False
     checkpoints: bool = False
     questions: bool = False
     hooked: set[str] = field(default_factory=set)
@@ -319,7 +315,7 @@ class Notes:
         for name, attributes in other.sets_attributes.items():
             self.sets_attributes.setdefault(name, set()).update(attributes)
         self.writes_inputs |= other.writes_inputs
-        self.averages_targets |= other.averages_targets
+        self.averages |= other.averages
         self.checkpoints |= other.checkpoints
         self.questions |= other.questions
         self.hooked |= other.hooked

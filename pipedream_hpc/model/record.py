@@ -26,12 +26,12 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from pipedream_hpc.garbage import no_collection
+from pipedream_hpc.model.averages import AVERAGES_TARGETS, divisor_of, is_loss
 from pipedream_hpc.model.calls import call_unwatched, watch_modules, watched
 from pipedream_hpc.model.checkpoints import checkpoints
 from pipedream_hpc.model.drawn import DRAWING, Drawn, draws_numbers, python_generators
 from pipedream_hpc.model.functions import READS_VALUES, function_name, line_of_user
 from pipedream_hpc.model.graph import (
-    AVERAGES_TARGETS,
     Call,
     Found,
     Key,
@@ -257,9 +257,10 @@ class _Recorder:
         return returned
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        self.notes.averages_targets |= function in AVERAGES_TARGETS
+        self.notes.averages |= function in AVERAGES_TARGETS
         if self._in_call:
             returned = function(*args, **kwargs)
+            self._note_average(function, args, kwargs, returned)
             if tensors_of_value(returned):  # and not a question, such as p.dtype
                 given = tensors_of_value((args, kwargs))
                 self._used += [self._parameters[id(each)] for each in given if id(each) in self._parameters]
@@ -287,9 +288,17 @@ class _Recorder:
             raise CannotOpenError(self._within[-1], f"its Python reads the values of a tensor ({line_of_user()})")
         if function == torch.Tensor.backward:
             raise CannotOpenError(self._within[-1], "its forward calls backward()")
-        return self._record(Call(0, name, function=function), function, args, kwargs)
+        returned = self._record(Call(0, name, function=function), function, args, kwargs)
+        self._note_average(function, args, kwargs, returned)
+        return returned
 
     # ----------------------------------------------------------------------------------------------------------------
+
+    def _note_average(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], returned: Any
+    ) -> None:
+        if is_loss(returned) and divisor_of(function, args, kwargs) is not None:
+            self.notes.averages = True
 
     def _computed_locally(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a function of buffers that have no values yet: every stage will compute it from their values."""

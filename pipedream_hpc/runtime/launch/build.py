@@ -226,7 +226,7 @@ def _stage(
         recompute=deployment.plan.stages[index].recompute,
         precision=setup.autocast,
         compile_backend=config.compile_backend,
-        loss_means=LossMeans(deployment.n_microbatches, in_forward=deployment.graph.notes.averages_targets)
+        loss_means=LossMeans(deployment.n_microbatches, in_forward=deployment.graph.notes.averages)
         if part.is_last and deployment.n_microbatches > 1
         else None,
         whole_loss=WholeLoss(setup.loss_fn, deployment.graph.batch_dims, deployment.n_microbatches)
