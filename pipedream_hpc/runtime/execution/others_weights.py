@@ -6,6 +6,7 @@ another tensor, which only the modules of the model have.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipedream_hpc.model.placeholder import Placeholder
 from pipedream_hpc.model.structure import tensors_of_value
 
 
-class ForbiddenTensors(TorchFunctionMode):
+class ForbiddenTensors(TorchFunctionMode, ABC):
     """Refuses functions of some tensors.
 
     Args:
@@ -44,9 +45,9 @@ class ForbiddenTensors(TorchFunctionMode):
         if id(tensor) in self._names:
             raise PipedreamError(self.sentence(self._names[id(tensor)]))
 
+    @abstractmethod
     def sentence(self, name: str) -> str:
         """Say what is wrong with a tensor of this name."""
-        raise NotImplementedError
 
 
 class OthersTensors(ForbiddenTensors):
