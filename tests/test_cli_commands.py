@@ -11,11 +11,14 @@ from pathlib import Path
 import pictures
 import pytest
 import ranks
+import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from pipedream_hpc import __version__
 from pipedream_hpc.cli import app
 from pipedream_hpc.files import load, save
+from pipedream_hpc.job import load as load_job
 from pipedream_hpc.observe.metrics import minibatch_s, split
 from pipedream_hpc.observe.tables import human_seconds
 from pipedream_hpc.observe.trace_file import load_trace
@@ -152,6 +155,21 @@ def test_train_stops_at_the_given_accuracy(planned: Command) -> None:
     planned("train", JOB, "--plan", "plan.json", "--until-accuracy", 0, "--no-trace")
     assert json.loads(Path("out/summary.json").read_text())["epochs"] == 1
     assert not Path("out/trace.json").exists()
+
+
+def test_train_begins_with_given_weights(pipedream: Command) -> None:
+    """A last layer that is sure of one class: the loss is large, and smaller in the next epoch."""
+    model = load_job(JOB).model
+    assert isinstance(model, torch.nn.Module)
+    save_file({**model.state_dict(), "4.bias": torch.tensor([20.0, -20.0])}, "model.safetensors")
+    words = ("train", JOB, "--plan", 2, "--no-trace", "--checkpoints", "kept", "--weights", ".")
+    losses = []
+    for more in (("--epochs", 1), ("--epochs", 2, "--resume")):
+        found = re.search(r"^epoch \d  loss (\d+\.\d{4})", pipedream(*words, *more), re.MULTILINE)
+        assert found is not None
+        losses.append(float(found[1]))
+    assert losses[0] > 10
+    assert losses[1] < losses[0] - 1, "resumed with the weights of the checkpoint"
 
 
 def test_train_resumes_until_nothing_is_left(planned: Command) -> None:

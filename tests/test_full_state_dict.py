@@ -294,6 +294,62 @@ def test_another_models_weights_are_refused_and_nothing_changes(
     assert reads == []
 
 
+def in_parts(weights: Weights, folder: Path) -> Path:
+    """Save weights as several files with an index, as save_pretrained does; return the index."""
+    names = sorted(weights)
+    parts = [names[::2], names[1::2]]
+    for number, own in enumerate(parts):
+        save_file({name: weights[name].detach().clone() for name in own}, folder / f"model-{number}.safetensors")
+    placed = {name: f"model-{number}.safetensors" for number, own in enumerate(parts) for name in own}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    return index
+
+
+@pytest.mark.parametrize("dropped", ["last.weight", "again.weight"])
+@pytest.mark.parametrize("given", ["index", "folder"])
+def test_from_several_files_only_the_tensors_of_own_stages_are_read(
+    given: str, dropped: str, reads: list[str], tmp_path: Path
+) -> None:
+    """A weight with two names is in the files once."""
+    graph, weights = capture(build(), torch.zeros(2, 4)), changed(build())
+    once = {name: value for name, value in weights.items() if name != dropped}
+    path = in_parts(once, tmp_path)
+    states = stages_of(graph)
+    load_full_state_dict(graph, states[1:], path if given == "index" else tmp_path)
+    kept = ({"last.weight", "again.weight"} - {dropped}).pop()
+    assert sorted(reads) == sorted([kept, "last.bias", "again.bias", "unused"])
+    load_full_state_dict(graph, states[:1], path)
+    assert_equal(full_state_dict(ALONE, graph, states), weights)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda index: (index.parent / "model-1.safetensors").unlink(), r"model-1\.safetensors: no such file"),
+        (lambda index: index.write_text("{}"), r"index\.json: is not the index of safetensors files: it has no 'we"),
+        (lambda index: index.write_text('{"weight_map": 3}'), r"index\.json: is not the index of safetensors files"),
+        (lambda index: index.write_text("weights"), r"index\.json: is not the index of safetensors files"),
+        (lambda index: index.unlink(), r"has model-0\.safetensors and model-1\.safetensors: say which"),
+        (
+            lambda index: index.write_text(index.read_text().replace("model-0", "model-1")),
+            r"index\.json: 'again\.bias' is not in model-1\.safetensors: save the weights again",
+        ),
+        (
+            lambda index: in_parts({**changed(build()), "head": torch.zeros(1)}, index.parent),
+            "has unknown 'head': load the state dict of this model",
+        ),
+    ],
+)
+def test_several_files_that_do_not_fit(spoil: Callable[[Path], Any], words: str, tmp_path: Path) -> None:
+    graph = capture(build(), torch.zeros(2, 4))
+    states = stages_of(graph)
+    spoil(in_parts(changed(build()), tmp_path))
+    with pytest.raises(PipedreamError, match=words):
+        load_full_state_dict(graph, states, tmp_path)
+    assert_equal(full_state_dict(ALONE, graph, states), build().state_dict())
+
+
 def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
@@ -313,7 +369,7 @@ def with_a_wrong_header(path: Path) -> None:
         (truncated, r"weights\.safetensors: cannot be read as a safetensors file"),
         (of_another_format, r"weights\.safetensors: cannot be read as a safetensors file"),
         (with_a_wrong_header, r"weights\.safetensors: cannot be read as a safetensors file"),
-        (lambda path: (path.unlink(), path.mkdir()), r"weights\.safetensors: has neither model\.safetensors nor model"),
+        (lambda path: (path.unlink(), path.mkdir()), r"weights\.safetensors has no safetensors file: give one"),
     ],
 )
 def test_a_file_that_cannot_be_read(spoil: Callable[[Path], Any], words: str, tmp_path: Path) -> None:
@@ -353,10 +409,7 @@ def test_an_index_that_cannot_be_read(text: str | None, words: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (
-            3,
-            "load_state_dict takes a dict of tensors, a safetensors file, the index of several, or their folder, not i",
-        ),
+        (3, "load_state_dict takes a dict of tensors, or a safetensors file, index or folder, not int"),
         ({"first.weight": [1.0]}, "'first.weight' in the state dict is list, not a tensor"),
     ],
 )

@@ -381,6 +381,28 @@ def test_a_large_model_without_weights_is_planned() -> None:
     assert max(nbytes) < 2 * min(nbytes), nbytes
 
 
+@pytest.mark.alone
+@pytest.mark.parametrize("given", ["index", "folder"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_read_from_what_save_pretrained_writes(given: str, tied: bool, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        config = transformers.GPT2Config(
+            vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=16, tie_word_embeddings=tied
+        )
+        return transformers.GPT2LMHeadModel(config)
+
+    whole = build()
+    whole.save_pretrained(tmp_path, max_shard_size="30kB")
+    index = tmp_path / "model.safetensors.index.json"
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    words = torch.randint(0, 64, (4, 8))
+    with pipeline_of(build, [{"input_ids": words, "labels": words}], 3, ScheduleConfig("1f1b")) as pipeline:
+        pipeline.load_state_dict(str(index) if given == "index" else tmp_path)
+        found, expected = pipeline.state_dict(), whole.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
 def test_the_example_saves_what_from_pretrained_reads(tmp_path: Path) -> None:
     program = Path(__file__).parents[1] / "examples" / "huggingface.py"
     finished = ranks.mpirun(4, sys.executable, program, tmp_path / "llama")

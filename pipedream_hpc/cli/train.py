@@ -37,6 +37,13 @@ def run(
         Optional[float],  # noqa: UP045
         typer.Option(help="Stop when the metric 'accuracy' reaches this, between 0 and 1.", min=0, max=1),
     ] = None,
+    weights: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Weights to begin with: a safetensors file, the index of several, or their folder, as "
+            "save_pretrained writes it. Each rank reads those of its own stages.",
+        ),
+    ] = None,
     checkpoints: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(help="Folder, seen by all ranks, for a checkpoint after every epoch."),
@@ -77,6 +84,8 @@ def run(
         train_config=train_config.applied_to(job.train_config),
         run_config=recording.applied_to(job.run_config),
     )
+    if weights is not None:
+        pipeline.load_state_dict(weights)
     first, last = pipeline.resume(checkpoints) if resume and checkpoints else 0, epochs or job.epochs
     if checkpoints is not None:
         pipeline.prepare_checkpoints(checkpoints)

@@ -305,12 +305,13 @@ class Pipeline:
         """Set weights and buffers of the model; optimizers keep their state.
 
         Args:
-            weights: tensors by the user's own names; a safetensors file; the index of several
-                (`model.safetensors.index.json`); or the folder that `save_pretrained` wrote. From files each rank reads
-                the tensors of its own stages only.
+            weights: tensors by the user's own names; or a safetensors file, the index of several
+                (model.safetensors.index.json), or the folder of either, as save_pretrained writes it. From files each
+                rank reads the tensors of its own stages only.
 
         Raises:
-            PipedreamError: a name is missing or unknown, or a shape differs; nothing is changed then.
+            PipedreamError: a name is missing or unknown, or a shape differs, or a file cannot be read; nothing is
+                changed then.
         """
         self._check_finished()
         problem = state_dict_problem(self._run.deployment.graph, weights)

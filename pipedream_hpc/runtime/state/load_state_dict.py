@@ -44,73 +44,69 @@ class _Dict:
         return self._tensors[name]
 
 
-class _File:
-    """A safetensors file, of which only what is asked for is read. It holds tensors only."""
+class _Files:
+    """Safetensors files, of which only what is asked for is read. They hold tensors only.
 
-    extra: Mapping[str, Any] = {}
-
-    def __init__(self, path: Path, stack: ExitStack) -> None:
-        try:
-            self._file = stack.enter_context(safe_open(path, framework="pt"))
-        except FileNotFoundError:
-            raise PipedreamError(f"{path}: no such file: give a safetensors file, or a dict of tensors") from None
-        except (SafetensorError, OSError) as error:
-            raise PipedreamError(f"{path}: cannot be read as a safetensors file: {error}") from None
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        names = self._file.keys()
-        return {name: tuple(self._file.get_slice(name).get_shape()) for name in names}
-
-    def read(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor
-
-
-class _Shards:
-    """Several safetensors files with an index, as `save_pretrained` writes them.
-
-    The index is JSON, and its "weight_map" maps names of tensors to the files in the same folder that have them.
+    Args:
+        path: a file, the index of several, or the folder of either.
+        stack: closes the files.
     """
 
     extra: Mapping[str, Any] = {}
 
-    def __init__(self, index: Path, stack: ExitStack) -> None:
-        try:
-            file_of = json.loads(index.read_text())["weight_map"]
-            names = dict.fromkeys(file_of.values())
-            files = {name: _File(index.parent / name, stack) for name in names}
-        except FileNotFoundError:
-            raise PipedreamError(f"{index}: no such file: give a safetensors file, or the index of several") from None
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise PipedreamError(
-                f"{index}: should be an index of safetensors files, with their names in 'weight_map': "
-                f"{type(error).__name__}: {error}"
-            ) from None
-        shapes = {name: file.shapes() for name, file in files.items()}
-        for tensor, name in file_of.items():
-            if tensor not in shapes[name]:
-                raise PipedreamError(f"{index}: says that '{tensor}' is in {name}, which does not have it")
-        self._file_of = {tensor: files[name] for tensor, name in file_of.items()}
-        self._shapes = {tensor: shapes[name][tensor] for tensor, name in file_of.items()}
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        path = _in_folder(path) if path.is_dir() else path
+        if path.suffix != ".json":
+            file = _opened(path, stack)
+            self._file_of = dict.fromkeys(file.keys(), file)
+            return
+        placed = _read_index(path)
+        files = {name: _opened(path.parent / name, stack) for name in sorted(set(placed.values()))}
+        held = {name: set(file.keys()) for name, file in files.items()}
+        for tensor, name in placed.items():
+            if tensor not in held[name]:
+                raise PipedreamError(f"{path}: '{tensor}' is not in {name}: save the weights again")
+        self._file_of = {tensor: files[name] for tensor, name in placed.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return self._shapes
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        return self._file_of[name].read(name)
+        tensor: torch.Tensor = self._file_of[name].get_tensor(name)
+        return tensor
 
 
-#: What `save_pretrained` writes into a folder: one file, or an index of several.
-_IN_FOLDER = ("model.safetensors", "model.safetensors.index.json")
+def _in_folder(folder: Path) -> Path:
+    """Return the index in a folder, or its only safetensors file."""
+    for pattern in ("*.safetensors.index.json", "*.safetensors"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise PipedreamError(f"{folder} has {found[0].name} and {found[1].name}: say which, by the whole path")
+    raise PipedreamError(f"{folder} has no safetensors file: give one, or the folder of one, or a dict of tensors")
 
 
-def _open(path: Path, stack: ExitStack) -> _Source:
-    if path.is_dir():
-        found = [path / name for name in _IN_FOLDER if (path / name).is_file()]
-        if not found:
-            raise PipedreamError(f"{path}: has neither {' nor '.join(_IN_FOLDER)}: give the file itself")
-        path = found[0]
-    return _Shards(path, stack) if path.suffix == ".json" else _File(path, stack)
+def _read_index(path: Path) -> dict[str, str]:
+    """Return the file name of each tensor that an index lists."""
+    try:
+        placed = json.loads(path.read_bytes())["weight_map"]
+    except FileNotFoundError:
+        raise PipedreamError(f"{path}: no such file: give a safetensors file, or a dict of tensors") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        placed = None
+    if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
+        raise PipedreamError(f"{path}: is not the index of safetensors files: it has no 'weight_map' of file names")
+    return placed
+
+
+def _opened(path: Path, stack: ExitStack) -> Any:
+    try:
+        return stack.enter_context(safe_open(path, framework="pt"))
+    except FileNotFoundError:
+        raise PipedreamError(f"{path}: no such file: give a safetensors file, or a dict of tensors") from None
+    except (SafetensorError, OSError) as error:
+        raise PipedreamError(f"{path}: cannot be read as a safetensors file: {error}") from None
 
 
 def load_full_state_dict(
@@ -127,8 +123,8 @@ def load_full_state_dict(
     Args:
         graph: the captured model.
         stages: of this process.
-        weights: tensors by the user's own names; or a safetensors file, the index of several, or the folder that
-            `save_pretrained` wrote, of which only these stages' tensors are read.
+        weights: tensors by the user's own names; or a safetensors file, the index of several, or the folder of either,
+            of which only these stages' tensors are read.
         check_only: change nothing.
 
     Raises:
@@ -137,13 +133,13 @@ def load_full_state_dict(
     with ExitStack() as stack:
         source: _Source
         if isinstance(weights, str | Path):
-            source, where = _open(Path(weights), stack), str(weights)
+            source, where = _Files(Path(weights), stack), str(weights)
         elif isinstance(weights, Mapping):
             source, where = _Dict(weights), "the state dict"
         else:
             raise PipedreamError(
-                "load_state_dict takes a dict of tensors, a safetensors file, the index of several, or their folder, "
-                f"not {type(weights).__name__}"
+                f"load_state_dict takes a dict of tensors, or a safetensors file, index or folder, not "
+                f"{type(weights).__name__}"
             )
         given_as = _given_names(graph, source.shapes(), where)
         if check_only:
