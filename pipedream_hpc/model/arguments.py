@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +39,24 @@ class Arguments:
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors among them."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+        return _tensors((self.args, self.kwargs))
 
     def exceeds(self, other: Arguments) -> bool:
         """Return whether a tensor is larger than the other's, in any dimension."""
-        pairs = zip(self.tensors(), other.tensors(), strict=False)
+        limits = other.named()
+        pairs = (
+            pair
+            for name, value in self.named().items()
+            for pair in zip(_tensors(value), _tensors(limits.get(name)), strict=False)
+        )
         return any(a > b for own, limit in pairs for a, b in zip(own.shape, limit.shape, strict=False))
 
-    def like(self, inputs: Any) -> Arguments:
+    def like(self, inputs: Any, optional: Collection[str] = ()) -> Arguments:
         """Return a minibatch's inputs as arguments of the same call.
+
+        Args:
+            inputs: of the minibatch.
+            optional: keyword arguments that may be missing.
 
         Raises:
             PipedreamError: they are others than those of the example.
@@ -62,8 +71,9 @@ class Arguments:
             # An option that is no tensor, such as use_cache=False, is taken from the example where it is not given.
             options = {name: value for name, value in self.kwargs.items() if not isinstance(value, torch.Tensor)}
             given = {**options, **given}
-            _same_names(given, self.kwargs)
-            return Arguments((), {name: given[name] for name in self.kwargs}, self.names)
+            kept = {name: None for name in self.kwargs if name in given or name not in optional}
+            _same_names(given, kept)
+            return Arguments((), {name: given[name] for name in kept}, self.names)
         if len(self.args) == 1 and isinstance(self.args[0], Mapping) and isinstance(inputs, Mapping):
             _same_names(inputs, self.args[0])
             return Arguments((inputs,), {}, self.names)
@@ -93,19 +103,8 @@ class Arguments:
         return Arguments(args, kwargs, self.names)
 
 
-def is_array(value: Any) -> bool:
-    """Return whether a value is a NumPy array."""
-    return type(value).__module__ == "numpy" and hasattr(value, "__array__")
-
-
-def _check_example(inputs: Any) -> None:
-    what = "one minibatch of inputs: a tensor, a tuple of the model's arguments, or a mapping from their names"
-    if inputs is None:
-        raise PipedreamError(f"example_inputs is None: give {what}")
-    if isinstance(inputs, DataLoader | Dataset | Iterator):
-        raise PipedreamError(f"example_inputs is {type(inputs).__name__}: give {what}, such as `next(iter(loader))[0]`")
-    if any(map(is_array, tree_leaves(inputs))):
-        raise PipedreamError("example_inputs has a NumPy array: give tensors, as torch.from_numpy makes them")
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _same_names(given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -121,6 +120,11 @@ def _same_names(given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
             f"the inputs of the loader have '{more[0]}', which example_inputs does not have: give a minibatch's inputs "
             "as example_inputs"
         )
+
+
+def optional_inputs(model: nn.Module) -> set[str]:
+    """Return the names of the arguments that the model does without."""
+    return {name for name, each in inspect.signature(model.forward).parameters.items() if each.default is None}
 
 
 def bind_inputs(model: nn.Module, inputs: Any) -> Arguments:

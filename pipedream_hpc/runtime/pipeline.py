@@ -272,7 +272,8 @@ class Pipeline:
         statistic or random number generator.
 
         Args:
-            loader: yields (inputs, target) minibatches.
+            loader: yields (inputs, target) minibatches, which may lack inputs that the model does without (their
+                default is None) if no metric needs them, such as the labels.
             metrics: name to mean score of a minibatch, or a pair (sum, count), from (output, target); the loss by
                 default.
             steps: minibatches to evaluate; needed for a loader without a length.

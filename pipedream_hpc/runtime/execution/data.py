@@ -12,7 +12,7 @@ plan. Some schedules split each minibatch into microbatches; with others a micro
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +81,7 @@ class MicrobatchLoader:
             microbatches themselves.
         example: the model's arguments as captured; the first minibatch is checked against them.
         may_be_larger: whether minibatches may be larger than the example.
+        optional: inputs of the example that minibatches may lack, such as the labels in an evaluation.
         batch_dims: where samples are in inputs and targets; the first dimension by default.
         device: where stages compute. Inputs and targets are copied there when they are first read, through pinned
             memory and without waiting; DataLoader(pin_memory=True) saves the copy to pinned memory.
@@ -99,6 +100,7 @@ class MicrobatchLoader:
         example: Arguments | None = None,
         batch_dims: BatchDims | None = None,
         may_be_larger: bool = False,
+        optional: Collection[str] = (),
         device: torch.device = CPU,
     ) -> None:
         self._device, self._batch_dims = device, batch_dims or BatchDims()
@@ -107,6 +109,7 @@ class MicrobatchLoader:
         set_epoch_of(loader, epoch)
         self._runs_python = not isinstance(loader, list | tuple)
         self._readers, self._example, self._may_be_larger = readers, example, may_be_larger
+        self._optional = optional
         #: Arguments of the first microbatch, on a rank that reads, once the first minibatch is read.
         self.first: Arguments | None = None
         self._n_microbatches, self._accumulation_steps = n_microbatches, gradient_accumulation_steps
@@ -228,7 +231,7 @@ class MicrobatchLoader:
         if self._example is None:
             return
         planned, given = self._example.named(), arguments.named()
-        for name in planned:
+        for name in [each for each in planned if each in given]:
             leaves = (self._batch_dims.leaves(name, values[name]) for values in (planned, given))
             for (expected, dim), (actual, _) in zip(*leaves, strict=False):
                 limited = () if self._may_be_larger else [each for each in range(expected.dim()) if each != dim]
@@ -252,7 +255,7 @@ class MicrobatchLoader:
         return minibatch == 0 or any(self._reads(minibatch))
 
     def _arguments(self, inputs: Any) -> Arguments:
-        return self._example.like(inputs) if self._example is not None else Arguments((inputs,), {})
+        return self._example.like(inputs, self._optional) if self._example is not None else Arguments((inputs,), {})
 
     def _split_and_keep(self, first: int, n_readers: list[int], arguments: Arguments, target: Any) -> None:
         microbatches = self._batch_dims.split(arguments, target, self._n_microbatches)

@@ -73,6 +73,11 @@ def read_score(returned: Any, what: str) -> Score:
                 mean = mean.where(~nothing, 0.0)
             return Score(mean, total, count)
         raise PipedreamError(f"{what} has the sum {_kind(total)}; in a pair (sum, count) it should be one number")
+    if returned is None:
+        raise PipedreamError(
+            f"{what} is None: return one number, or a pair (sum, count); a loss that the model computes itself is None "
+            "for minibatches without the labels"
+        )
     raise PipedreamError(
         f"{what} should be one number, the mean over the minibatch, or a pair (sum, count), but is {_kind(returned)}: "
         "take its mean (reduction='mean')"

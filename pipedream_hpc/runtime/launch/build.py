@@ -11,6 +11,7 @@ import torch
 from pipedream_hpc.config import TrainConfig
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import LossFn, OptimizerFactory
+from pipedream_hpc.model.arguments import optional_inputs
 from pipedream_hpc.model.materialize import materialize
 from pipedream_hpc.model.precision import Precision, autocast
 from pipedream_hpc.model.randomness import seed_modules
@@ -163,6 +164,7 @@ def microbatch_loader(
         example=deployment.graph.inputs,
         batch_dims=deployment.graph.batch_dims,
         may_be_larger=not training,
+        optional=() if training else optional_inputs(deployment.graph.module),
         device=setup.device,
     )
 
