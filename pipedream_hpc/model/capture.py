@@ -208,18 +208,7 @@ def _refuse(model: nn.Module) -> None:
             "torch has a backward hook for all modules (register_module_full_backward_hook or the like), which would "
             "not run for modules that are cut: register it on the modules that need it"
         )
-    classes = {each.__name__ for each in type(model).__mro__}
-    if "OptimizedModule" in classes:
-        raise PipedreamError(
-            "the model is compiled (torch.compile): pass the module itself, and compile its stages with "
-            "TrainConfig(compile_backend='inductor')"
-        )
-    for wrapper in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"):
-        if wrapper in classes:
-            raise PipedreamError(
-                f"the model is wrapped in {wrapper}, which makes replicas or shards itself: pass the module in it; the "
-                "plan says how many replicas a stage has, as in '2-1'"
-            )
+    _refuse_wrapped(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
             raise PipedreamError(
@@ -233,6 +222,49 @@ def _refuse(model: nn.Module) -> None:
             )
 
 
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Refuse what stands for a module, and would train it in its own way."""
+    if _is_from(model, "torch._dynamo"):
+        raise PipedreamError(
+            "the model is compiled (torch.compile, OptimizedModule) and cannot be cut: give the module itself, and let "
+            "its stages be compiled, with TrainConfig(compile_backend='inductor')"
+        )
+    quantized = False
+    for name, module in model.named_modules():
+        kind = type(module)
+        what = f"module '{name}'" if name else "the model"
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise PipedreamError(
+                f"{what} is wrapped in {kind.__name__}: give the module in it (.module); the plan says how many "
+                "replicas stages have, such as '2-1'"
+            )
+        if _is_from(module, "torch.distributed.fsdp"):
+            raise PipedreamError(
+                f"{what} is sharded by FSDP ({kind.__name__}): give it as it is before; each rank keeps the weights of "
+                "its own stages only if the model is given as a function"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PipedreamError(
+                f"{what} is TorchScript ({kind.__name__}, from torch.jit.script or trace), whose weights cannot be "
+                "exchanged for other versions: give the Python module that it was made of"
+            )
+        quantized |= _is_from(module, "torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+        for weight, tensor in module._parameters.items():
+            if tensor is not None and _is_from(tensor, "torch.distributed.tensor"):
+                raise PipedreamError(
+                    f"weight '{weight}' of {what} is a DTensor, sharded over devices: give the model with plain tensors"
+                )
+    if quantized and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PipedreamError(
+            f"the model ({type(model).__name__}) is quantized and has no weights to train: give it as it was before"
+        )
+
+
+def _is_from(value: object, *modules: str) -> bool:
+    """Return whether a class of an object is defined in one of these modules, which take seconds to import."""
+    return any(base.__module__.startswith(modules) for base in type(value).__mro__)
+
+
 def _has_backward_hooks(module: nn.Module) -> bool:
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
@@ -241,7 +273,7 @@ def is_leaf(module: nn.Module) -> bool:
     """Return whether a module is kept whole because of its class."""
     if isinstance(module, _CONTAINERS):
         return False
-    return type(module).__module__.startswith(("torch.nn", "torch.ao.nn")) or isinstance(module, torch.jit.ScriptModule)
+    return type(module).__module__.startswith(("torch.nn", "torch.ao.nn"))
 
 
 def _not_accepted(error: NeedsValuesError, tensors: Sequence[torch.Tensor], model: nn.Module) -> PipedreamError:
