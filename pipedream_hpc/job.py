@@ -94,7 +94,7 @@ def load(target: str, args: Sequence[str] = ()) -> Job:
 
     Raises:
         PipedreamError: there is no such file or module, or it has no function `job`, or the function does
-            not return a Job.
+            not take the list or return a Job.
     """
     module = _module(target)
     make = getattr(module, "job", None)
@@ -103,11 +103,11 @@ def load(target: str, args: Sequence[str] = ()) -> Job:
             f"{target} has no function job: define `def job(args: list[str]) -> pipedream_hpc.Job` there"
         )
     try:
-        inspect.signature(make).bind([])
-    except TypeError:
+        inspect.signature(make).bind(list(args))
+    except TypeError as error:
         raise PipedreamError(
-            f"{target}: job takes other arguments than one, the list of the words after --: define "
-            "`def job(args: list[str]) -> pipedream_hpc.Job`"
+            f"{target}: job cannot be called with one list of words, those after -- ({error}): define "
+            "`def job(args: list[str]) -> pipedream_hpc.Job` there"
         ) from None
     made = make(list(args))
     if not isinstance(made, Job):

@@ -51,7 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     Path("other.py").write_text("def job(args): return 3\n")
     Path("none.py").write_text("def job(): return 3\n")
-    Path("two.py").write_text("def job(args, folder): return 3\n")
+    Path("two.py").write_text("def job(args, more): return 3\n")
     Path("published.txt").write_text("node1 -- Linear -- a minute\n")
     Path("occupied").write_text("a file where a folder should be\n")
     return tmp_path
@@ -99,6 +99,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("profile none.py", "none.py: job takes other arguments than one, the list of the words after --"),
         ("train two.py --plan 2", "two.py: job takes other arguments than one"),
         ("profile --import published.txt", "published.txt"),
+        ("profile none.py", "none.py: job cannot be called with one list of words, those after -- (too many po"),
+        ("train two.py --plan 2", "two.py: job cannot be called with one list of words, those after -- (missing a req"),
         (f"profile {JOB} --minibatches 0", "minibatches is 0: profile at least 1"),
         (f"profile {JOB} -- --height 3", "small_job.py takes --width 12 or nothing"),
         ("probe", "only one rank was started"),

@@ -5,14 +5,17 @@ The reference is plain torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 from pipedream_hpc import PipedreamError, Pipeline, ScheduleConfig
 
@@ -93,6 +96,89 @@ def test_an_evaluation_that_needs_what_is_missing() -> None:
         words = "does not accept the first minibatch of the evaluation without labels, which example_inputs has: give"
         with pytest.raises(PipedreamError, match=words):
             pipeline.evaluate([labelled(8, 1, "labels")], {"size": size})
+
+
+def row(n: int) -> tuple[numpy.ndarray[Any, Any], int]:
+    return numpy.random.default_rng(n).standard_normal(6, dtype=numpy.float32), n % 3
+
+
+def stacked(rows: list[Any]) -> tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]:
+    """As a collate_fn that makes no tensors."""
+    x, y = zip(*rows, strict=True)
+    return numpy.stack(x), numpy.array(y)
+
+
+def frozen(array: numpy.ndarray[Any, Any]) -> numpy.ndarray[Any, Any]:
+    array.flags.writeable = False
+    return array
+
+
+ARRAYS: dict[str, Callable[[Any, Any], Any]] = {
+    "a pair": lambda x, y: (x, y),
+    "a list": lambda x, y: [x, y],
+    "nested": lambda x, y: ((x,), {"y": y}),
+    "read only": lambda x, y: (frozen(x), frozen(y)),
+    "reversed": lambda x, y: (x[::-1].copy()[::-1], y[::-1].copy()[::-1]),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n_microbatches", [1, 2])
+@pytest.mark.parametrize("form", ARRAYS)
+def test_minibatches_and_examples_of_arrays(form: str, n_microbatches: int) -> None:
+    arrays = [stacked([row(n) for n in range(begin, begin + 4)]) for begin in (0, 4, 8)]
+    net = network()
+    steps = SGD(net.parameters())
+    for x, y in arrays:
+        steps.zero_grad()
+        functional.cross_entropy(net(torch.tensor(x)), torch.tensor(y)).backward()
+        steps.step()
+    data = [ARRAYS[form](*each) for each in arrays]
+
+    def loss_fn(output: torch.Tensor, target: Any) -> torch.Tensor:
+        return functional.cross_entropy(output, target["y"] if isinstance(target, dict) else target)
+
+    with Pipeline(
+        network(),
+        loss_fn=loss_fn,
+        optimizer=SGD,
+        example_inputs=data[0][0],
+        plan=2,
+        schedule=ScheduleConfig("gpipe", n_microbatches),
+    ) as pipeline:
+        pipeline.fit(data)
+        found = pipeline.state_dict()
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=0 if n_microbatches == 1 else 1e-5, atol=1e-7)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("example", "words"),
+    [
+        (None, "example_inputs is None: give one minibatch of inputs: a tensor, a tuple of the model's arguments"),
+        (3, "example_inputs is 3: give one minibatch"),
+        (DataLoader(TensorDataset(torch.zeros(4, 6))), r"is a DataLoader: .* such as next\(iter\(loader\)\)\[0\], or"),
+        (TensorDataset(torch.zeros(4, 6)), "is a TensorDataset: give one minibatch of its inputs"),
+        (iter([torch.zeros(4, 6)]), "is a list_iterator: give one minibatch of its inputs"),
+        ([torch.zeros(4, 6)] * 2, r"Sequential.forward takes 1 inputs \(input\), but example_inputs has 2"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_examples_that_are_no_minibatch(example: Any, words: str) -> None:
+    with pytest.raises(PipedreamError, match=words):
+        Pipeline(network(), loss_fn=functional.cross_entropy, optimizer=SGD, example_inputs=example, plan=2)
+
+
+def test_a_list_of_one_input_is_an_example() -> None:
+    with Pipeline(
+        network(), loss_fn=functional.cross_entropy, optimizer=SGD, example_inputs=[torch.zeros(4, 6)], plan=2
+    ) as pipeline:
+        assert pipeline.fit([(torch.zeros(4, 6), torch.zeros(4, dtype=torch.int64))]) > 0
 
 
 def test_training_needs_all_inputs() -> None:

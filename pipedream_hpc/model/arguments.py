@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.structure import map_tensors
 
 
 @dataclass(frozen=True)
@@ -127,18 +129,42 @@ def optional_inputs(model: nn.Module) -> set[str]:
     return {name for name, each in inspect.signature(model.forward).parameters.items() if each.default is None}
 
 
+def as_tensors(value: Any) -> Any:
+    """Return a minibatch with its NumPy arrays of numbers as tensors, which share their memory if they can."""
+    return map_tensors(_as_tensor, value, leaf=numpy.ndarray, objects=False)
+
+
+def _as_tensor(array: numpy.ndarray[Any, Any]) -> Any:
+    try:
+        whole = array.flags.writeable and all(stride >= 0 for stride in array.strides)
+        return torch.from_numpy(array if whole else array.copy())
+    except TypeError:  # texts or objects
+        return array
+
+
 def bind_inputs(model: nn.Module, inputs: Any) -> Arguments:
     """Return the arguments of `model` for a minibatch's inputs.
 
     Args:
         model: the user's model.
         inputs: one argument; a tuple or list of positional arguments; or a mapping, which is taken as keyword
-            arguments where forward has parameters of these names, and as one argument otherwise.
+            arguments where forward has parameters of these names, and as one argument otherwise. NumPy arrays are taken
+            as tensors.
 
     Raises:
-        PipedreamError: forward does not take them.
+        PipedreamError: they are no minibatch, or forward does not take them.
     """
-    _check_example(inputs)
+    if inputs is None or isinstance(inputs, str | bytes | int | float):
+        raise PipedreamError(
+            f"example_inputs is {inputs!r}: give one minibatch of inputs: a tensor, a tuple of the model's arguments, "
+            "or a mapping from their names"
+        )
+    if isinstance(inputs, DataLoader | Dataset | Iterator):
+        raise PipedreamError(
+            f"example_inputs is a {type(inputs).__name__}: give one minibatch of its inputs, such as "
+            "next(iter(loader))[0], or next(iter(loader)) if minibatches are mappings"
+        )
+    inputs = as_tensors(inputs)
     signature = inspect.signature(model.forward)
     parameters = list(signature.parameters.values())
     positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]

@@ -39,15 +39,16 @@ def _found(value: Any, *, objects: bool) -> list[torch.Tensor]:
     return found
 
 
-def map_tensors(function: Callable[[Any], Any], value: Any, *, leaf: type = torch.Tensor) -> Any:
+def map_tensors(function: Callable[[Any], Any], value: Any, *, leaf: type = torch.Tensor, objects: bool = True) -> Any:
     """Return `value` with every tensor in it replaced by function(tensor); objects without tensors stay themselves.
 
     Args:
         function: called for every tensor, in the order of `tensors_of_value`.
         value: the nested value.
         leaf: what to look for instead of tensors.
+        objects: whether to look into objects of other classes than lists, tuples, mappings and dataclasses.
     """
-    return _map(function, value, True, leaf, set())
+    return _map(function, value, True, leaf, set(), objects)
 
 
 def at_same_places(template: Any, value: Any, leaf: type) -> list[tuple[Any, torch.Tensor]]:

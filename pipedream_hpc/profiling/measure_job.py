@@ -23,6 +23,7 @@ from pipedream_hpc.cluster.device import Device
 from pipedream_hpc.cluster.heap import keep_freed_memory
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.job import Job
+from pipedream_hpc.model.arguments import as_tensors
 from pipedream_hpc.model.batch_dims import TARGET, BatchDims
 from pipedream_hpc.model.capture import capture
 from pipedream_hpc.model.graph import LayerGraph
@@ -60,6 +61,7 @@ def measure_job(
     Raises:
         PipedreamError: the model cannot be captured, or `minibatches` is less than 1.
     """
+    job = dataclasses.replace(job, example_inputs=as_tensors(job.example_inputs))
     place, name = (CPU, "cpu") if device is None or device.kind == "cpu" else (device.torch, device.name)
     if place.type == "cpu":
         keep_freed_memory()  # as in training
@@ -118,7 +120,7 @@ def _moved_to(model: nn.Module, place: torch.device) -> Iterator[None]:
 def _first_target(job: Job, graph: LayerGraph) -> Any:
     """Return the target of the job's first minibatch, for the loss; None if its size is not that of the example."""
     with torch.random.fork_rng(devices=[]):
-        minibatch = next(iter(job.train_loader), None)
+        minibatch = as_tensors(next(iter(job.train_loader), None))
     if isinstance(minibatch, Mapping):
         return job.example_inputs  # a mapping is inputs and target in one
     if not isinstance(minibatch, list | tuple) or len(minibatch) != 2:

@@ -25,7 +25,7 @@ from pipedream_hpc.cluster.world import World
 from pipedream_hpc.config import ScheduleConfig
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import Job
-from pipedream_hpc.model.arguments import bind_inputs
+from pipedream_hpc.model.arguments import as_tensors, bind_inputs
 from pipedream_hpc.model.graph import Modes
 from pipedream_hpc.model.randomness import seed_for, set_seed
 from pipedream_hpc.model.recipe import tensors_of
@@ -111,7 +111,8 @@ def first_minibatches(job: Job, count: int, epochs: int, seed: int) -> list[Batc
     with torch.random.fork_rng(devices=[]):
         for epoch in range(epochs):
             set_seed(seed_for("verify", seed, epoch))
-            epochs_of_batches.append([pair for pair, _ in zip(job.train_loader, range(count), strict=False)])
+            batches = zip(job.train_loader, range(count), strict=False)
+            epochs_of_batches.append([as_tensors(batch) for batch, _ in batches])
     return epochs_of_batches
 
 

@@ -22,7 +22,7 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.model.arguments import Arguments, is_array
+from pipedream_hpc.model.arguments import Arguments, as_tensors
 from pipedream_hpc.model.batch_dims import BatchDims
 from pipedream_hpc.model.checksum import checksum
 from pipedream_hpc.model.randomness import seed_for, set_seed
@@ -211,7 +211,7 @@ class MicrobatchLoader:
 
     def _add(self, minibatch: Any) -> None:
         """Check a minibatch, split it and keep the microbatches that are read here."""
-        inputs, target = _inputs_and_target(minibatch)
+        inputs, target = _inputs_and_target(as_tensors(minibatch))
         if self._taken == 0:
             if any(map(is_array, tree_flatten((inputs, target))[0])):
                 raise PipedreamError(
