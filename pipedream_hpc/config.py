@@ -68,7 +68,7 @@ class ScheduleConfig:
         default=None,
         metadata=option(f"Microbatches per minibatch, for {', '.join(registry.CUTTING_NAMES)}."),
     )
-    chunks: int = dataclasses.field(default=1, metadata=option("Stages per rank, for interleaved."))
+    chunks: int = dataclasses.field(default=1, metadata=option("Stages on each rank, for the schedule interleaved."))
 
     def __post_init__(self) -> None:
         _at_least_one("n_microbatches", self.n_microbatches)
@@ -126,19 +126,29 @@ class TrainConfig:
         default=1, metadata=option("Minibatches per replica that one optimizer step learns from.")
     )
     precision: str | None = dataclasses.field(
-        default=None, metadata=option("Run forwards under autocast.", choices=PRECISIONS)
+        default=None,
+        metadata=option(
+            "Compute forwards in this precision, by torch's autocast; weights stay as they are.", choices=PRECISIONS
+        ),
     )
     master_weights: bool = dataclasses.field(
         default=False, metadata=option("Keep a float32 master of every bfloat16 weight.")
     )
     clip_grad_norm: float | None = dataclasses.field(
-        default=None, metadata=option("Scale gradients down to this norm where theirs is larger.")
+        default=None, metadata=option("Largest norm of the gradients; larger gradients are scaled down to it.")
     )
     clip_grad_over: str = dataclasses.field(
-        default="stage", metadata=option("Gradients whose norm counts.", choices=("stage", "model"))
+        default="stage",
+        metadata=option(
+            "Whose norm that is: each stage's by itself, or the whole model's.", choices=("stage", "model")
+        ),
     )
     recompute: bool | None = dataclasses.field(
-        default=None, metadata=option("Run forwards again before backwards; by default what the plan says.")
+        default=None,
+        metadata=option(
+            "Run forwards again before backwards instead of keeping what they computed, to save memory; "
+            "by default what the plan says."
+        ),
     )
     compile_backend: str | None = dataclasses.field(
         default=None, metadata=option("A backend of torch.compile, such as inductor, that compiles every stage.")

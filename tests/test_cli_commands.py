@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -73,6 +74,20 @@ def test_arguments_behind_two_dashes_are_the_jobs(pipedream: Command) -> None:
 def test_partition(planned: Command) -> None:
     plan = load(Plan, "plan.json")
     assert (plan.ranks, plan.straight, plan.cost) == (2, True, "ring")
+
+
+def test_partition_plans_for_the_optimizer_of_the_profile(profiled: Command) -> None:
+    words = ("partition", "profile.json", "--devices", 2, "--bandwidth", 1e9)
+    told = "memory counts the state of SGD with momentum: the profile names no optimizer"
+    measured = load(Profile, "profile.json")
+    assert measured.optimizer == "sgd"
+    assert told not in profiled(*words)
+    assert load(Plan, "plan.json").optimizer == "sgd"
+    profiled(*words, "--optimizer", "adam")
+    assert load(Plan, "plan.json").optimizer == "adam"
+    save(dataclasses.replace(measured, optimizer=None), "profile.json")
+    assert told in " ".join(profiled(*words).split())
+    assert load(Plan, "plan.json").optimizer == "momentum"
 
 
 def test_partition_prints_every_figure_for_programs(profiled: Command) -> None:

@@ -15,7 +15,7 @@ from networks import chain, chains, dags, flat, layer, topologies
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.planning.cost import NAMES
 from pipedream_hpc.planning.plan import Plan
-from pipedream_hpc.planning.profile import Profile
+from pipedream_hpc.planning.profile import LayerProfile, Profile
 from pipedream_hpc.planning.solver import Request, solve
 from pipedream_hpc.planning.solver.placement import DeviceRow, device_rows
 from pipedream_hpc.planning.topology import Level, Topology
@@ -344,6 +344,27 @@ def test_equal_plans_prefer_fewer_stages() -> None:
     assert solve(chain([(0.0, 0.0, 0, 0, 0)] * 5), flat(4, 1.0)).config == "4"
 
 
+def test_modules_stand_for_the_layers_in_them() -> None:
+    names = ["embed", "blocks.0.a", "blocks.0.b", "add", "blocks.1.a", "blocks.10.a"]
+    layers = tuple(LayerProfile(name, "Linear", 1e-3, 2e-3, 10, 10) for name in names)
+    profile = Profile("net", "cpu", 8, layers, tuple((n, n + 1) for n in range(len(names) - 1)))
+
+    def stage_of(*group: str) -> list[int]:
+        plan = solve(profile, flat(3, 1e9), Request(straight=True, together=[group]))
+        return [index for name in names for index, stage in enumerate(plan.stages) if name in stage.layers]
+
+    assert len(set(stage_of("blocks.0", "blocks.1")[1:5])) == 1
+    assert len(set(stage_of("blocks.1", "blocks.10.a")[4:])) == 1
+    assert len(set(stage_of("embed", "add")[:4])) == 1
+    words = r"--together: the profile has no layer or module 'blocks\.11'; near are blocks\.1, blocks\.10,"
+    with pytest.raises(PipedreamError, match=words):
+        stage_of("blocks.11")
+    with pytest.raises(
+        PipedreamError, match=r"'blocks\.0' is no layer, but has the layers blocks\.0\.a, blocks\.0\.b: na"
+    ):
+        solve(profile, flat(2, 1e9), Request(cut_after=["blocks.0"]))
+
+
 def test_stages_that_must_end_or_stay_together() -> None:
     profile = chain([(1.0, 2.0, 1, 1, 0)] * 4)
     plan = solve(profile, flat(2, 1e9), Request(cut_after=["l0"]))
@@ -352,7 +373,7 @@ def test_stages_that_must_end_or_stay_together() -> None:
     assert [stage.layers for stage in plan.stages] == [("l0", "l1", "l2"), ("l3",)]
     with pytest.raises(PipedreamError, match="--cut-after and --together"):
         solve(profile, flat(4, 1e9), Request(cut_after=["l1"], together=[["l0", "l2"]]))
-    with pytest.raises(PipedreamError, match="--together: the profile has no layer 'l9'"):
+    with pytest.raises(PipedreamError, match="--together: the profile has no layer or module 'l9'; near are l3"):
         solve(profile, flat(4, 1e9), Request(together=[["l0", "l9"]]))
 
 

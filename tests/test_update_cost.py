@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -32,11 +33,11 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Replace the measurement: a second per tensor and one per element; return the list of measured sizes."""
     measured: list[int] = []
 
-    def update_s(weights: list[torch.Tensor], *_: object) -> float:
+    def measure_update(weights: list[torch.Tensor], *_: object) -> tuple[float, int]:
         measured.append(sum(each.numel() for each in weights))
-        return len(weights) + float(measured[-1])
+        return len(weights) + float(measured[-1]), 0
 
-    monkeypatch.setattr(update_cost, "update_s", update_s)
+    monkeypatch.setattr(update_cost, "measure_update", measure_update)
     return measured
 
 
@@ -63,3 +64,21 @@ def test_a_real_update_is_measured_and_the_model_is_unchanged() -> None:
     assert len(calls) == 2 * (3 + 2)
     assert sum(layer.update_s for layer in profile.layers) > 0
     assert all(torch.equal(value, before[name]) for name, value in graph.module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "master_weights", "kind"),
+    [
+        (SGD, False, "sgd"),
+        (partial(torch.optim.SGD, lr=0.1, momentum=0.9), False, "momentum"),
+        (torch.optim.AdamW, False, "adam"),
+        (torch.optim.AdamW, True, "adam-bf16"),
+        (torch.optim.Adagrad, False, "momentum"),
+        (torch.optim.Adafactor, False, "momentum"),
+        (partial(torch.optim.Adam, amsgrad=True), False, None),
+    ],
+)
+def test_the_kind_of_the_optimizer_is_that_of_its_state(optimizer: Any, master_weights: bool, kind: str | None) -> None:
+    graph = capture(Shared(), torch.zeros(2, 8))
+    profile = update_cost.add_update_times(count(graph), graph, optimizer, updates=1, master_weights=master_weights)
+    assert profile.optimizer == kind

@@ -51,7 +51,10 @@ def run(
     ] = None,
     batch: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Samples per minibatch; scales the profile.", rich_help_panel=_DEVICES),
+        typer.Option(
+            help="Plan for minibatches of so many samples: the measured times and bytes are scaled.",
+            rich_help_panel=_DEVICES,
+        ),
     ] = None,
     compute_scale: Annotated[
         float,
@@ -65,7 +68,11 @@ def run(
     ] = False,
     cost: Annotated[
         str,
-        typer.Option(help="Cost formula: ring, ring-no-overlap, paper2018, reference_code.", rich_help_panel=_PLANNING),
+        typer.Option(
+            help="How communication is counted: ring (all-reduces overlap with computing), ring-no-overlap, "
+            "paper2018 or reference_code (as the paper and its published code do).",
+            rich_help_panel=_PLANNING,
+        ),
     ] = "ring",
     schedule: Annotated[
         str,
@@ -78,12 +85,14 @@ def run(
         ),
     ] = 1,
     optimizer: Annotated[
-        str,
+        Optional[str],  # noqa: UP045
         typer.Option(
-            help="Optimizer to plan memory for: sgd, momentum, adam; append -bf16 for bfloat16 weights.",
+            help="Optimizer to plan memory for: sgd, momentum, adam, by the state that it keeps: none, one or two "
+            "numbers per weight; append -bf16 for bfloat16 weights with float32 masters. Default: that of the profile, "
+            "or momentum.",
             rich_help_panel=_PLANNING,
         ),
-    ] = "momentum",
+    ] = None,
     recompute: Annotated[
         str,
         typer.Option(
@@ -97,7 +106,11 @@ def run(
     ] = None,
     together: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option(help="Layers A,B,... that must share a stage; repeatable.", rich_help_panel=_PLANNING),
+        typer.Option(
+            help="Layers, or modules with all layers in them, A,B,... that must share a stage, such as "
+            "model.embed_tokens,lm_head or model.layers.3; repeatable.",
+            rich_help_panel=_PLANNING,
+        ),
     ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Where to write the plan.", rich_help_panel=_OUTPUT)
@@ -149,7 +162,7 @@ def run(
         straight=straight,
         fewer=fewer,
         memory_bytes=None if memory is None else int(memory),
-        optimizer=optimizer,
+        optimizer=optimizer or scaled.optimizer or "momentum",
         recompute=recompute,  # type: ignore[arg-type]
         schedule=schedule,
         n_microbatches=n_microbatches,
@@ -170,6 +183,10 @@ def run(
         return
     console = terminal.console()
     console.print(explain.stages_table(plan))
+    if optimizer is None and scaled.optimizer is None:
+        console.print(
+            "memory counts the state of SGD with momentum: the profile names no optimizer, so use --optimizer"
+        )
     for sentence in explain.sentences(plan):
         console.print(sentence)
     if cases:

@@ -46,6 +46,20 @@ OPTIMIZERS: dict[str, float] = {
     "adam-bf16": 6.0,
 }
 
+
+def optimizer_kind(state_bytes: int, weight_bytes: int, *, master_weights: bool = False) -> str | None:
+    """Return the kind of an optimizer, one of OPTIMIZERS, that has at least this much state; None if it has more.
+
+    Args:
+        state_bytes: of its state for some weights, without a master copy.
+        weight_bytes: of the weights.
+        master_weights: whether weights are bfloat16 with a float32 master copy.
+    """
+    ratio = state_bytes / max(weight_bytes, 1)
+    kind = next((kind for kind in ("sgd", "momentum", "adam") if ratio <= OPTIMIZERS[kind] + 0.01), None)
+    return f"{kind}-bf16" if kind and master_weights else kind
+
+
 Recompute = Literal["never", "auto", "always"]
 
 

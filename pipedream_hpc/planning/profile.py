@@ -92,6 +92,8 @@ class Profile:
         read_s: time of reading one minibatch of data in the measuring process; 0 when not measured, or when
             other processes read.
         overhead_s: time per minibatch that a stage spends outside its layers; 0 when not measured.
+        optimizer: kind of the optimizer by its memory, one of planning.memory.OPTIMIZERS; None when not measured, or
+            when it is of no such kind.
     """
 
     __pydantic_config__ = STRICT
@@ -105,6 +107,7 @@ class Profile:
     edges: tuple[tuple[int, int], ...]
     read_s: Seconds = 0.0
     overhead_s: Seconds = 0.0
+    optimizer: str | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:

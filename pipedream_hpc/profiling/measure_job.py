@@ -92,7 +92,7 @@ def measure_job(
             device_name=name,
         )
         between = one_minibatch(graph, example_inputs, loss_fn, forward_context)
-        profile = add_update_times(profile, graph, job.optimizer, between=between)
+        profile = add_update_times(profile, graph, job.optimizer, between=between, master_weights=config.master_weights)
         data, read_s = _read(job, minibatches + 1, between)
         profile = dataclasses.replace(profile, read_s=read_s)
     barrier()

@@ -18,6 +18,7 @@ from torch import nn
 from pipedream_hpc.job import OptimizerFactory
 from pipedream_hpc.model.clock import clock_of
 from pipedream_hpc.model.graph import LayerGraph
+from pipedream_hpc.planning.memory import optimizer_kind
 from pipedream_hpc.planning.profile import Profile
 from pipedream_hpc.runtime.weights.stash import WeightStash
 
@@ -32,8 +33,9 @@ def add_update_times(
     *,
     updates: int = 10,
     between: Callable[[], None] = lambda: None,
+    master_weights: bool = False,
 ) -> Profile:
-    """Return `profile` with the time of an update of every layer's parameters.
+    """Return `profile` with the time of an update of every layer's parameters, and the kind of the optimizer.
 
     One stash with all parameters of the model (at most 1 GiB) is updated, and the median time is divided among the
     layers by tensors and bytes. A weight that several layers use is counted with the first of them.
@@ -45,6 +47,7 @@ def add_update_times(
         updates: number of updates to measure.
         between: called before each update, such as a minibatch, which evicts the weights from the caches as training
             does.
+        master_weights: whether training will keep float32 masters of bfloat16 weights.
     """
     parameters = dict(graph.module.named_parameters(remove_duplicate=False))
     seen: set[int] = set()
@@ -64,20 +67,22 @@ def add_update_times(
         measured.append(_like(parameter, parameter.detach(), names[id(parameter)]))
     if not measured:
         return profile
-    smallest_s = update_s(
+    smallest_s, _ = measure_update(
         [_like(each, torch.zeros(1, dtype=each.dtype, device=each.device)) for each in measured],
         optimizer,
         updates,
         between,
     )
-    whole_s = update_s(measured, optimizer, updates, between)
+    whole_s, state_bytes = measure_update(measured, optimizer, updates, between)
     per_tensor_s = min(smallest_s, whole_s) / len(measured)
-    per_byte_s = max(whole_s - smallest_s, 0.0) / sum(each.nbytes for each in measured)
+    n_bytes = sum(each.nbytes for each in measured)
+    per_byte_s = max(whole_s - smallest_s, 0.0) / n_bytes
     layers = tuple(
         dataclasses.replace(layer, update_s=len(own) * per_tensor_s + sum(each.nbytes for each in own) * per_byte_s)
         for layer, own in zip(profile.layers, owned, strict=True)
     )
-    return dataclasses.replace(profile, layers=layers)
+    kind = optimizer_kind(state_bytes, n_bytes, master_weights=master_weights)
+    return dataclasses.replace(profile, layers=layers, optimizer=kind)
 
 
 def _like(parameter: nn.Parameter, values: torch.Tensor, name: str | None = None) -> nn.Parameter:
@@ -87,10 +92,10 @@ def _like(parameter: nn.Parameter, values: torch.Tensor, name: str | None = None
     return made
 
 
-def update_s(
+def measure_update(
     weights: Sequence[nn.Parameter], optimizer: OptimizerFactory, updates: int, between: Callable[[], None]
-) -> float:
-    """Return the median seconds of an update of a stash of these weights, on their device."""
+) -> tuple[float, int]:
+    """Return the median seconds of an update of a stash of these weights, on their device, and its state's bytes."""
     device = weights[0].device
     clock = clock_of(device)
     copies = nn.Module()
@@ -105,4 +110,8 @@ def update_s(
         stash.update(gradients)
         began_s, ended_s = clock.read([began, clock.mark()])
         seconds.append(ended_s - began_s)
-    return statistics.median(seconds[2:])  # the first two allocate the optimizer's state
+    state = stash.optimizer.state.values() if stash.optimizer is not None else ()
+    tensors = (value for of_weight in state for value in of_weight.values() if isinstance(value, torch.Tensor))
+    # Numbers of steps do not count.
+    state_bytes = sum(each.nbytes for each in tensors if each.dim())
+    return statistics.median(seconds[2:]), state_bytes  # the first two allocate the optimizer's state

@@ -13,6 +13,7 @@ Every plan considered is a pipeline along one row of devices, or along several e
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,8 @@ class Request:
         schedule: one of SCHEDULES; `1f1b` keeps one weight version per minibatch in flight.
         n_microbatches: microbatches per minibatch; 1 for `1f1b`, more for all other schedules.
         cut_after: names of layers after which a stage must end.
-        together: groups of names of layers that must share a stage, such as those with tied weights.
+        together: groups of names of layers, or of modules with layers in them, that must share a stage, such as those
+            with tied weights.
     """
 
     cost: str = DEFAULT
@@ -120,7 +122,9 @@ def _problems(profile: Profile, topology: Topology, request: Request, cuts: Cuts
         all_in_flight=request.schedule == "gpipe",
     )
     index = {layer.name: position for position, layer in enumerate(profile.layers)}
-    together = [*([_index(index, name, "--together") for name in group] for group in request.together)]
+    together = [
+        [layer for name in group for layer in _layers_of(index, name, "--together")] for group in request.together
+    ]
     cut_after = [_index(index, name, "--cut-after") for name in request.cut_after]
     rows = device_rows(topology)
     return [
@@ -141,10 +145,23 @@ def _problems(profile: Profile, topology: Topology, request: Request, cuts: Cuts
 
 
 def _index(index: dict[str, int], name: str, option: str) -> int:
+    """Return the layer of a name."""
     if name not in index:
-        known = ", ".join(list(index)[:5])
-        raise PipedreamError(f"{option}: the profile has no layer '{name}'; its layers are {known}, ...")
+        inside = [each for each in index if each.startswith(f"{name}.")]
+        if inside:
+            raise PipedreamError(f"{option}: '{name}' is no layer, but has the layers {', '.join(inside)}: name one")
+        _layers_of(index, name, option)
     return index[name]
+
+
+def _layers_of(index: dict[str, int], name: str, option: str) -> list[int]:
+    """Return the layer of a name, or those in the module of this name."""
+    found = [layer for each, layer in index.items() if each == name or each.startswith(f"{name}.")]
+    if not found:
+        modules = {each.rsplit(".", depth)[0] for each in index for depth in range(each.count(".") + 1)}
+        near = difflib.get_close_matches(name, sorted(modules | index.keys()), n=3, cutoff=0.0)
+        raise PipedreamError(f"{option}: the profile has no layer or module '{name}'; near are {', '.join(near)}")
+    return found
 
 
 def _why_none(profile: Profile, problems: list[Problem], request: Request) -> str:
