@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from typing import Any
 
 import numpy
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader, Reader
+from pipedream_hpc.runtime.execution.dataloader import use_forkserver
 
 
 class Numbers(Dataset[Any]):
@@ -63,6 +65,19 @@ def microbatches(loader: Any, readers: list[Reader], epoch: int = 0, length: int
         microbatch: (batches.arguments(microbatch).args[0].tolist(), batches.target(microbatch).tolist())
         for microbatch in own
     }
+
+
+@pytest.mark.parametrize(
+    ("told", "imported"), [(["__main__"], ["__main__", "torch"]), (["numpy"], ["numpy"])], ids=["nothing", "something"]
+)
+def test_the_server_of_workers_imports_torch_once(
+    told: list[str], imported: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forkserver._forkserver, "_preload_modules", told)
+    loader = DataLoader(Numbers(), 4, num_workers=1)
+    use_forkserver(loader)
+    assert forkserver._forkserver._preload_modules == imported
+    assert loader.multiprocessing_context.get_start_method() == "forkserver"
 
 
 @pytest.mark.parametrize("name", LOADERS)

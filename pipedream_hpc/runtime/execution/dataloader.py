@@ -11,9 +11,11 @@ loader allows drawing without reading::
 from __future__ import annotations
 
 import io
+import multiprocessing
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import forkserver
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -94,10 +96,13 @@ def _not_carried(loader: Any) -> str | None:
 def use_forkserver(loader: Any) -> None:
     """Let a fork server start a DataLoader's workers, unless the user chose a start method.
 
-    A fork of a process that uses MPI and threads may hang, or inherit MPI's connections.
+    A fork of a process that uses MPI and threads may hang, or inherit MPI's connections. The server imports torch once,
+    which takes each worker seconds otherwise; what the user has told it to import stays.
     """
     if _has_workers(loader) and loader.multiprocessing_context is None:
         loader.multiprocessing_context = "forkserver"
+        if forkserver._forkserver._preload_modules == ["__main__"]:  # type: ignore[attr-defined]
+            multiprocessing.set_forkserver_preload(["__main__", "torch"])
 
 
 def _reads_by_indices(loader: Any) -> bool:
