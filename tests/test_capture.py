@@ -7,11 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import chains
-import numpy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.capture import capture
@@ -230,35 +228,6 @@ def test_example_inputs_that_do_not_fit() -> None:
         measure(graph, torch.zeros(3, 8))
     with pytest.raises(PipedreamError, match="minibatches is 0: profile at least 1"):
         measure(graph, torch.zeros(2, 8), minibatches=0)
-
-
-def test_examples_that_are_no_minibatch() -> None:
-    data = TensorDataset(torch.zeros(6, 8))
-    for given, words in (
-        (None, "example_inputs is None: give one minibatch of inputs: a tensor, a tuple"),
-        (
-            DataLoader(data),
-            r"example_inputs is DataLoader: give one minibatch .* such as `next\(iter\(loader\)\)\[0\]`",
-        ),
-        (data, "example_inputs is TensorDataset: give one minibatch"),
-        (iter(DataLoader(data)), "example_inputs is _SingleProcessDataLoaderIter: give one minibatch"),
-        (numpy.zeros((2, 8)), "example_inputs has a NumPy array: give tensors, as torch.from_numpy makes them"),
-        ((torch.zeros(2, 8), numpy.zeros(2)), "example_inputs has a NumPy array"),
-    ):
-        with pytest.raises(PipedreamError, match=words):
-            capture(nn.Linear(8, 8), given)
-
-
-def test_models_that_are_wrapped() -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    with pytest.raises(
-        PipedreamError, match=r"the model is compiled .*: pass the module itself, and compile its stages"
-    ):
-        capture(torch.compile(model), torch.zeros(2, 8))
-    with pytest.raises(
-        PipedreamError, match=r"the model is wrapped in DataParallel, .*: pass the module in it; the plan"
-    ):
-        capture(nn.DataParallel(model), torch.zeros(2, 8))
 
 
 # --- writes in place ------------------------------------------------------------------------------

@@ -96,8 +96,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("profile no_such_module", "no module named 'no_such_module'"),
         ("profile nothing.py", "nothing.py has no function job"),
         ("profile other.py", "job(args) returned int"),
-        ("profile none.py", "none.py: job takes other arguments than one, the list of the words after --"),
-        ("train two.py --plan 2", "two.py: job takes other arguments than one"),
         ("profile --import published.txt", "published.txt"),
         ("profile none.py", "none.py: job cannot be called with one list of words, those after -- (too many po"),
         ("train two.py --plan 2", "two.py: job cannot be called with one list of words, those after -- (missing a req"),

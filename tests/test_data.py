@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from typing import Any
 
-import numpy
 import pytest
 import ranks
 import torch
@@ -194,15 +193,6 @@ def test_messages_name_epoch_and_minibatch(minibatch: Any, words: str) -> None:
     batches.arguments(0)
     with pytest.raises(PipedreamError, match=words):
         batches.arguments(n_microbatches)
-
-
-def test_numpy_arrays_are_refused() -> None:
-    for minibatch in ((numpy.zeros((4, 2)), torch.zeros(4)), (torch.zeros(4, 2), numpy.zeros(4))):
-        data = MicrobatchLoader([minibatch], epoch=0, seed=0, readers=[Reader(0, 1)], length=1)
-        with pytest.raises(
-            PipedreamError, match=r"epoch 0, minibatch 0: the loader yielded a NumPy array: let it yield"
-        ):
-            data.arguments(0)
 
 
 def test_a_first_minibatch_unlike_the_example_is_refused() -> None:

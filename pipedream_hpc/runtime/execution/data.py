@@ -213,11 +213,6 @@ class MicrobatchLoader:
         """Check a minibatch, split it and keep the microbatches that are read here."""
         inputs, target = _inputs_and_target(as_tensors(minibatch))
         if self._taken == 0:
-            if any(map(is_array, tree_flatten((inputs, target))[0])):
-                raise PipedreamError(
-                    "the loader yielded a NumPy array: let it yield tensors (torch.from_numpy, or the default "
-                    "collate_fn of a DataLoader)"
-                )
             arguments = self._arguments(inputs)
             self._check(arguments)
             self._fingerprint = checksum(_tensors(inputs))
