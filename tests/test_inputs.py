@@ -182,5 +182,8 @@ def test_a_list_of_one_input_is_an_example() -> None:
 
 
 def test_training_needs_all_inputs() -> None:
-    with pipeline_of(Labelled()) as pipeline, pytest.raises(PipedreamError, match="have no 'labels', which the model"):
+    with (
+        pipeline_of(Labelled()) as pipeline,
+        pytest.raises(PipedreamError, match="have no 'labels', which example_inputs has"),
+    ):
         pipeline.fit([labelled(4, 1, "labels")])

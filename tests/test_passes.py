@@ -90,8 +90,7 @@ def stage(
     return SimpleNamespace(
         index=index,
         is_last=scores is not None,
-        loss_meter=meter,
-        loss_means=None,
+        loss=SimpleNamespace(meter=meter, means=None),
         module=module,
         stash=SimpleNamespace(trained=[torch.tensor([weight])]),
         grad_allreduce=object() if replicated else None,

@@ -333,4 +333,5 @@ def test_any_schedule_with_a_word_changed(schedule: Any, data: st.DataObject) ->
         verify(mutant)
     except ScheduleError:
         return
-    assert meaning(mutant) == meaning(base)
+    if mutant.all_reduce_grad_norm == base.all_reduce_grad_norm:  # a run that needs norms refuses a file without them
+        assert meaning(mutant) == meaning(base)

@@ -115,7 +115,8 @@ def _same_names(given: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     if missing:
         raise PipedreamError(
             f"the inputs of the loader have no '{missing[0]}', which example_inputs has, but "
-            f"{', '.join(map(str, given))}: in training and in evaluation give every input of example_inputs"
+            f"{', '.join(map(str, given))}: give all that example_inputs has; an evaluation may leave out those whose "
+            "default in the model's forward is None"
         )
     if more:
         raise PipedreamError(

@@ -26,6 +26,7 @@ from pipedream_hpc.model.batch_dims import BatchDims
 from pipedream_hpc.model.calls import unwatched
 from pipedream_hpc.model.graph import Key, LayerGraph, Modes, Notes, Recording, Value, modes_restored
 from pipedream_hpc.model.layers import group_into_layers
+from pipedream_hpc.model.originals import Originals
 from pipedream_hpc.model.precision import Autocast, Precision
 from pipedream_hpc.model.recipe import ModelFactory, ModelRecipe, build_model
 from pipedream_hpc.model.record import NEED_VALUES, CannotOpenError, NeedsValuesError, is_list, record
@@ -68,6 +69,7 @@ def capture(
         model = recipe.model
     model = build_model(model)
     _refuse(model)
+    originals = Originals(model) if recipe is None else recipe.originals
     batch_dims = batch_dims or BatchDims()
     bound = bind_inputs(model, example_inputs)
     batch_dims.check(bound)
@@ -125,6 +127,7 @@ def capture(
             )
             for mode, recording in ((True, training), (False, evaluation))
         },
+        originals=originals,
         closed=closed,
         recipe=recipe,
     )
@@ -242,6 +245,10 @@ def _refuse_wrapped(model: nn.Module) -> None:
             raise PipedreamError(
                 f"{what} is sharded by FSDP ({kind.__name__}): give it as it is before; each rank keeps the weights of "
                 "its own stages only if the model is given as a function"
+            )
+        if _is_from(module, "torch.export"):
+            raise PipedreamError(
+                f"{what} is a program of torch.export, which computes in one mode: give the module that it was made of"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise PipedreamError(

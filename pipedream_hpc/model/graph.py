@@ -25,6 +25,7 @@ from torch import nn
 
 from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.batch_dims import BatchDims
+from pipedream_hpc.model.originals import Originals
 from pipedream_hpc.model.recipe import ModelRecipe
 
 #: One tensor that a call puts out: (number of the call, number of the output).
@@ -346,6 +347,7 @@ class LayerGraph:
         device: what the forward was recorded for.
         shapes: by mode: returns an output of a call for given arguments, without computing it.
         closed: modules that cannot be cut, and why.
+        originals: the weights that the model had at first.
         recipe: creates the weights of a model that was given as a function; None for a built model.
         on_close: what takes hooks and watchers off the model's modules, once no stage runs any more.
     """
@@ -361,6 +363,7 @@ class LayerGraph:
     notes: Notes
     device: torch.device
     shapes: Mapping[bool, Callable[[Sequence[Any], Mapping[str, Any], Key], Value]]
+    originals: Originals
     closed: Mapping[str, str] = field(default_factory=dict)
     recipe: ModelRecipe | None = None
     on_close: list[Callable[[], None]] = field(default_factory=list)

@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.checksum import checksum
+from pipedream_hpc.model.originals import Originals
 from pipedream_hpc.model.placeholder import Placeholder
 
 #: Builds a model; called more than once, it must build the same model every time.
@@ -105,6 +106,7 @@ class ModelRecipe:
 
     Attributes:
         model: the whole model, with its parameters on the meta device.
+        originals: the parameters that it was built with.
         fingerprint: checksum of torch's random state after the model was built; equal on ranks that build the same.
         checksums: of tensors that were made before, by name, on this or another rank: they must be made alike.
 
@@ -123,6 +125,7 @@ class ModelRecipe:
         tensors = _by_name(self.model)
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         self._numbers = {name: construction.number(tensor) for name, tensor in tensors.items()}
+        self.originals = Originals(self.model)
         _move_to_meta(self.model, construction)
         self.fingerprint = f"{zlib.crc32(torch.get_rng_state().numpy().data):08x}"
 

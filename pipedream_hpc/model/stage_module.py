@@ -12,7 +12,6 @@ A stage has no copies: it runs the user's own modules. The tree of its weights a
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.calls import Applied, watch_modules
 from pipedream_hpc.model.checkpoints import checkpoints
 from pipedream_hpc.model.graph import Call, LayerGraph, modes_restored
+from pipedream_hpc.model.originals import Originals
 from pipedream_hpc.model.placeholder import Placeholder
 from pipedream_hpc.model.preserve_state import Contents, contents_restored
 from pipedream_hpc.model.randomness import seeding_from_here
@@ -85,7 +85,6 @@ class StageModule:
         self._steps: list[Step] = []  # in both modes
         self._opened: set[int] = set()
         self._entries = entries_by_weight(self._model)
-        self._originals = [(weakref.ref(each), name) for name, each in self._model.named_parameters()]
         self._forwards = {mode: self._forward(mode) for mode in (True, False)}
         self._running = self._forwards[True]
         self.modules = self._own_modules()
@@ -296,20 +295,18 @@ class StageModule:
         named = [*self._model.named_parameters(), *self._model.named_buffers()]
         return {id(each): name for name, each in named if name not in own}
 
-    def first_weights(self) -> list[tuple[nn.Parameter, str]]:
-        """Return the trained parameters that the user's model had at first, as far as they exist, with their names."""
-        alive = ((weight(), name) for weight, name in self._originals)
-        return [(weight, name) for weight, name in alive if weight is not None and weight.requires_grad]
+    @property
+    def originals(self) -> Originals:
+        """The weights that the user's model had at first."""
+        return self._graph.originals
 
     def name_of(self, leaf: torch.Tensor) -> str:
         """Return a text that names a leaf of autograd's graph that is none of the stage's weights."""
         for name, parameter in self._model.named_parameters():
             if parameter is leaf:
                 return f"'{name}'"
-        for reference, name in self._originals:
-            if reference() is leaf:
-                return f"'{name}'"
-        return f"a tensor of shape {tuple(leaf.shape)}"
+        original = self.originals.name_of(leaf)
+        return f"a tensor of shape {tuple(leaf.shape)}" if original is None else f"'{original}'"
 
     def watch_calls(self, after: Callable[[Step, Sequence[torch.Tensor | None]], None] | None) -> None:
         """Call `after` with every call of the stage and its outputs (see StageForward.after); None to end it."""

@@ -136,7 +136,7 @@ def pipeline_events(pipeline: Pipeline, epochs: Sequence[Batches]) -> tuple[list
                         microbatch,
                         {"loss": torch.tensor(loss, dtype=torch.float64)},
                     )
-                    for microbatch, (loss, *_), _ in stage.loss_meter.read()
+                    for microbatch, (loss, *_), _ in stage.loss.meter.read()
                 )
     end_log()
     return events, log.forwards

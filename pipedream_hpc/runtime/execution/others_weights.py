@@ -7,16 +7,16 @@ another tensor, which only the modules of the model have.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.originals import Originals
 from pipedream_hpc.model.placeholder import Placeholder
 from pipedream_hpc.model.structure import tensors_of_value
 
@@ -69,15 +69,16 @@ class OthersTensors(ForbiddenTensors):
 
 
 class HeldWeights(ForbiddenTensors):
-    """Refuses a forward that reads a weight of the model other than from its module.
+    """Refuses a forward that reads a weight of the model, or its memory, other than from its module.
 
     Args:
-        first: the parameters that the model had before versions of them took their places, with their names.
+        originals: the weights that the model had before versions of them took their places.
     """
 
-    def __init__(self, first: Sequence[tuple[nn.Parameter, str]]) -> None:
-        super().__init__({id(weight): name for weight, name in first})
-        self._first = first  # which keeps their identities their own
+    def __init__(self, originals: Originals) -> None:
+        self._weights = originals.trained()  # keeps their identities their own
+        super().__init__({id(weight): name for weight, name in self._weights})
+        self._memory = originals.memory()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = function(*args, **(kwargs or {}))
@@ -86,9 +87,15 @@ class HeldWeights(ForbiddenTensors):
                 self._check(leaf)
         return returned
 
+    def _check(self, tensor: torch.Tensor) -> None:
+        super()._check(tensor)
+        name = self._memory.owner(tensor)
+        if name is not None:
+            raise PipedreamError(self.sentence(name))
+
     def sentence(self, name: str) -> str:
         return (
-            f"the forward uses the parameter '{name}' as a hook, a closure, a list or a module outside the model holds "
-            "it, and would not see it trained: every version of a weight is another tensor; take it from its module "
-            f"in the model when the forward runs (module.{name.rpartition('.')[2]})"
+            f"the forward uses the parameter '{name}' as a hook, a closure, a list, a buffer or a module outside the "
+            "model holds it, and would not see it trained: every version of a weight is another tensor; take it from "
+            f"its module in the model when the forward runs (module.{name.rpartition('.')[2]})"
         )

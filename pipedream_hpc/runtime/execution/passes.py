@@ -167,16 +167,16 @@ def finish_pass(world: World, workers: Sequence[Worker], *, training: bool, limi
     """
     placed = [(worker.rank, stage) for worker in workers for stage in worker.stages.values()]
     facts = {
-        "scores": [score for _, stage in placed if stage.is_last for score in stage.loss_meter.read()],
+        "scores": [score for _, stage in placed if stage.is_last for score in stage.loss.meter.read()],
         "weights": [
             (stage.index, rank, checksum((*stage.stash.trained, *stage.module.buffers())))
             for rank, stage in placed
             if training and stage.grad_allreduce is not None
         ],
         "divisors": [
-            stage.loss_means.first
+            stage.loss.means.first
             for _, stage in placed
-            if training and stage.grad_allreduce is not None and stage.loss_means is not None
+            if training and stage.grad_allreduce is not None and stage.loss.means is not None
         ],
     }
     answers = exchange(world, facts, limit_s=limit_s)

@@ -27,7 +27,7 @@ empty message for an edge whose tensors need none: that is how a stage learns th
 Gradients. Every microbatch's loss is weighted (`data.weight`: its share of the round's samples where minibatches are
 cut) and multiplied by the loss scale; the round's sum is divided once (`optimizer.count`), then unscaled and clipped.
 A loss that is a pair (sum, count) is not weighted: backward starts from the sum, and each stage divides a round's
-gradients by the counts of its microbatches, which it asks the output stage for (see run_losses).
+gradients by the counts of its microbatches, which it asks the output stage for (see stage_loss).
 The loss scale changes only at steps where nothing is in flight, which fp16 requires of the schedule.
 
 Numbers. Three counts of microbatches and two of versions meet here::
@@ -50,7 +50,6 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
-from pipedream_hpc.job import LossFn
 from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.graph import Value
 from pipedream_hpc.model.precision import Precision
@@ -58,16 +57,13 @@ from pipedream_hpc.model.randomness import seed_for, seeding, set_seed
 from pipedream_hpc.model.stage_module import StageModule, writable
 from pipedream_hpc.planning.plan import Edge
 from pipedream_hpc.runtime.comm.channels import ChannelKey, RecvChannel, StageChannels
-from pipedream_hpc.runtime.comm.tensor_view import clone_if_shared, is_shared
+from pipedream_hpc.runtime.comm.tensor_view import clone_if_shared
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader
-from pipedream_hpc.runtime.execution.loss_means import LossMeans
-from pipedream_hpc.runtime.execution.loss_meter import LossMeter
 from pipedream_hpc.runtime.execution.memory_probe import MemoryProbe
-from pipedream_hpc.runtime.execution.others_weights import HeldWeights, OthersTensors
-from pipedream_hpc.runtime.execution.run_losses import RunLosses
-from pipedream_hpc.runtime.execution.score import Score, ScoreFn, read_score
+from pipedream_hpc.runtime.execution.others_weights import HeldWeights
+from pipedream_hpc.runtime.execution.score import Score, ScoreFn
 from pipedream_hpc.runtime.execution.split_backward import SplitBackward
-from pipedream_hpc.runtime.execution.whole_loss import WholeLoss
+from pipedream_hpc.runtime.execution.stage_loss import StageLoss
 from pipedream_hpc.runtime.weights.batchnorm import keep_running_stats
 from pipedream_hpc.runtime.weights.grad_accumulation import GradAccumulator
 from pipedream_hpc.runtime.weights.grad_allreduce import GradAllReduce
@@ -141,16 +137,12 @@ class Stage:
         optimizer: unscales, clips and steps, once the gradients of a round are complete.
         grad_allreduce: averages gradients over the replicas; None if there is only one.
         channels: the stage's ends of the channels to other stages.
-        loss_fn: mean loss, or its sum and count, from (output, target); used by the output stage only.
-        losses: of the run.
+        loss: computes and records losses in the output stage, and counts what gradients are divided by.
         seed: seed of the run; every random layer is reseeded from (seed, microbatch, layer name).
         split_backward: defers the gradients of parameters; None if the schedule splits no backward here.
         recompute: run the forward again before the backward instead of keeping activations (activation checkpointing).
         precision: factory of the context that forwards run in, such as autocast; None for none.
         compile_backend: backend of torch.compile that compiles the module; None for none.
-        loss_means: checks the means of the output stage's losses, where minibatches are cut.
-        whole_loss: compares the loss of its first minibatch with those of its microbatches.
-        pools: whether rounds have several microbatches, in any stage.
     """
 
     def __init__(
@@ -163,17 +155,13 @@ class Stage:
         optimizer: StageOptimizer,
         grad_allreduce: GradAllReduce | None,
         channels: StageChannels,
-        loss_fn: LossFn,
-        losses: RunLosses,
+        loss: StageLoss,
         seed: int,
         *,
         split_backward: SplitBackward | None,
         recompute: bool,
         precision: Precision | None = None,
         compile_backend: str | None = None,
-        loss_means: LossMeans | None = None,
-        whole_loss: WholeLoss | None = None,
-        pools: bool = False,
     ) -> None:
         self.index, self.replica = index, replica
         #: `module` has the weights and buffers under the user's names; what runs are the user's own modules.
@@ -183,17 +171,11 @@ class Stage:
         self.evaluation_channels: StageChannels | None = None
         self._channels = channels  # of this pass
         self.recomputes = recompute
-        self._loss_fn, self._losses, self._pools = loss_fn, losses, pools
-        self._counted: bool | None = None  # whether the loss is a pair (sum, count), once that is known
-        self._n_stepped = 0  # microbatches of the pass that an optimizer step has learned from
-        self._publishes = self._scored = False
         self._compiled = compile_backend is not None
-        self._whole_loss = whole_loss
         self.is_last = stage_module.is_last
         #: Whether it reads inputs or targets from the data set.
         self.reads_data = stage_module.reads_inputs or stage_module.is_last
-        self.loss_means = loss_means
-        self.loss_meter, self.memory_probe = LossMeter(), MemoryProbe()
+        self.loss, self.memory_probe = loss, MemoryProbe()
         self.watch: Watch | None = None
         #: Makes the context of every forward from the microbatch's number among those trained. For verification.
         self.around_forward: Callable[[int], AbstractContextManager[None]] | None = None
@@ -223,7 +205,6 @@ class Stage:
             stash, grad_allreduce, split_backward.keeps if split_backward is not None else None
         )
         self._in_flight: dict[int, MicrobatchState] = {}
-        self._score_fn: ScoreFn = self._loss
         self._data: MicrobatchLoader | None = None
         self._training = True
         self._n_deferred = 0  # microbatches between BackwardInput and BackwardWeight
@@ -231,7 +212,6 @@ class Stage:
         self._first_microbatch = self._first_trained = 0
         self._first_version = 0
         self._trained_microbatch = 0  # the number that random layers are seeded with
-        self._loss_gradients: dict[float, torch.Tensor] = {}
 
         def reseed(name: str) -> None:
             """Make dropout and the like independent of the plan."""
@@ -269,14 +249,11 @@ class Stage:
             score_fn: what the output stage computes from (output, target) instead of the loss.
             publish: publish every loss.
         """
-        self._data, self._score_fn, self._training = data, score_fn or self._loss, training
-        self._publishes, self._n_stepped, self._scored = publish, 0, False
-        if self.loss_means is not None:
-            self.loss_means.begin()
+        self._data, self._training = data, training
+        self.loss.begin(data, training=training, first_microbatch=first_microbatch, score_fn=score_fn, publish=publish)
         self._channels = self.channels if training else self.evaluation_channels or self.channels
         self._first_microbatch, self._first_trained = first_microbatch, first_trained
         self._first_version = self.stash.version
-        self.loss_meter = LossMeter()
         self.stage_module.train(training)
         self.stash.set_frozen()
         if not training:
@@ -287,8 +264,7 @@ class Stage:
         for channel in self._channels.send.values():
             channel.drain()
         assert not self._in_flight, "a verified schedule leaves no microbatch in flight"
-        if self._whole_loss is not None and self._training:
-            self._whole_loss.compare()  # the pass may have had one minibatch
+        self.loss.end()
         self._data = None
         self.stash.use_newest()  # what the user's model shows between passes
 
@@ -339,8 +315,10 @@ class Stage:
             state.sends_left = len(self._sent)
         state.stage_outputs, scores = self._run(microbatch, state, graph=self._training and not self.recomputes)
         if self.is_last:
-            self._record_scores(microbatch, state, scores)
-            if not self._training:
+            self.loss.record(microbatch, scores)
+            if self._training:
+                state.loss, state.loss_gradient = self.loss.root(microbatch, scores[0])
+            else:
                 self._finish(microbatch, state)
 
     def send(self, action: Send) -> None:
@@ -407,7 +385,7 @@ class Stage:
     def optimizer_step(self, action: OptimizerStep) -> None:
         """Write the next weight version; a step that fp16 skips makes a version, too."""
         gradients = self.round_gradients(action.n_microbatches)
-        self._n_stepped += action.n_microbatches
+        self.loss.end_round(action.n_microbatches)
         self._accumulator.close()  # the next round starts; these tensors stay ours until its first gradient
         self.memory_probe.count_round(gradients)
         before = self.stash.version
@@ -426,17 +404,7 @@ class Stage:
 
         Calling it again before the optimizer step returns the same tensors: nothing is divided twice.
         """
-        return self._accumulator.average(lambda: self._divisor(n_microbatches))
-
-    def _divisor(self, n_microbatches: int) -> float:
-        """Return what the sum of the round's gradients is divided by; all its forwards have been run."""
-        first, begin = self._first_microbatch, self._n_stepped
-        if self._counted is None and self._pools:
-            self._counted = self._losses.ask(first, begin).counted
-        if not self._counted or not self._pools:
-            return self.optimizer.count(n_microbatches)
-        round = range(begin, begin + n_microbatches)
-        return sum(self._losses.ask(first, microbatch).weight for microbatch in round) or 1.0
+        return self._accumulator.average(lambda: self.loss.divisor(n_microbatches))
 
     def _run(
         self, microbatch: int, state: MicrobatchState, *, graph: bool
@@ -451,10 +419,8 @@ class Stage:
                 leaves[position] = leaves[position].clone()  # the second forward reads the slot again
             elif leaves[position].requires_grad:
                 leaves[position] = writable(leaves[position])  # autograd forbids writing to a leaf
-        counts = self._training and graph != self.recomputes  # and is not run again
-        watched = self.loss_means if counts else None
-        if watched is not None and not watched.is_needed(microbatch):
-            watched = None
+        again = graph and self.recomputes
+        watched = None if again else self.loss.watch(microbatch)
         # Of the model's forward and, in the output stage, of the loss; and of the forward alone.
         around: list[AbstractContextManager[Any]] = []
         within: list[AbstractContextManager[Any]] = []
@@ -469,31 +435,13 @@ class Stage:
         if self._split_backward is not None and state.split and graph:
             within.append(self._split_backward.recording(microbatch))
         if self._training and self.memory_probe.microbatch_bytes is None and not self._compiled:
-            within.append(HeldWeights(self.stage_module.first_weights()))
+            within.append(HeldWeights(self.stage_module.originals))
         with _entering(around):
             with _entering(within), self._seeding:
                 outputs, returned = self.stage_module.run(state.arguments, leaves)
             if not self.is_last:
                 return tuple(outputs), ()
-            assert self._data is not None
-            target = self._data.target(microbatch)
-            computing: list[AbstractContextManager[Any]] = []
-            if watched is not None:
-                watched.end_forward()
-                computing.append(watched)
-            if not self._scored:
-                computing.append(OthersTensors(self.stage_module.weights_of_others()))
-            with _entering(computing):
-                scores = self._score_fn(returned, target)
-            self._scored = True
-            if watched is not None:
-                watched.end(microbatch, self._data.samples(microbatch), compare=scores[0].count is None)
-            if self._whole_loss is not None and counts:
-                self._whole_loss.add(microbatch, returned, target, self._data.samples(microbatch), scores[0])
-            return tuple(outputs), scores
-
-    def _loss(self, output: Any, target: Any) -> Sequence[Score]:
-        return (read_score(self._loss_fn(output, target), "the loss"),)
+            return tuple(outputs), self.loss.compute(microbatch, returned, watched=watched, again=again)
 
     def _recompute(self, microbatch: int, state: MicrobatchState) -> None:
         """Run the forward again on the weights it ran on, with the same random numbers.
@@ -504,7 +452,7 @@ class Stage:
         with keep_running_stats(self.stage_module.modules), self.stage_module.state_of(state.state):
             state.stage_outputs, scores = self._run(microbatch, state, graph=True)
         if self.is_last:
-            self._set_loss(microbatch, state, scores[0])
+            state.loss, state.loss_gradient = self.loss.root(microbatch, scores[0])
         self.memory_probe.recomputed = max(self.memory_probe.recomputed, 1 + self._n_deferred)
 
     def _prepare_backward(
@@ -559,11 +507,9 @@ class Stage:
 
     def _free_graph(self, state: MicrobatchState) -> None:
         """Let go of what backward has consumed, and of nothing that is still to be sent."""
-        if state.loss_gradient is not None and is_shared(state.loss_gradient):
-            # A parameter's gradient is a view of it, and will be added to or scaled in place.
-            self._loss_gradients.clear()
-        state.loss_gradient = None
-        state.loss, state.stage_outputs = None, ()
+        if state.loss_gradient is not None:
+            self.loss.let_go(state.loss_gradient)
+        state.loss, state.loss_gradient, state.stage_outputs = None, None, ()
         for leaves in state.stage_inputs.values():
             for leaf in leaves:
                 # Clone aliased gradients: a leaf's `.grad` can be the received gradient itself (a stage of views), or
@@ -639,43 +585,6 @@ class Stage:
         slots = state.gradient_storages()
         outputs = (size for storage, size in sizes.items() if storage not in slots)
         self.memory_probe.count_deferred(outputs, self._split_backward.early_gradients(microbatch))
-
-    def _record_scores(self, microbatch: int, state: MicrobatchState, scores: Sequence[Score]) -> None:
-        """Record the scores of a microbatch and, in training, publish and keep the one that is the loss."""
-        assert self._data is not None
-        samples = self._data.samples(microbatch)
-        self.loss_meter.add(microbatch, scores, samples)
-        if not self._training:
-            return
-        counted = scores[0].count is not None
-        if self._publishes or (self._pools and (counted or self._counted is None)):
-            self._losses.publish(self._first_microbatch + microbatch, scores[0], samples)
-        if self._counted not in (None, counted):
-            raise PipedreamError(
-                "the loss is a pair (sum, count) for some microbatches and one number for others: let it always be "
-                "the same"
-            )
-        self._counted = counted
-        self._set_loss(microbatch, state, scores[0])
-
-    def _set_loss(self, microbatch: int, state: MicrobatchState, loss: Score) -> None:
-        """Keep the loss and the gradient that its backward starts with."""
-        assert self._data is not None
-        weight = self.optimizer.loss_scale
-        if loss.count is None:
-            weight *= self._data.weight(microbatch)
-        root = loss.sum if loss.sum is not None and self._pools else loss.mean
-        state.loss, state.loss_gradient = root, self._loss_gradient(weight, root)
-
-    def _loss_gradient(self, weight: float, loss: torch.Tensor) -> torch.Tensor:
-        """Return the initial gradient that scales the loss by `weight` without a multiplication. Do not write to it."""
-        gradient = self._loss_gradients.get(weight)
-        if gradient is None or gradient.dtype != loss.dtype:
-            # Microbatches of full size share one, until the loss scale changes.
-            if len(self._loss_gradients) > 16:
-                self._loss_gradients.clear()
-            gradient = self._loss_gradients[weight] = torch.full_like(loss, weight, requires_grad=False)
-        return gradient
 
     def _release(self, microbatch: int, state: MicrobatchState, key: tuple[Payload, int]) -> None:
         """Release the receive slot that a message of the microbatch is in."""

@@ -24,6 +24,7 @@ from pipedream_hpc.runtime.execution.loss_means import LossMeans
 from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.split_backward import SplitBackward
 from pipedream_hpc.runtime.execution.stage import Stage
+from pipedream_hpc.runtime.execution.stage_loss import StageLoss
 from pipedream_hpc.runtime.execution.whole_loss import WholeLoss
 from pipedream_hpc.runtime.execution.worker import Worker
 from pipedream_hpc.runtime.launch.deployment import Deployment
@@ -221,19 +222,35 @@ def _stage(
         optimizer,
         grad_allreduce,
         wiring.channels[index, training.layout[index][replica]],
-        setup.loss_fn,
-        losses,
+        _loss_of(part, optimizer, losses, deployment, training, setup),
         config.seed,
         split_backward=SplitBackward(part.modules, stash.trains) if training.splits(index) else None,
         recompute=deployment.plan.stages[index].recompute,
         precision=setup.autocast,
         compile_backend=config.compile_backend,
-        loss_means=LossMeans(deployment.n_microbatches, in_forward=deployment.graph.notes.averages)
-        if part.is_last and deployment.n_microbatches > 1
-        else None,
-        whole_loss=WholeLoss(setup.loss_fn, deployment.graph.batch_dims, deployment.n_microbatches)
-        if part.is_last and deployment.n_microbatches > 1 and config.check_model
-        else None,
+    )
+
+
+def _loss_of(
+    part: StageModule,
+    optimizer: StageOptimizer,
+    losses: RunLosses,
+    deployment: Deployment,
+    training: Schedule,
+    setup: TrainSetup,
+) -> StageLoss:
+    means = whole = None
+    if part.is_last and deployment.n_microbatches > 1:
+        means = LossMeans(deployment.n_microbatches, in_forward=deployment.graph.notes.averages)
+        if setup.config.check_model:
+            whole = WholeLoss(setup.loss_fn, deployment.graph.batch_dims, deployment.n_microbatches)
+    return StageLoss(
+        setup.loss_fn,
+        losses,
+        optimizer,
+        of_others=part.weights_of_others,
+        means=means,
+        whole=whole,
         pools=_pools(deployment, training),
     )
 
