@@ -24,6 +24,7 @@ from pipedream_hpc.runtime.execution.position import PassPosition
 from pipedream_hpc.runtime.execution.run_losses import RunLosses
 from pipedream_hpc.runtime.execution.split_backward import SplitBackward
 from pipedream_hpc.runtime.execution.stage import Stage
+from pipedream_hpc.runtime.execution.stage_loss import StageLoss
 from pipedream_hpc.runtime.execution.worker import ActionError, Worker
 from pipedream_hpc.runtime.weights.optimizer_step import StageOptimizer
 from pipedream_hpc.runtime.weights.stash import WeightStash
@@ -156,20 +157,25 @@ class Driven:
         part = partition.stage_module(1)
         materialize(graph, [part])
         stash = WeightStash(part.module, slabs, partial(torch.optim.SGD, lr=RATE), entries=part.entries)
+        optimizer = StageOptimizer(stash.optimizer)
         self.stage = Stage(
             1,
             0,
             part,
             partition.edges,
             stash,
-            StageOptimizer(stash.optimizer),
+            optimizer,
             None,
             StageChannels(
                 recv={("activation", 0, 0): self.receivers[0], ("gradient", 2, 2): self.receivers[1]},
                 send={("activation", 2, 2): self.senders[0], ("gradient", 0, 0): self.senders[1]},
             ),
-            nn.functional.mse_loss,
-            RunLosses(local_loss_board(), [2]),
+            StageLoss(
+                nn.functional.mse_loss,
+                RunLosses(local_loss_board(), [2]),
+                optimizer,
+                weights_of_others=part.weights_of_others,
+            ),
             seed=0,
             split_backward=SplitBackward(part.modules, stash.trains) if split else None,
             recompute=recompute,

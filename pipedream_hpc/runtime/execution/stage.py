@@ -21,14 +21,18 @@ all its gradients are sent; in evaluation until its last output is sent or, in t
 
 Memory. A *slot* is a receive buffer that a channel owns; once released, the sender may overwrite it. A release is
 ordered after the work that is queued on the current stream. A *slab* is the memory of one weight version;
-`stash.acquire` and `stash.bind` point the module's parameters at it. A gradient comes back for every edge, if only an
-empty message for an edge whose tensors need none: that is how a stage learns that its slot is free.
+`stash.acquire` and `stash.bind` point the module's parameters at it. Every edge has a Send and a Recv of gradients.
+Where no tensor of the edge needs a gradient, nothing is transmitted; the Send still makes the stage that received the
+activation release its slot.
 
-Gradients. Every microbatch's loss is weighted (`data.weight`: its share of the round's samples where minibatches are
-cut) and multiplied by the loss scale; the round's sum is divided once (`optimizer.count`), then unscaled and clipped.
-A loss that is a pair (sum, count) is not weighted: backward starts from the sum, and each stage divides a round's
-gradients by the counts of its microbatches, which it asks the output stage for (see stage_loss).
+Gradients. Every microbatch's loss is weighted and multiplied by the loss scale; the round's sum is divided once, then
+unscaled and clipped. Where minibatches are cut, the weight (`data.weight`) is the microbatch's share of its minibatch's
+samples, and the divisor is 1; elsewhere the weight is 1, and the divisor the number of microbatches. A loss that is a
+pair (sum, count) is not weighted: backward starts from the sum, and each stage divides a round's gradients by the
+counts of its microbatches, which it asks the output stage for (see stage_loss).
 The loss scale changes only at steps where nothing is in flight, which fp16 requires of the schedule.
+
+Python numbers that cross a boundary are no tensors of a message: every stage computes them itself (see StageModule).
 
 Numbers. Three counts of microbatches and two of versions meet here::
 
@@ -82,7 +86,8 @@ from pipedream_hpc.schedule.actions import (
 )
 
 #: Called as watch("gradient", version, named tensors) before every optimizer step, with the round's averaged gradients
-#: (not yet unscaled and clipped), and as watch("weight", version, named tensors) after it. For verification and tests.
+#: (not yet unscaled and clipped), and as watch("weight", version, named tensors) after it. `version` is the one before
+#: the step in both calls, and counts in the run. For verification and tests.
 Watch = Callable[[str, int, Iterable[tuple[str, torch.Tensor | None]]], None]
 
 
@@ -99,10 +104,11 @@ class MicrobatchState:
             are sent, so that none is left when all are.
         output_gradients: received gradients of the stage outputs, by target stage.
         held_slots: the channels whose receive slots the microbatch holds, by (payload, peer stage).
-        stage_outputs: tensors that later stages use; empty once backward has consumed them.
+        stage_outputs: tensors that later stages use, None for those that this mode does not compute; empty once
+            backward has consumed them.
         loss: the loss; in the output stage only.
         loss_gradient: the gradient that backward starts with at the loss.
-        state: what the forward's modules had before they changed it (see StageModule.keep_state).
+        module_state: attributes and buffers as they were before the forward changed them (see StageModule.keep_state).
         split: whether BackwardInput and BackwardWeight replace Backward.
         backward_done: whether the gradients of all parameters are computed.
         sends_left: activations still to be sent; used in evaluation only.
@@ -112,10 +118,10 @@ class MicrobatchState:
     stage_inputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     output_gradients: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     held_slots: dict[tuple[Payload, int], RecvChannel] = field(default_factory=dict)
-    stage_outputs: tuple[torch.Tensor, ...] = ()
+    stage_outputs: tuple[torch.Tensor | None, ...] = ()
     loss: torch.Tensor | None = None
     loss_gradient: torch.Tensor | None = None
-    state: list[Any] = field(default_factory=list)
+    module_state: list[Any] = field(default_factory=list)
     split: bool = False
     backward_done: bool = False
     sends_left: int = 0
@@ -164,20 +170,22 @@ class Stage:
         compile_backend: str | None = None,
     ) -> None:
         self.index, self.replica = index, replica
-        #: `module` has the weights and buffers under the user's names; what runs are the user's own modules.
+        #: `module` holds the stage's weights and buffers under the user's names and is never called: a forward runs the
+        #: user's own modules (stage_module.modules).
         self.stage_module, self.module = stage_module, stage_module.module
         self.stash, self.optimizer, self.grad_allreduce, self.channels = stash, optimizer, grad_allreduce, channels
-        #: For evaluations, where they need larger ones.
+        #: Set by launch/evaluation when minibatches of an evaluation are larger than the example; None otherwise.
         self.evaluation_channels: StageChannels | None = None
-        self._channels = channels  # of this pass
+        self._channels = channels  # the ones that this pass uses
         self.recomputes = recompute
         self._compiled = compile_backend is not None
         self.is_last = stage_module.is_last
-        #: Whether it reads inputs or targets from the data set.
+        #: Whether the stage reads inputs or targets from the data set.
         self.reads_data = stage_module.reads_inputs or stage_module.is_last
         self.loss, self.memory_probe = loss, MemoryProbe()
         self.watch: Watch | None = None
-        #: Makes the context of every forward from the microbatch's number among those trained. For verification.
+        #: Makes the context of every forward and its loss, also of one that runs again, from the microbatch's number
+        #: among those trained. For verification.
         self.around_forward: Callable[[int], AbstractContextManager[None]] | None = None
         self._seed, self._precision, self._split_backward = seed, precision, split_backward
         # By source stage: whether each stage input needs a gradient.
@@ -187,9 +195,8 @@ class Stage:
         # By target stage: positions of the stage outputs whose gradients come back from there.
         self._gradients_of: dict[int, list[int]] = {}
         # Orders of dimensions in memory: tensors travel in them, and get their strides back (see Value.order).
-        self._orders_back: dict[int, list[tuple[int, ...] | None]] = {
-            source: [] for source, _ in stage_module.stage_inputs
-        }
+        # The stage inputs of a source stage are in the order of its message, as `edges` has them.
+        self._orders_back: dict[int, list[tuple[int, ...] | None]] = {}
         for source, value in stage_module.stage_inputs:
             self._orders_back.setdefault(source, []).append(value.order_back)
         self._orders = [value.order for value in stage_module.stage_outputs]
@@ -247,7 +254,7 @@ class Stage:
             first_trained: microbatches trained before this pass. Random layers are seeded by this count, so that
                 neither evaluations nor a restart change what they draw.
             score_fn: what the output stage computes from (output, target) instead of the loss.
-            publish: publish every loss.
+            publish: publish every loss on the loss board, for step.loss; otherwise only those that divisors need.
         """
         self._data, self._training = data, training
         self.loss.begin(data, training=training, first_microbatch=first_microbatch, score_fn=score_fn, publish=publish)
@@ -290,7 +297,7 @@ class Stage:
             state.output_gradients[action.peer_stage] = tensors
             return
         if self._reorders:
-            orders = self._orders_back.get(action.peer_stage, ())
+            orders = self._orders_back[action.peer_stage]
             tensors = [_permuted(each, order) for each, order in zip(tensors, orders, strict=True)]
         # Leaves on the slot's memory, without a copy: autograd puts the gradient to send back into their `.grad`.
         state.stage_inputs[action.peer_stage] = [
@@ -310,16 +317,17 @@ class Stage:
             self.memory_probe.in_flight = max(self.memory_probe.in_flight, self.stash.holders)
             state.split = action.split
             if self.stage_module.state:
-                state.state = self.stage_module.keep_state()
+                # The next forward then changes copies, and not what autograd has saved for this one's backward.
+                state.module_state = self.stage_module.keep_state()
         else:
             state.sends_left = len(self._sent)
         state.stage_outputs, scores = self._run(microbatch, state, graph=self._training and not self.recomputes)
         if self.is_last:
             self.loss.record(microbatch, scores)
-            if self._training:
-                state.loss, state.loss_gradient = self.loss.root(microbatch, scores[0])
-            else:
+            if not self._training:
                 self._finish(microbatch, state)
+            elif not self.recomputes:  # else the loss has no graph yet
+                state.loss, state.loss_gradient = self.loss.root(microbatch, scores[0])
 
     def send(self, action: Send) -> None:
         """Send stage outputs, or the gradients of stage inputs."""
@@ -327,18 +335,19 @@ class Stage:
         channel = self._channels.send[action.payload, action.peer_stage, action.peer_rank]
         if action.payload == "activation":
             channel.send(self._first_microbatch + microbatch, self._outputs_to_send(state, action.peer_stage))
-            state.sends_left -= 1
-            if not self._training and not state.sends_left:
-                self._finish(microbatch, state)
+            if not self._training:
+                state.sends_left -= 1
+                if not state.sends_left:
+                    self._finish(microbatch, state)
             return
         received = zip(state.stage_inputs.pop(action.peer_stage), self._needs_gradient[action.peer_stage], strict=True)
-        leaves = [leaf for leaf, needed in received if needed]  # a forward may want gradients of others
+        leaves = [leaf for leaf, needed in received if needed]
         # An input that no output depends on has no gradient: send zeros.
         input_gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         if self._reorders:
             values = [v for source, v in self.stage_module.stage_inputs if source == action.peer_stage]
-            needed = [value.order for value in values if value.needs_gradient]
-            input_gradients = [_permuted(each, order) for each, order in zip(input_gradients, needed, strict=True)]
+            orders = [value.order for value in values if value.needs_gradient]
+            input_gradients = [_permuted(each, order) for each, order in zip(input_gradients, orders, strict=True)]
         channel.send(self._first_microbatch + microbatch, input_gradients)
         # In a split backward the slot stays held until BackwardWeight, which reads the inputs.
         if state.backward_done:
@@ -352,7 +361,7 @@ class Stage:
         roots, gradients = self._prepare_backward(action, state)
         slab = self.stash.slab_of(self._first_microbatch + microbatch)
         self._accumulator.begin(slab, last=action.last)
-        if roots:
+        if roots:  # there are none where neither this stage nor one before it trains a weight
             _run_backward(roots, gradients)
         self._free_graph(state)
         self._end_backward(microbatch, state, slab)
@@ -371,7 +380,7 @@ class Stage:
         self._free_graph(state)
 
     def backward_weight(self, action: BackwardWeight) -> None:
-        """Compute the deferred gradients of parameters, and add all of the microbatch to the round's."""
+        """Compute the deferred gradients of parameters; add them, and those computed before, to the round's."""
         assert self._split_backward is not None
         microbatch, state = action.microbatch, self._in_flight[action.microbatch]
         self._check_version(microbatch, action)
@@ -386,7 +395,7 @@ class Stage:
         """Write the next weight version; a step that fp16 skips makes a version, too."""
         gradients = self.round_gradients(action.n_microbatches)
         self.loss.end_round(action.n_microbatches)
-        self._accumulator.close()  # the next round starts; these tensors stay ours until its first gradient
+        self._accumulator.close()  # the next round begins; nothing writes to `gradients` before its first gradient
         self.memory_probe.count_round(gradients)
         before = self.stash.version
         if self.watch is not None:
@@ -421,9 +430,8 @@ class Stage:
                 leaves[position] = writable(leaves[position])  # autograd forbids writing to a leaf
         again = graph and self.recomputes
         watched = None if again else self.loss.watch(microbatch)
-        # Of the model's forward and, in the output stage, of the loss; and of the forward alone.
-        around: list[AbstractContextManager[Any]] = []
-        within: list[AbstractContextManager[Any]] = []
+        around: list[AbstractContextManager[Any]] = []  # contexts of the forward and, in the output stage, of the loss
+        within: list[AbstractContextManager[Any]] = []  # contexts of the forward alone
         if torch.is_grad_enabled() != graph:
             around.append(torch.set_grad_enabled(graph))
         if self._precision is not None:
@@ -434,14 +442,15 @@ class Stage:
             within.append(watched)
         if self._split_backward is not None and state.split and graph:
             within.append(self._split_backward.recording(microbatch))
+        # The check takes time, so it ends with the first backward; compiled code does not call torch's functions.
         if self._training and self.memory_probe.microbatch_bytes is None and not self._compiled:
             within.append(HeldWeights(self.stage_module.originals))
         with _entering(around):
             with _entering(within), self._seeding:
-                outputs, returned = self.stage_module.run(state.arguments, leaves)
+                outputs, model_output = self.stage_module.run(state.arguments, leaves)
             if not self.is_last:
                 return tuple(outputs), ()
-            return tuple(outputs), self.loss.compute(microbatch, returned, watched=watched, again=again)
+            return tuple(outputs), self.loss.compute(microbatch, model_output, watched=watched, again=again)
 
     def _recompute(self, microbatch: int, state: MicrobatchState) -> None:
         """Run the forward again on the weights it ran on, with the same random numbers.
@@ -449,10 +458,11 @@ class Stage:
         The module stays bound to that version; the next `acquire` binds it anew.
         """
         self.stash.bind(self._first_microbatch + microbatch)
-        with keep_running_stats(self.stage_module.modules), self.stage_module.state_of(state.state):
+        with keep_running_stats(self.stage_module.modules), self.stage_module.state_of(state.module_state):
             state.stage_outputs, scores = self._run(microbatch, state, graph=True)
         if self.is_last:
             state.loss, state.loss_gradient = self.loss.root(microbatch, scores[0])
+        # This one, and those between the two parts of their backward.
         self.memory_probe.recomputed = max(self.memory_probe.recomputed, 1 + self._n_deferred)
 
     def _prepare_backward(
@@ -481,7 +491,7 @@ class Stage:
             received = state.output_gradients[peer_stage]
             for position, gradient in zip(self._gradients_of[peer_stage], received, strict=True):
                 output = state.stage_outputs[position]
-                if output.requires_grad:
+                if output is not None and output.requires_grad:
                     roots.append(output)
                     gradients.append(gradient)
         if self.memory_probe.microbatch_bytes is None:
@@ -490,25 +500,24 @@ class Stage:
         return roots, gradients
 
     def _check_leaves(self, state: MicrobatchState, roots: Sequence[torch.Tensor]) -> None:
-        """Refuse a forward or loss that depends on weights that are not the stage's: nobody would train them.
+        """Refuse a forward or loss that depends on weights that are not the stage's: no optimizer would train them.
 
-        Examples are a penalty over all parameters of the model in the loss, and a patched forward that holds a
-        parameter itself instead of the module that has it.
+        It looks at the first microbatch only. Examples are a penalty over all parameters of the model in the loss, and
+        a patched forward that holds a parameter itself instead of the module that has it.
         """
-        inputs = {id(leaf) for each in state.stage_inputs.values() for leaf in each}
         for leaf in graph_leaves(roots):
-            # A leaf of another type, such as a position that forces are derived from, is the forward's own.
-            if isinstance(leaf, nn.Parameter) and id(leaf) not in inputs and not self.stash.trains(leaf):
+            # Leaves of another type are stage inputs, or the forward's own, such as positions that forces derive from.
+            if isinstance(leaf, nn.Parameter) and not self.stash.trains(leaf):
                 raise PipedreamError(
                     f"the forward or the loss of stage {self.index} depends on {self.stage_module.name_of(leaf)}, "
-                    "which is no weight that modules of this stage have: let forwards refer to modules instead of "
+                    "which belongs to no module of this stage: let forwards refer to modules instead of "
                     "their parameters, and a loss use the model's output alone"
                 )
 
     def _free_graph(self, state: MicrobatchState) -> None:
-        """Let go of what backward has consumed, and of nothing that is still to be sent."""
+        """Drop the graph that backward has consumed; gradients that are still to be sent stay."""
         if state.loss_gradient is not None:
-            self.loss.let_go(state.loss_gradient)
+            self.loss.drop_if_shared(state.loss_gradient)
         state.loss, state.loss_gradient, state.stage_outputs = None, None, ()
         for leaves in state.stage_inputs.values():
             for leaf in leaves:
@@ -539,16 +548,17 @@ class Stage:
         """Return the outputs for a stage, cloned where their memory may be reused before the send is complete.
 
         An output can be a view of a receive slot or of the data set's tensor. A gradient that comes back proves that
-        the message has arrived; without one nothing does.
+        the message has arrived; outputs that need none have no such proof. Where the forward will run again, no output
+        has a graph yet, and all are cloned.
         """
-        outputs = [
-            state.stage_outputs[position] if state.stage_outputs[position] is not None else self._absent(position)
-            for position in self._sent[peer_stage]
-        ]
+        outputs: list[torch.Tensor] = []
+        for position in self._sent[peer_stage]:
+            output = state.stage_outputs[position]
+            outputs.append(self._absent(position) if output is None else output)
         if self._reorders:
             orders = [self._orders[position] for position in self._sent[peer_stage]]
             outputs = [
-                each if each.numel() == 0 else _permuted(each, order)
+                each if each.numel() == 0 else _permuted(each, order)  # empty ones stand for what is absent
                 for each, order in zip(outputs, orders, strict=True)
             ]
         if all(output.requires_grad for output in outputs):
@@ -560,7 +570,7 @@ class Stage:
         return [output if output.requires_grad else _clone_if_in(output, reused) for output in outputs]
 
     def _absent(self, position: int) -> torch.Tensor:
-        """Return what is sent for an output that is computed in training only."""
+        """Return what is sent for an output that is computed in training only, such as that of an auxiliary head."""
         value = self.stage_module.stage_outputs[position]
         return torch.empty([0] * len(value.shape), dtype=value.dtype, device=self.stash.device)
 
@@ -569,7 +579,7 @@ class Stage:
         graphs = [tensor.grad_fn for tensor in roots if tensor.grad_fn is not None]
         if state.split:
             assert self._split_backward is not None
-            graphs += self._split_backward.graphs(microbatch)
+            graphs += self._split_backward.graphs(microbatch)  # those of the layers, which it has cut off
         leaves = [leaf for each in state.stage_inputs.values() for leaf in each]
         assert self._data is not None
         target = tree_leaves(self._data.target(microbatch)) if self.is_last else []
@@ -624,7 +634,7 @@ def graph_leaves(roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _entering(contexts: Sequence[AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
-    """Return a context of several; there is mostly none, and entering one takes time."""
+    """Return a context that enters all of them. Mostly there is none: an ExitStack would take time."""
     if not contexts:
         return _NULL_CONTEXT
     return contexts[0] if len(contexts) == 1 else _entering_all(contexts)

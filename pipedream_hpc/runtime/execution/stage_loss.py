@@ -37,12 +37,12 @@ class StageLoss:
 
     Args:
         loss_fn: mean loss, or its sum and count, from (output, target); used by the output stage only.
-        losses: of the run.
-        optimizer: knows the loss scale, and how many microbatches a round counts.
-        of_others: names the weights that a loss must not read, by identity.
+        losses: publishes the losses of this rank, and reads those of other ranks.
+        optimizer: knows the loss scale, and what a round of means is divided by.
+        weights_of_others: returns the weights that a loss must not read: identity -> name.
         means: checks the means of the output stage's losses, where minibatches are cut.
         whole: compares the loss of the first minibatch with those of its microbatches.
-        pools: whether rounds have several microbatches, in any stage.
+        pools: whether an optimizer step learns from several microbatches, in any stage.
 
     Attributes:
         meter: the scores of the pass.
@@ -54,13 +54,14 @@ class StageLoss:
         losses: RunLosses,
         optimizer: StageOptimizer,
         *,
-        of_others: Callable[[], Mapping[int, str]],
+        weights_of_others: Callable[[], Mapping[int, str]],
         means: LossMeans | None = None,
         whole: WholeLoss | None = None,
         pools: bool = False,
     ) -> None:
         self.meter, self.means = LossMeter(), means
-        self._loss_fn, self._losses, self._optimizer, self._of_others = loss_fn, losses, optimizer, of_others
+        self._loss_fn, self._losses, self._optimizer = loss_fn, losses, optimizer
+        self._weights_of_others = weights_of_others
         self._whole, self._pools = whole, pools
         self._score_fn: ScoreFn = self._loss
         self._data: MicrobatchLoader | None = None
@@ -68,9 +69,10 @@ class StageLoss:
         self._first_microbatch = 0  # number, within the run, of the first microbatch of the pass
         self._publishes = False
         self._computed = False  # whether the pass has a score
-        self._counted: bool | None = None  # whether the loss is a pair (sum, count), once that is known
+        # Whether the loss is a pair (sum, count), once that is known; it is so for the whole run.
+        self._counted: bool | None = None
         self._n_stepped = 0  # microbatches of the pass that an optimizer step has learned from
-        self._gradients: dict[float, torch.Tensor] = {}  # initial ones, by weight
+        self._initial_gradients: dict[float, torch.Tensor] = {}  # by the weight of the loss
 
     def begin(
         self,
@@ -93,14 +95,15 @@ class StageLoss:
         """End the pass.
 
         Raises:
-            PipedreamError: the loss of its only minibatch is not the mean of those of its microbatches.
+            PipedreamError: the loss of the first minibatch is not the mean of its microbatches' losses. That is
+                compared when the second minibatch begins, or here if there is none.
         """
         if self._whole is not None and self._training:
             self._whole.compare()
         self._data = None
 
     def watch(self, microbatch: int) -> LossMeans | None:
-        """Return what notes the means of a microbatch, in the model's forward and in its loss; None if nothing does."""
+        """Return what to enter around the loss function, and the forward if it says so; None for nothing."""
         watched = self.means if self._training else None
         return watched if watched is not None and watched.is_needed(microbatch) else None
 
@@ -111,33 +114,34 @@ class StageLoss:
 
         Args:
             microbatch: its number.
-            output: of the model.
-            watched: what `watch` returned, where it has noted the model's forward.
+            output: the model's output.
+            watched: what `watch` returned before the forward.
             again: whether the forward has been run before.
 
         Raises:
-            PipedreamError: the loss function returns no score, reads weights of others, or is no mean that a minibatch
-                is made up from.
+            PipedreamError: the loss function returns no score, or reads weights of other stages; or the loss of a
+                minibatch is not the mean of its microbatches' losses.
         """
         assert self._data is not None
         target, samples = self._data.target(microbatch), self._data.samples(microbatch)
-        forbidden = _NULL_CONTEXT if self._computed else OthersTensors(self._of_others())
+        # The check takes time, so only the first microbatch of a pass has it.
+        forbidden = _NULL_CONTEXT if self._computed else OthersTensors(self._weights_of_others())
         if watched is not None:
             watched.end_forward()
         with watched or _NULL_CONTEXT, forbidden:
             scores = self._score_fn(output, target)
         self._computed = True
         if watched is not None:
-            watched.end(microbatch, samples, compare=scores[0].count is None)
+            watched.end(microbatch, samples, compare=scores[0].count is None)  # a pair says what it counts
         if self._whole is not None and self._training and not again:
             self._whole.add(microbatch, output, target, samples, scores[0])
         return scores
 
     def record(self, microbatch: int, scores: Sequence[Score]) -> None:
-        """Record the scores of a microbatch, and publish the loss where anybody asks for it.
+        """Record the scores of a microbatch, and publish the loss if other ranks ask for it.
 
         Raises:
-            PipedreamError: the loss is a pair (sum, count) now, and was not before, or the other way round.
+            PipedreamError: the loss is a pair (sum, count) for some microbatches and a number for others.
         """
         assert self._data is not None
         samples = self._data.samples(microbatch)
@@ -145,39 +149,44 @@ class StageLoss:
         if not self._training:
             return
         counted = scores[0].count is not None
+        # The first one tells all stages whether the loss is counted, also one that is refused here: they wait for it.
         if self._publishes or (self._pools and (counted or self._counted is None)):
             self._losses.publish(self._first_microbatch + microbatch, scores[0], samples)
         if self._counted not in (None, counted):
             raise PipedreamError(
-                "the loss is a pair (sum, count) for some microbatches and one number for others: let it always be "
-                "the same"
+                "the loss is a pair (sum, count) for some microbatches and one number for others: return the same form "
+                "for every microbatch"
             )
         self._counted = counted
 
     def root(self, microbatch: int, loss: Score) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what backward starts from, and the gradient that it starts with, which nobody may write to."""
+        """Return what backward starts from, and the gradient that it starts with, which is read-only."""
         assert self._data is not None
         weight = self._optimizer.loss_scale
         if loss.count is None:
             weight *= self._data.weight(microbatch)
+        # A single microbatch per step needs no divisor: its mean has the gradient.
         root = loss.sum if loss.sum is not None and self._pools else loss.mean
-        return root, self._gradient(weight, root)
+        return root, self._initial_gradient(weight, root)
 
-    def let_go(self, gradient: torch.Tensor) -> None:
-        """Take back an initial gradient after its backward."""
+    def drop_if_shared(self, gradient: torch.Tensor) -> None:
+        """Do not use an initial gradient again if, after its backward, a parameter's gradient has its memory."""
         if is_shared(gradient):
-            # A parameter's gradient is a view of it, and will be added to or scaled in place.
-            self._gradients.clear()
+            # The parameter's gradient will be added to, or scaled, in place.
+            self._initial_gradients.clear()
 
     def divisor(self, n_microbatches: int) -> float:
-        """Return what the sum of a round's gradients is divided by; all forwards of the round have been run."""
+        """Return what the sum of a round's gradients is divided by.
+
+        Call it after the forwards of the round. Where the loss is counted, it waits for the losses of other ranks.
+        """
         begin = self._n_stepped
         if self._counted is None and self._pools:
             self._counted = self._losses.ask(self._first_microbatch, begin).counted
         if not self._counted or not self._pools:
             return self._optimizer.count(n_microbatches)
-        round = range(begin, begin + n_microbatches)
-        return sum(self._losses.ask(self._first_microbatch, microbatch).weight for microbatch in round) or 1.0
+        counts = (self._losses.ask(self._first_microbatch, begin + each).weight for each in range(n_microbatches))
+        return sum(counts) or 1.0  # of nothing all gradients are 0
 
     def end_round(self, n_microbatches: int) -> None:
         """End a round: the next optimizer step learns from other microbatches."""
@@ -186,12 +195,12 @@ class StageLoss:
     def _loss(self, output: Any, target: Any) -> Sequence[Score]:
         return (read_score(self._loss_fn(output, target), "the loss"),)
 
-    def _gradient(self, weight: float, loss: torch.Tensor) -> torch.Tensor:
+    def _initial_gradient(self, weight: float, loss: torch.Tensor) -> torch.Tensor:
         """Return the initial gradient that scales the loss by `weight` without a multiplication."""
-        gradient = self._gradients.get(weight)
+        gradient = self._initial_gradients.get(weight)
         if gradient is None or gradient.dtype != loss.dtype:
-            # Microbatches of full size share one, until the loss scale changes.
-            if len(self._gradients) > 16:
-                self._gradients.clear()
-            gradient = self._gradients[weight] = torch.full_like(loss, weight, requires_grad=False)
+            # Microbatches of full size share one, until the loss scale changes; smaller ones have other weights.
+            if len(self._initial_gradients) > 16:
+                self._initial_gradients.clear()
+            gradient = self._initial_gradients[weight] = torch.full_like(loss, weight, requires_grad=False)
         return gradient

@@ -248,7 +248,7 @@ def _loss_of(
         setup.loss_fn,
         losses,
         optimizer,
-        of_others=part.weights_of_others,
+        weights_of_others=part.weights_of_others,
         means=means,
         whole=whole,
         pools=_pools(deployment, training),
