@@ -118,7 +118,7 @@ def read_document(cls: type[Document], path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise PipedreamError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise PipedreamError(f"{path}: is not JSON: {error}") from None
+        raise PipedreamError(f"{path}: is not JSON, and so no {cls.FORMAT} file: {error}") from None
     if not isinstance(content, dict) or content.get("format") != cls.FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise PipedreamError(f"{path}: field 'format' should be '{cls.FORMAT}' but is {found!r}")

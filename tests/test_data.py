@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import forkserver
+from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import ranks
 import torch
@@ -86,6 +90,75 @@ def test_replicas_together_read_what_one_reads(name: str) -> None:
         for replicas in (2, 3):
             each = [microbatches(LOADERS[name](Numbers()), [Reader(r, replicas)], epoch) for r in range(replicas)]
             assert {microbatch: value for read in each for microbatch, value in read.items()} == one
+
+
+class Augmented(Dataset[Any]):
+    """Shifts input and target by the same random number, from a generator of its own or of a part of it."""
+
+    def __init__(self, how: str) -> None:
+        generator: Any = {
+            "numpy": numpy.random.default_rng(0),
+            "python": random.Random(0),
+            "torch": torch.Generator().manual_seed(0),
+            "count": itertools.count(),
+        }.get(how, random.Random(0))
+
+        def shift() -> float:
+            if how == "torch":
+                return float(torch.rand((), generator=generator))
+            return float(next(generator) if how == "count" else generator.random())
+
+        self.shift: Any = {"part": SimpleNamespace(all=[shift]), "partial": partial(lambda draw: draw(), shift)}.get(
+            how, shift
+        )
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, float]:
+        number = index + (self.shift if callable(self.shift) else self.shift.all[0])()
+        return torch.tensor([number]), number
+
+
+@pytest.mark.parametrize("how", ["numpy", "python", "torch", "count", "part", "partial"])
+def test_replicas_read_all_of_a_data_set_that_draws_from_a_generator_of_its_own(how: str) -> None:
+    expected = [target.tolist() for _, target in DataLoader(Augmented(how), 4)]
+    for replica in range(3):
+        found = microbatches(DataLoader(Augmented(how), 4), [Reader(replica, 3)])
+        assert {number: target for number, (_, target) in found.items()} == {
+            number: target for number, target in enumerate(expected) if number % 3 == replica
+        }
+
+
+class Counting(Dataset[Any]):
+    """Numbers that depend on how many were read before."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, float]:
+        self.read += 1
+        return torch.full((100, 100), float(self.read)), float(index)
+
+
+def test_checksums_tell_what_depends_on_earlier_reads() -> None:
+    def checksums(replica: int, data: Any) -> dict[int, int]:
+        batches = MicrobatchLoader(DataLoader(data, 4), epoch=0, seed=0, readers=[Reader(replica, 2)], length=6)
+        for microbatch in range(replica, 6, 2):
+            batches.target(microbatch)
+        return batches.checksums
+
+    one, other = (checksums(replica, Counting()) for replica in (0, 1))
+    assert (list(one), list(other)) == ([0, 2, 4], [0, 1, 3, 5])
+    assert one[0] == other[0]
+    whole = MicrobatchLoader(DataLoader(Counting(), 4), epoch=0, seed=0, readers=[Reader(0, 1)], length=6)
+    whole.target(5)
+    assert whole.checksums[0] == one[0]
+    assert whole.checksums[2] != one[2]
+    assert checksums(0, Numbers()) == checksums(0, Numbers())
 
 
 def test_epochs_differ() -> None:

@@ -200,16 +200,13 @@ def test_optimizer_factories_get_the_models_own_names_and_attributes(model: Any)
 @in_every_form
 @pytest.mark.parametrize("model", [build, lambda: build], ids=["a module", "a function"])
 def test_loaded_weights_are_the_newest_version_and_stay(model: Any, form: str, tmp_path: Path) -> None:
-    """A model that was given as a function keeps what its function makes of a weight that no stage uses."""
-    given = model()
-    graph = capture(given, torch.zeros(2, 4))
+    graph = capture(model(), torch.zeros(2, 4))
     states, weights = stages_of(graph), changed(build())
-    expected = weights if isinstance(given, nn.Module) else {**weights, "unused": build().state_dict()["unused"]}
     load_full_state_dict(graph, states, as_given(form, weights, tmp_path))
-    assert_equal(full_state_dict(ALONE, graph, states), expected)
+    assert_equal(full_state_dict(ALONE, graph, states), weights)
     for state in states:  # a step into the other slab; the frozen bias has its value there, too
         state.stash.update([torch.zeros_like(each) for each in state.stash.trained])
-    assert_equal(full_state_dict(ALONE, graph, states), expected)
+    assert_equal(full_state_dict(ALONE, graph, states), weights)
 
 
 @in_every_form
@@ -230,8 +227,19 @@ def test_only_the_tensors_of_own_stages_are_read_from_a_file(
     stage: int, own: set[str], model: Any, unused: set[str], files: Any, reads: list[str], tmp_path: Path
 ) -> None:
     graph = capture(model(), torch.zeros(2, 4))
-    load_full_state_dict(graph, [stages_of(graph)[stage]], files(changed(build()), tmp_path))
+    load_full_state_dict(graph, [stages_of(graph)[stage]], files(changed(build()), tmp_path), keeps_unused=False)
     assert sorted(reads) == sorted((own - {"again.weight"}) | unused), "a weight with two names is read once"
+
+
+@pytest.mark.parametrize("model", [build, lambda: build], ids=["a module", "a function"])
+def test_what_is_loaded_is_a_copy(model: Any) -> None:
+    """Also of a weight that no stage uses."""
+    graph, weights = capture(model(), torch.zeros(2, 4)), changed(build())
+    states = stages_of(graph)
+    load_full_state_dict(graph, states, weights)
+    for value in weights.values():
+        value.zero_()
+    assert_equal(full_state_dict(ALONE, graph, states), changed(build()))
 
 
 def test_dtypes_are_converted() -> None:
@@ -316,7 +324,7 @@ def test_from_several_files_only_the_tensors_of_own_stages_are_read(
     [
         (
             lambda index: (index.parent / "model-00002-of-00002.safetensors").unlink(),
-            r"model-00002-of-00002\.safetensors: no such file",
+            r"model-00002-of-00002\.safetensors, which .*index\.json names: no such file",
         ),
         (lambda index: index.write_text("{}"), r"index\.json: is not the index of safetensors files: it has no 'we"),
         (lambda index: index.write_text('{"weight_map": 3}'), r"index\.json: is not the index of safetensors files"),
@@ -359,7 +367,7 @@ def with_a_wrong_header(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (Path.unlink, r"weights\.safetensors: no such file: give a safetensors file, or a dict of tensors"),
+        (Path.unlink, r"weights\.safetensors: no such file: give a safetensors file, the index of several"),
         (truncated, r"weights\.safetensors: cannot be read as a safetensors file"),
         (of_another_format, r"weights\.safetensors: cannot be read as a safetensors file"),
         (with_a_wrong_header, r"weights\.safetensors: cannot be read as a safetensors file"),

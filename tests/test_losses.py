@@ -515,9 +515,78 @@ def test_what_a_mean_over_samples_may_divide_by(loss_fn: Any) -> None:
 @pytest.mark.parametrize("plan", [2, "1-2"])
 @pytest.mark.parametrize("loss_fn", [nn.CrossEntropyLoss(reduction="sum"), contrast])
 def test_a_number_that_is_no_mean_over_samples_is_refused_where_minibatches_are_cut(loss_fn: Any, plan: Any) -> None:
-    with pytest.raises(PipedreamError, match=r"loss of the first minibatch is .* but the mean .* pair \(sum, count\)"):
+    with pytest.raises(PipedreamError, match=r"minibatch 0, .* loss of the minibatch is .* but the mean .* pair"):
         classify(loss_fn, 4, plan)
     classify(loss_fn, 1, plan)
+
+
+@pytest.mark.parametrize("samples", [6, 8, 12])  # in microbatches of half as many: classes are 4
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        nn.CrossEntropyLoss(reduction="sum"),
+        lambda o, t: nn.functional.mse_loss(o, nn.functional.one_hot(t, 4).float(), reduction="sum"),
+        lambda o, t: nn.functional.mse_loss(o, nn.functional.one_hot(t, 4).float()).sqrt(),
+    ],
+    ids=["cross entropy", "squares", "root"],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_sum_is_refused_also_where_outputs_are_square(loss_fn: Any, samples: int) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(samples, 6), torch.randint(0, 4, (samples,))
+    with pytest.raises(PipedreamError, match=r"minibatch 0, .*loss of the minibatch is"):
+        Pipeline(
+            nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)),
+            loss_fn=loss_fn,
+            optimizer=SGD,
+            example_inputs=x,
+            plan=2,
+            schedule=ScheduleConfig("gpipe", 2),
+        ).fit([(x, y)])
+
+
+def unseen(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """A masked mean that divides by nothing."""
+    mask = (target != 0).float()
+    return ((output.mean(1) - target).pow(2) * mask).sum() * (1.0 / float(mask.sum()))
+
+
+def by_power(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    mask = (target != 0).float()
+    return ((output.mean(1) - target).pow(2) * mask).sum() * mask.sum() ** -1
+
+
+def by_softmax(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    weights = torch.zeros(len(target)).masked_fill(target == 0, -1e9).softmax(0)
+    return ((output.mean(1) - target).pow(2) * weights).sum()
+
+
+@pytest.mark.parametrize("loss_fn", [unseen, by_power, by_softmax])
+@pytest.mark.parametrize(("first_uneven", "refused"), [(0, 0), (1, 1), (2, 2), (3, 4)])
+def test_means_that_divide_by_nothing_are_compared_at_minibatches_0_1_2_4_and_so_on(
+    loss_fn: Any, first_uneven: int, refused: int
+) -> None:
+    even, uneven = ([(x, torch.tensor(counts)) for x, _ in labels(6)] for counts in (EVEN, UNEVEN))
+    assert losses_of(loss_fn, even, False, 2) == pytest.approx(plain_losses(loss_fn, even), rel=1e-5)
+    with pytest.raises(PipedreamError, match=rf"epoch 0, minibatch {refused}, .*the loss of the minibatch is"):
+        losses_of(loss_fn, [*even[:first_uneven], *uneven[first_uneven:]], False, 2)
+
+
+class Counts:
+    """A loss with state in an attribute."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return functional.cross_entropy(output, target) * (1 + self.calls // 100)
+
+
+def test_comparing_does_not_count_as_a_call_of_the_loss() -> None:
+    loss_fn = Counts()
+    losses_of(loss_fn, labels(5), False, 2)
+    assert loss_fn.calls == 10
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -649,9 +718,9 @@ def test_a_sum_that_the_model_divides_by_a_number_of_the_minibatch(n_microbatche
         assert_close(trained, plain([(each["input_ids"], each["labels"]) for each in batches])[1])
 
 
-def test_losses_of_one_minibatch_are_compared_at_the_end_of_the_pass() -> None:
+def test_a_loss_is_refused_before_a_step_learns_from_it() -> None:
     (inputs, target), *_ = labels()
-    with pytest.raises(PipedreamError, match=r"loss of the first minibatch is"):
+    with pytest.raises(PipedreamError, match=r"minibatch 0, .*loss of the minibatch is"):
         Pipeline(
             classifier(),
             loss_fn=contrast,

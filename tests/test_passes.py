@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,7 +104,7 @@ def workers(*stages: Any) -> list[Any]:
 
 
 def finish(*stages: Any, training: bool = True) -> list[float]:
-    return finish_pass(ALONE, workers(*stages), training=training, limit_s=1)
+    return finish_pass(ALONE, workers(*stages), {0: 7, 2: 9}, training=training, limit_s=1)
 
 
 def test_scores_are_means_over_samples_in_the_order_of_microbatches() -> None:
@@ -122,8 +123,25 @@ def test_every_metric_has_its_mean() -> None:
 
 
 def test_scores_of_other_ranks_count(other_ranks: list[dict[str, Any]]) -> None:
-    other_ranks.append({"scores": [(0, [2.0], [1])], "weights": [], "divisors": []})
+    other_ranks.append({"data": {}, "scores": [(0, [2.0], [1])], "weights": [], "divisors": []})
     assert finish(stage(0, 1.0, replicated=False)) == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ([{0: 7, 1: 8}, {1: 8, 2: 9}], None),
+        ([{0: 7, 1: 8}, {1: 8, 2: 5}], "ranks 0 and 2 have read different numbers in minibatch 2: an item of a data"),
+        ([{0: 7, 1: 8}, {1: 6}], "ranks 1 and 2 have read different numbers in minibatch 1"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_ranks_that_have_read_different_data_are_named(
+    others: Any, words: str | None, training: bool, other_ranks: list[dict[str, Any]]
+) -> None:
+    other_ranks += [{"data": each, "scores": [], "weights": [], "divisors": []} for each in others]
+    with pytest.raises(PipedreamError, match=words) if words else nullcontext():
+        finish(stage(0, 1.0, scores=[]), training=training)
 
 
 def test_a_pass_without_minibatches_has_no_mean() -> None:

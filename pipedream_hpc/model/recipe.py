@@ -108,6 +108,7 @@ class ModelRecipe:
         model: the whole model, with its parameters on the meta device.
         originals: the parameters that it was built with.
         fingerprint: checksum of torch's random state after the model was built; equal on ranks that build the same.
+        loaded: values that weights without a stage have been given since, by name.
         checksums: of tensors that were made before, by name, on this or another rank: they must be made alike.
 
     Raises:
@@ -117,6 +118,7 @@ class ModelRecipe:
     def __init__(self, factory: ModelFactory) -> None:
         self._factory, self._start, self._may_free = factory, _GlobalState(), True
         self.checksums: dict[str, int] = {}
+        self.loaded: dict[str, torch.Tensor] = {}
         existing = [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]
         self.model, construction = self._build(())
         _refuse_existing(self.model, existing)

@@ -322,7 +322,12 @@ class Pipeline:
             if answer["problem"] is not None:
                 where = "" if self.world.size == 1 else f" on rank {rank} (state_dict() is complete on rank 0 only)"
                 raise PipedreamError(f"{answer['problem']}{where}")
-        load_full_state_dict(self._run.deployment.graph, [stage.state for stage in self.stages], weights)
+        load_full_state_dict(
+            self._run.deployment.graph,
+            [stage.state for stage in self.stages],
+            weights,
+            keeps_unused=self.rank == 0,
+        )
         for stats in self._run.running_stats:
             stats.set_baseline()
 
@@ -608,7 +613,7 @@ def _length(loader: Any, steps: int | None) -> int:
     """Return the minibatches of a pass over `loader`.
 
     Raises:
-        PipedreamError: the loader has no length and `steps` is not given, or it has fewer than `steps`.
+        PipedreamError: the loader has no length and `steps` is not given, or it has fewer than `steps`, or none.
     """
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
         raise PipedreamError(f"steps should be an integer of at least 1, not {steps!r}")
@@ -623,4 +628,9 @@ def _length(loader: Any, steps: int | None) -> int:
         return steps
     if steps is not None and steps > length:
         raise PipedreamError(f"steps is {steps}, but the loader has {length} minibatches: give at most {length}")
+    if not length:
+        raise PipedreamError(
+            f"the loader ({type(loader).__name__}) has no minibatch: give one that has; a data set smaller than a "
+            "minibatch yields none with drop_last=True"
+        )
     return length if steps is None else steps

@@ -121,6 +121,9 @@ class MicrobatchLoader:
         self._waiting: dict[int, _Microbatch] = {}
         self._taken = 0  # minibatches
         self._fingerprint: int | None = None
+        #: Of some numbers of each minibatch that was read here, by which ranks check that they have read the same.
+        #: Empty if the loader is a list.
+        self.checksums: dict[int, int] = {}
 
     def arguments(self, microbatch: int) -> Arguments:
         """Return the arguments of the model for a microbatch, given by its number within the pass."""
@@ -212,6 +215,8 @@ class MicrobatchLoader:
     def _add(self, minibatch: Any) -> None:
         """Check a minibatch, split it and keep the microbatches that are read here."""
         inputs, target = _inputs_and_target(as_tensors(minibatch))
+        if self._runs_python:
+            self.checksums[self._taken] = checksum(map(_some, _tensors((inputs, target))))
         if self._taken == 0:
             arguments = self._arguments(inputs)
             self._check(arguments)
@@ -276,6 +281,13 @@ def _inputs_and_target(minibatch: Any) -> tuple[Any, Any]:
     raise PipedreamError(
         f"the loader yielded {what} instead of an (input, target) pair, or of a mapping of the model's arguments"
     )
+
+
+def _some(tensor: torch.Tensor) -> torch.Tensor:
+    """Return some numbers of a tensor, from all of it."""
+    if tensor.layout is not torch.strided or tensor.is_cuda:
+        return tensor.new_empty(0)
+    return tensor.flatten()[:: max(1, tensor.numel() // 256)]
 
 
 def set_epoch_of(loader: Any, epoch: int) -> None:

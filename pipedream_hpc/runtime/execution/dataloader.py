@@ -1,7 +1,7 @@
 """Minibatches from the user's loader, on ranks that need only some of them.
 
 A replica takes every R-th minibatch. All replicas draw the same order, but each reads only its own samples, if the
-loader allows drawing without reading::
+loader allows drawing without reading, and its data set has no generator of random numbers that reading advances::
 
     indices      [7 2] [0 5] [3 1] [6 4]        drawn on every rank
     replica 0    read         read
@@ -10,15 +10,20 @@ loader allows drawing without reading::
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import multiprocessing
 import pickle
+import random
+import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import forkserver
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import numpy
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -113,7 +118,42 @@ def _reads_by_indices(loader: Any) -> bool:
         and loader.batch_sampler is not None
         and not loader.pin_memory
         and not isinstance(loader.dataset, IterableDataset)
+        and not _has_generator(loader.dataset, set())
+        and not _has_generator(loader.collate_fn, set())
     )
+
+
+_GENERATORS = (random.Random, numpy.random.Generator, numpy.random.RandomState, torch.Generator, Iterator)
+#: Items of a container that are looked at: generators are not among thousands of others.
+_FEW = 64
+
+
+def _has_generator(value: Any, seen: set[int]) -> bool:
+    """Return whether an object, or what it holds, is a generator of random numbers, or another iterator."""
+    if isinstance(value, _GENERATORS):
+        return True
+    if id(value) in seen or isinstance(value, torch.Tensor | numpy.ndarray | type):
+        return False
+    seen.add(id(value))
+    held = vars(value).values() if hasattr(value, "__dict__") else ()
+    if isinstance(value, Mapping):
+        held = itertools.islice(value.values(), _FEW)
+    elif isinstance(value, list | tuple | set | frozenset):
+        held = itertools.islice(value, _FEW)
+    elif isinstance(value, types.MethodType):
+        held = [value.__self__]
+    elif isinstance(value, types.FunctionType):
+        held = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    elif isinstance(value, functools.partial):
+        held = [value.func, *value.args, *value.keywords.values()]
+    return any(_has_generator(each, seen) for each in held)
+
+
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
 
 
 def _by_indices(loader: DataLoader[Any], is_needed: Callable[[int], bool]) -> Iterator[Any]:

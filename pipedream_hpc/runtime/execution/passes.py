@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any
 
 from pipedream_hpc.cluster.world import World
 from pipedream_hpc.errors import PipedreamError
@@ -117,7 +118,13 @@ class PassRunner:
                 worker.end()
             if schedule.training:
                 self._average_running_stats()
-            means = finish_pass(self._world, self._workers, training=schedule.training, limit_s=self._stall_limit_s)
+            means = finish_pass(
+                self._world,
+                self._workers,
+                loader.checksums,
+                training=schedule.training,
+                limit_s=self._stall_limit_s,
+            )
         except Exception as error:
             if is_stall(error):
                 raise report(self._world, str(error.__cause__ or error)) from None
@@ -158,15 +165,25 @@ def check_data(world: World, minibatches: int, data: MicrobatchLoader, *, limit_
             )
 
 
-def finish_pass(world: World, workers: Sequence[Worker], *, training: bool, limit_s: float) -> list[float]:
-    """Compare replicas after training; return the mean scores of the pass, the same on every rank.
+def finish_pass(
+    world: World, workers: Sequence[Worker], checksums: Mapping[int, int], *, training: bool, limit_s: float
+) -> list[float]:
+    """Compare what ranks have read, and replicas after training; return the mean scores, the same on every rank.
+
+    Args:
+        world: all ranks.
+        workers: of this process.
+        checksums: of the minibatches that were read here, by number.
+        training: whether the pass has trained.
+        limit_s: how long to wait for a rank.
 
     Raises:
-        PipedreamError: replicas of a stage have drifted apart: it names two ranks; or the means of a loss in replicas
-            are over different numbers of targets.
+        PipedreamError: ranks have read different data, or replicas of a stage have drifted apart: it names two ranks;
+            or the means of a loss in replicas are over different numbers of targets.
     """
     placed = [(worker.rank, stage) for worker in workers for stage in worker.stages.values()]
-    facts = {
+    facts: dict[str, Any] = {
+        "data": checksums,
         "scores": [score for _, stage in placed if stage.is_last for score in stage.loss.meter.read()],
         "weights": [
             (stage.index, rank, checksum((*stage.stash.trained, *stage.module.buffers())))
@@ -180,6 +197,7 @@ def finish_pass(world: World, workers: Sequence[Worker], *, training: bool, limi
         ],
     }
     answers = exchange(world, facts, limit_s=limit_s)
+    _compare_data([answer["data"] for answer in answers])
     _compare_divisors([each for answer in answers for each in answer["divisors"]])
     first: dict[int, tuple[int, int]] = {}
     for index, rank, weights in sorted(each for answer in answers for each in answer["weights"]):
@@ -193,6 +211,20 @@ def finish_pass(world: World, workers: Sequence[Worker], *, training: bool, limi
     scores = sorted(score for answer in answers for score in answer["scores"])
     width = len(scores[0][1]) if scores else 1
     return [_weighted_mean([(means[index], weights[index]) for _, means, weights in scores]) for index in range(width)]
+
+
+def _compare_data(by_rank: Sequence[Mapping[int, int]]) -> None:
+    """Compare the minibatches that several ranks have read."""
+    first: dict[int, tuple[int, int]] = {}
+    for rank, checksums in enumerate(by_rank):
+        for minibatch, own in checksums.items():
+            other, expected = first.setdefault(minibatch, (rank, own))
+            if own != expected:
+                raise PipedreamError(
+                    f"ranks {other} and {rank} have read different numbers in minibatch {minibatch}: an item of a data "
+                    "set may depend on its index and on torch's, NumPy's and Python's own random numbers, which are "
+                    "the same on all ranks, but not on which items were read before it"
+                )
 
 
 def _compare_divisors(of_replicas: Sequence[Mapping[int, Divisors]]) -> None:

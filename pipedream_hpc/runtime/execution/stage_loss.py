@@ -41,7 +41,7 @@ class StageLoss:
         optimizer: knows the loss scale, and what a round of means is divided by.
         weights_of_others: returns the weights that a loss must not read: identity -> name.
         means: checks the means of the output stage's losses, where minibatches are cut.
-        whole: compares the loss of the first minibatch with those of its microbatches.
+        whole: compares the losses of some minibatches with those of their microbatches.
         pools: whether an optimizer step learns from several microbatches, in any stage.
 
     Attributes:
@@ -92,14 +92,7 @@ class StageLoss:
             self.means.begin()
 
     def end(self) -> None:
-        """End the pass.
-
-        Raises:
-            PipedreamError: the loss of the first minibatch is not the mean of its microbatches' losses. That is
-                compared when the second minibatch begins, or here if there is none.
-        """
-        if self._whole is not None and self._training:
-            self._whole.compare()
+        """End the pass."""
         self._data = None
 
     def watch(self, microbatch: int) -> LossMeans | None:

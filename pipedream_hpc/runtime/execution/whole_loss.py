@@ -1,13 +1,15 @@
 """Whole loss: is the loss of a minibatch the mean of the losses of its microbatches?
 
 It is not for a sum, for a loss that compares samples with each other, or for a mean over unequal numbers of tokens. The
-output stage finds out with the first minibatch that it trains: it keeps what its microbatches put out, and computes the
-loss of all of them together. Losses that are random, or that have no tensors of samples to join, are not compared.
+output stage finds out with the minibatches 0, 1, 2, 4, 8, ... of the run: it keeps what its microbatches put out, and
+computes the loss of all of them together, before an optimizer step learns from them. Losses that are random, or that
+have no tensors of samples to join, are not compared.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.batch_dims import TARGET, BatchDims
+from pipedream_hpc.model.preserve_state import Contents, ModuleState
 from pipedream_hpc.model.structure import tensors_of_value
 from pipedream_hpc.runtime.execution.score import Score
 
@@ -25,38 +28,44 @@ MOST_BYTES = 256 << 20
 
 
 class WholeLoss:
-    """Compares the loss of some microbatches of one minibatch with that of all of them together.
+    """Compares the loss of a replica's microbatches of one minibatch with that of all of them together.
 
     Args:
         loss_fn: computes the loss from (output, target).
         batch_dims: where samples are in targets.
         n_microbatches: microbatches per minibatch.
+        replicas: replicas of the output stage, each of which runs every so many of the microbatches.
     """
 
-    def __init__(self, loss_fn: Callable[[Any, Any], Any], batch_dims: BatchDims, n_microbatches: int) -> None:
-        self._loss_fn, self._batch_dims, self._n_microbatches = loss_fn, batch_dims, n_microbatches
-        self._compared = False
+    def __init__(
+        self, loss_fn: Callable[[Any, Any], Any], batch_dims: BatchDims, n_microbatches: int, replicas: int
+    ) -> None:
+        self._loss_fn, self._batch_dims = loss_fn, batch_dims
+        self._n_microbatches, self._replicas = n_microbatches, replicas
+        self._n_minibatches = 0  # that were compared or passed over, in the run
         self._kept: list[tuple[Any, Any, int, torch.Tensor]] = []  # output, target, samples, loss
         self._bytes = 0
 
     def add(self, microbatch: int, output: Any, target: Any, samples: int, loss: Score) -> None:
-        """Keep a microbatch of the first minibatch, as long as there is room for it; compare at the next minibatch.
+        """Keep a microbatch, if its minibatch is compared and there is room for it; compare after the last one.
 
         Args:
             microbatch: its number within the pass.
-            output: of the model.
-            target: of the loss.
+            output: the model's output.
+            target: the loss's target.
             samples: how many it has.
             loss: its loss; one that is counted is not compared.
 
         Raises:
-            PipedreamError: as `compare`.
+            PipedreamError: the loss of all together is another.
         """
-        if self._compared:
-            return
-        if loss.count is not None or microbatch >= self._n_microbatches:
-            self.compare()
-            return
+        if not self._n_minibatches & (self._n_minibatches - 1) and loss.count is None:
+            self._keep(output, target, samples, loss)
+        if microbatch % self._n_microbatches + self._replicas >= self._n_microbatches:
+            self._compare()
+            self._n_minibatches += 1
+
+    def _keep(self, output: Any, target: Any, samples: int, loss: Score) -> None:
         leaves, structure = tree_flatten(output)
         tensors = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._bytes += sum(each.nbytes for each in tensors if isinstance(each, torch.Tensor))
@@ -65,42 +74,46 @@ class WholeLoss:
             self._kept = []
 
     @torch.no_grad()
-    def compare(self) -> None:
-        """Compare what has been kept, and keep nothing more.
-
-        Raises:
-            PipedreamError: the loss of all together is another.
-        """
-        kept, self._kept, self._compared = self._kept, [], True
+    def _compare(self) -> None:
+        """Compare what has been kept, and let go of it."""
+        kept, self._kept, self._bytes = self._kept, [], 0
         if len(kept) < 2 or any(map(_holds_tensors, tree_flatten([each[:2] for each in kept])[0])):
             return
         if self._batch_dims.cuts_lists(kept[0][1]):
             return
         samples = [each[2] for each in kept]
-        rtol = 1e-4 if kept[0][3].dtype in (torch.float32, torch.float64) else 2e-2  # sums have another order
+        # The outputs are the same; only the loss's own sums have another order.
+        rtol = 1e-5 if kept[0][3].dtype in (torch.float32, torch.float64) else 2e-2
         mean = sum(float(each[3]) * each[2] for each in kept) / sum(samples)
         dim = self._batch_dims.by_name.get(TARGET, 0)
         targets = [each[1] for each in kept]
-        state = list(self._loss_fn.buffers()) if isinstance(self._loss_fn, nn.Module) else []
-        before = [each.clone() for each in state]
-        try:
-            if not _close(float(self._loss_fn(*kept[0][:2])), float(kept[0][3]), rtol):
-                return  # it is random
-            wholes = [
-                float(self._loss_fn(output, _joined(targets, samples, dim)))
-                for output in _joins([each[0] for each in kept], samples)
-            ]
-        except Exception:  # it is not made of tensors of samples
-            return
-        finally:
-            for buffer, value in zip(state, before, strict=True):
-                buffer.copy_(value)
+        if not _close(self._loss_of(*kept[0][:2]), float(kept[0][3]), rtol):
+            return  # it is random
+        joined = [(output, _joined(targets, samples, dim)) for output in _joins([each[0] for each in kept], samples)]
+        # More than one dimension may be the one of the samples; the loss of outputs joined along another may fail.
+        wholes = [whole for whole in (self._loss_of(*each) for each in joined) if whole is not None]
         if wholes and not any(_close(whole, mean, rtol) for whole in wholes):
             raise PipedreamError(
-                f"the loss of the first minibatch is {wholes[0]:g}, but the mean of the losses of its {len(kept)} "
+                f"the loss of the minibatch is {wholes[0]:g}, but the mean of the losses of its {len(kept)} "
                 f"microbatches is {mean:g}: a number should be a mean over samples; let loss_fn return a pair (sum, "
                 "count), or train whole minibatches (n_microbatches=1)"
             )
+
+    def _loss_of(self, output: Any, target: Any) -> float | None:
+        """Return the loss; None if it cannot be computed of that. Its state stays as it was."""
+        state = (
+            ModuleState(self._loss_fn)
+            if isinstance(self._loss_fn, nn.Module)
+            else Contents(getattr(self._loss_fn, "__dict__", None))
+        )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # on shapes that only the comparison has
+                return float(self._loss_fn(output, target))
+        except Exception:  # it is not made of tensors of samples
+            return None
+        finally:
+            state.restore()
 
 
 def _holds_tensors(leaf: Any) -> bool:
@@ -108,8 +121,8 @@ def _holds_tensors(leaf: Any) -> bool:
     return not isinstance(leaf, torch.Tensor) and bool(tensors_of_value(leaf))
 
 
-def _close(one: float, other: float, rtol: float) -> bool:
-    return math.isclose(one, other, rel_tol=rtol, abs_tol=1e-6)
+def _close(one: float | None, other: float, rtol: float) -> bool:
+    return one is not None and math.isclose(one, other, rel_tol=rtol, abs_tol=1e-6)
 
 
 def _joins(outputs: Sequence[Any], samples: Sequence[int]) -> list[Any]:

@@ -222,7 +222,7 @@ def _stage(
         optimizer,
         grad_allreduce,
         wiring.channels[index, training.layout[index][replica]],
-        _loss_of(part, optimizer, losses, deployment, training, setup),
+        _loss_of(part, index, optimizer, losses, deployment, training, setup),
         config.seed,
         split_backward=SplitBackward(part.modules, stash.trains) if training.splits(index) else None,
         recompute=deployment.plan.stages[index].recompute,
@@ -233,6 +233,7 @@ def _stage(
 
 def _loss_of(
     part: StageModule,
+    index: int,
     optimizer: StageOptimizer,
     losses: RunLosses,
     deployment: Deployment,
@@ -243,7 +244,9 @@ def _loss_of(
     if part.is_last and deployment.n_microbatches > 1:
         means = LossMeans(deployment.n_microbatches, in_forward=deployment.graph.notes.averages)
         if setup.config.check_model:
-            whole = WholeLoss(setup.loss_fn, deployment.graph.batch_dims, deployment.n_microbatches)
+            whole = WholeLoss(
+                setup.loss_fn, deployment.graph.batch_dims, deployment.n_microbatches, len(training.layout[index])
+            )
     return StageLoss(
         setup.loss_fn,
         losses,

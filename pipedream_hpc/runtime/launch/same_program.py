@@ -8,6 +8,7 @@ This needs the whole model on rank 0. Where it has no room there, every stage is
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -192,7 +193,8 @@ def check_microbatches(
         raise PipedreamError(f"the model does not accept a microbatch of example_inputs: {first}: {remedy}") from error
     for tensor, cut in _side_by_side(expected, found):
         if not tensor.dim() or any(not each.dim() for each in cut):
-            continue  # a loss, which is a mean
+            _warn_of_unequal(tensor, cut, parts)
+            continue
         joined = [torch.cat(cut, dim) for dim in range(tensor.dim()) if _fit(tensor, cut, dim)]
         if any(_same(tensor, each) for each in joined):
             continue
@@ -204,6 +206,21 @@ def check_microbatches(
             else f"in a tensor of shape {tuple(tensor.shape)}, which is {shapes} for the microbatches"
         )
         raise PipedreamError(f"{what} {how}: {remedy}")
+
+
+def _warn_of_unequal(whole: torch.Tensor, cut: Sequence[torch.Tensor], parts: Sequence[Arguments]) -> None:
+    """Warn of a number of the model's, such as a loss, that is not the mean of those of microbatches of equal sizes."""
+    shapes = {tuple(tensor.shape for tensor in part.tensors()) for part in parts}
+    if whole.dim() or len(shapes) > 1 or not whole.is_floating_point():
+        return
+    mean = torch.stack([each.double() for each in cut]).mean()
+    if not torch.allclose(whole.double(), mean, rtol=1e-4, atol=1e-6):
+        warnings.warn(
+            f"the model computes a number that is {float(whole):g} for example_inputs, but {float(mean):g} as the mean "
+            f"over its {len(cut)} microbatches, such as the router loss of a mixture of experts: where it is part of "
+            "the loss, microbatches train a loss of their own; n_microbatches=1 trains that of whole minibatches",
+            stacklevel=2,
+        )
 
 
 def _side_by_side(whole: Any, parts: Sequence[Any]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:

@@ -51,9 +51,11 @@ def _complete(graph: LayerGraph, own: dict[str, Any]) -> dict[str, Any]:
             own[name] = own[known]
     full: dict[str, Any] = graph.module.state_dict()  # it also has the versions of modules, which some need to load it
     full.update((name, own.get(name, value)) for name, value in list(full.items()))
-    unused = [name for name, value in full.items() if isinstance(value, torch.Tensor) and value.is_meta]
-    made = graph.recipe.make_tensors(unused) if graph.recipe and unused else {}
-    full.update((name, value.detach()) for name, value in made.items())
+    if graph.recipe is not None:
+        unused = {name for name, value in full.items() if isinstance(value, torch.Tensor) and value.is_meta}
+        loaded = {name: value for name, value in graph.recipe.loaded.items() if name in unused}
+        made = graph.recipe.make_tensors(unused - loaded.keys()) if unused - loaded.keys() else {}
+        full.update((name, value.detach()) for name, value in {**made, **loaded}.items())
     return full
 
 

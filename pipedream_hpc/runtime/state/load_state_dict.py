@@ -61,7 +61,8 @@ class _Files:
             self._file_of = dict.fromkeys(file.keys(), file)
             return
         placed = _read_index(path)
-        files = {name: _opened(path.parent / name, stack) for name in sorted(set(placed.values()))}
+        named = f", which {path} names"
+        files = {name: _opened(path.parent / name, stack, named) for name in sorted(set(placed.values()))}
         held = {name: set(file.keys()) for name, file in files.items()}
         for tensor, name in placed.items():
             if tensor not in held[name]:
@@ -92,7 +93,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         placed = json.loads(path.read_bytes())["weight_map"]
     except FileNotFoundError:
-        raise PipedreamError(f"{path}: no such file: give a safetensors file, or a dict of tensors") from None
+        raise PipedreamError(f"{path}: {_NO_FILE}") from None
     except (OSError, ValueError, KeyError, TypeError):
         placed = None
     if not isinstance(placed, dict) or not all(isinstance(name, str) for name in placed.values()):
@@ -100,13 +101,19 @@ def _read_index(path: Path) -> dict[str, str]:
     return placed
 
 
-def _opened(path: Path, stack: ExitStack) -> Any:
+_NO_FILE = "no such file: give a safetensors file, the index of several, or their folder"
+
+
+def _opened(path: Path, stack: ExitStack, named: str = "") -> Any:
     try:
         return stack.enter_context(safe_open(path, framework="pt"))
     except FileNotFoundError:
-        raise PipedreamError(f"{path}: no such file: give a safetensors file, or a dict of tensors") from None
+        raise PipedreamError(f"{path}{named}: {_NO_FILE}") from None
     except (SafetensorError, OSError) as error:
-        raise PipedreamError(f"{path}: cannot be read as a safetensors file: {error}") from None
+        raise PipedreamError(
+            f"{path}: cannot be read as a safetensors file: {error}: a file that torch.save wrote is read with "
+            "torch.load, and its dict given"
+        ) from None
 
 
 def load_full_state_dict(
@@ -114,6 +121,7 @@ def load_full_state_dict(
     stages: Sequence[StageState],
     weights: Mapping[str, torch.Tensor] | str | Path,
     *,
+    keeps_unused: bool = True,
     check_only: bool = False,
 ) -> None:
     """Set the newest weights and the buffers of `stages`; optimizers keep their state.
@@ -125,6 +133,7 @@ def load_full_state_dict(
         stages: of this process.
         weights: tensors by the user's own names; or a safetensors file, the index of several, or the folder of either,
             of which only these stages' tensors are read.
+        keeps_unused: whether this rank keeps, for state_dict, what no stage uses of a model given as a function.
         check_only: change nothing.
 
     Raises:
@@ -149,7 +158,7 @@ def load_full_state_dict(
             for name, module in extra_states(stage.module).items():
                 if name in source.extra:
                     module.set_extra_state(source.extra[name])
-        _load_unused(graph, stages, source, given_as)
+        _load_unused(graph, stages, source, given_as, keeps_unused)
 
 
 def state_dict_problem(graph: LayerGraph, weights: Mapping[str, torch.Tensor] | str | Path) -> str | None:
@@ -199,13 +208,19 @@ def _load_stage(stage: StageState, source: _Source, given_as: Mapping[str, str])
                 buffer.copy_(source.read(given_as[name]))
 
 
-def _load_unused(graph: LayerGraph, stages: Sequence[StageState], source: _Source, given_as: Mapping[str, str]) -> None:
-    """Set what no stage uses, in the user's own model; a model given as a function has no values to set."""
-    if graph.recipe is not None:
-        return
+def _load_unused(
+    graph: LayerGraph, stages: Sequence[StageState], source: _Source, given_as: Mapping[str, str], keeps: bool
+) -> None:
+    """Set what no stage uses, in the user's own model, or in what is kept of one that was given as a function."""
     model = graph.module
     parameters = dict(model.named_parameters(remove_duplicate=False))
     used = {id(parameters[name]) for layer in graph.layers for name in layer.parameters}
+    if graph.recipe is not None:
+        unused = [name for name, parameter in parameters.items() if keeps and id(parameter) not in used]
+        graph.recipe.loaded.update(
+            (name, source.read(given_as[name]).to("cpu", parameters[name].dtype, copy=True)) for name in unused
+        )
+        return
     held = {name for stage in stages for name in stage.module.state_dict()}
     with torch.no_grad():
         for name, parameter in parameters.items():
