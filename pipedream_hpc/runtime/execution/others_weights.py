@@ -64,7 +64,7 @@ class OthersTensors(ForbiddenTensors):
     def sentence(self, name: str) -> str:
         return (
             f"the loss or a metric reads '{name}', which another stage has: let it use the model's output alone, and "
-            "return what it needs from the model's forward"
+            "return what it needs from the model's forward; the optimizer's weight_decay replaces a penalty on weights"
         )
 
 

@@ -511,7 +511,8 @@ class Stage:
                 raise PipedreamError(
                     f"the forward or the loss of stage {self.index} depends on {self.stage_module.name_of(leaf)}, "
                     "which belongs to no module of this stage: let forwards refer to modules instead of "
-                    "their parameters, and a loss use the model's output alone"
+                    "their parameters, and a loss use the model's output alone; the optimizer's weight_decay replaces "
+                    "a penalty on weights"
                 )
 
     def _free_graph(self, state: MicrobatchState) -> None:
