@@ -45,6 +45,110 @@ def test_functions_of_values_leave_the_layers_to_be_cut() -> None:
         assert_trained_alike(Selects, plan, batches, lambda output, _: output)
 
 
+class Experts(nn.Module):
+    """Gives every row to the expert that its own values choose, in one of several ways."""
+
+    def __init__(self, how: str, n_experts: int = 3) -> None:
+        super().__init__()
+        self.how, self.router = how, nn.Linear(6, n_experts)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(n_experts))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        choice = self.router(x)
+        best, y = choice.argmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if self.how == "counts nonzero":
+                rows = (best == number).nonzero().squeeze(-1)
+                if len(rows):
+                    y = y.index_add(0, rows, expert(x[rows]))
+            elif self.how == "counts what a mask selects":
+                if x[best == number].shape[0]:
+                    y[best == number] = expert(x[best == number])
+            elif self.how == "counts where":
+                (rows,) = torch.where(best == number)
+                if rows.numel() > 0:
+                    y = y.index_copy(0, rows, expert(x.index_select(0, rows)))
+            elif self.how == "counts the chosen":
+                if number in best.unique():
+                    y = y + expert(x) * (best == number)[:, None]
+            elif self.how == "never asks":
+                rows = (best == number).nonzero().squeeze(-1)
+                y = y.index_add(0, rows, expert(x[rows]).tanh() * choice[rows, number, None])
+            elif self.how == "selects":
+                chosen = (best == number)[:, None].expand_as(x)
+                y = y.masked_scatter(chosen, expert(x.masked_select(chosen).view(-1, 6)))
+            elif self.how == "repeats":
+                rows = torch.arange(len(x)).repeat_interleave((best == number).long())
+                y = y.index_add(0, rows, expert(x[rows]))
+        return x + y * choice.softmax(-1).amax(-1, keepdim=True)
+
+
+class Block(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.before, self.experts = nn.Linear(6, 6), Experts(how)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts(self.before(x).tanh())
+
+
+def mixture(how: str) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(*(Block(how) for _ in range(3)), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("counts nonzero", "counts what a mask selects", "counts where", "counts the chosen"),
+        *("never asks", "selects", "repeats"),
+    ],
+)
+def test_a_mixture_of_experts_of_sizes_that_values_choose(how: str) -> None:
+    batches = minibatches(6)
+    graph = capture(mixture(how), batches[0][0])
+    with_experts = [layer for layer in graph.layers if any(".experts.experts." in name for name in layer.parameters)]
+    # Where Python asks nothing of them, several stages may have the experts of a block.
+    assert len(with_experts) == 3 or "counts" not in how
+    assert any(layer.name == "1.before" for layer in graph.layers), "the block is opened"
+    for plan in (2, 4):
+        assert_trained_alike(lambda: mixture(how), plan, batches)
+
+
+class CountsItself(nn.Module):
+    """A model whose own forward decides by how many rows were chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.head = nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            rows = (x[:, 0] > 0).nonzero().squeeze(-1)
+            if len(rows) > 2:
+                x = layer(x)
+            x = x.index_add(0, rows, layer(x[rows]))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+class CountsInTheEnd(Net):
+    def forward(self, x: torch.Tensor) -> Any:
+        out = super().forward(x)
+        sure = out[out.softmax(-1).amax(-1) > 0.4]
+        return out + sure.sum() / max(len(sure), 1)
+
+
+def test_a_model_that_itself_counts_what_values_choose() -> None:
+    batches = minibatches(6)
+    with pytest.raises(
+        PipedreamError, match=r"cannot be cut, .* asks how many values were chosen \(`if len\(rows\) > 2"
+    ):
+        pipeline_of(CountsItself(), 2, batches)
+    for plan in (2, 3):
+        assert_trained_alike(CountsInTheEnd, plan, batches)
+
+
 class Fork(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return x.tanh(), x.sigmoid()

@@ -94,7 +94,8 @@ def capture(
                 break
             except CannotOpenError as error:
                 whole = model.get_submodule(error.name)
-                if error.needs_values and not real and not is_meta and any(map(is_list, whole.modules())):
+                worth = not error.name or any(map(is_list, whole.modules()))
+                if error.needs_values and not real and not is_meta and worth:
                     real = True
                     continue
                 closed[error.name] = error.reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import linecache
 import textwrap
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,15 @@ def function_name(function: Any) -> str:
     return str(name).strip("_") + ("_" if str(name).endswith("_") and not str(name).endswith("__") else "")
 
 
-def line_of_user() -> str:
-    """Return the line of the user's code that runs, and how torch.distributions there is made to read no values."""
+def line_of_user(error: BaseException | None = None) -> str:
+    """Return the line of the user's code that runs, and how torch.distributions there is made to read no values.
+
+    Args:
+        error: return the line that has raised it instead.
+    """
     frame, checks = inspect.currentframe(), False
+    for frame, _ in traceback.walk_tb(error.__traceback__) if error else ():  # noqa: B007 - the innermost
+        pass
     while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         checks |= frame.f_code.co_filename.startswith(_DISTRIBUTIONS)
         frame = frame.f_back

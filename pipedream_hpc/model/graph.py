@@ -133,6 +133,7 @@ class Call:
         draws: whether a function draws random numbers.
         checkpoint: number of the checkpointed part that it runs again with in backward; None for none.
         differentiates: numbers of the calls that it takes gradients of, as torch.autograd.grad does.
+        stays_with: numbers of the calls whose values have chosen the sizes of tensors that it takes.
     """
 
     number: int
@@ -152,6 +153,7 @@ class Call:
     draws: bool = False
     checkpoint: int | None = None
     differentiates: tuple[int, ...] = ()
+    stays_with: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:

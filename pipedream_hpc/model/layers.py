@@ -60,7 +60,7 @@ class _Grouping:
         """Return the calls of every layer, in a topological order of the layers."""
         self._join_written()
         self._join_stateful()
-        self._join_checkpointed()
+        self._join_inseparable()
         for block in self._blocks():
             self._join_cheap(block)
         groups: dict[int, list[Call]] = {}
@@ -121,13 +121,15 @@ class _Grouping:
             if len(numbers) > 1:
                 self._join(range(numbers[0], numbers[-1] + 1))
 
-    def _join_checkpointed(self) -> None:
-        """Join the calls that run again together in backward, and those that the forward takes gradients of."""
+    def _join_inseparable(self) -> None:
+        """Join the calls that run again together in backward, those that the forward takes gradients of, and those
+        that take tensors of sizes that values have chosen.
+        """
         parts: dict[int, list[int]] = {}
         for call in self._calls:
             if call.checkpoint is not None:
                 parts.setdefault(call.checkpoint, []).append(call.number)
-            self._join([call.number, *call.differentiates])
+            self._join([call.number, *call.differentiates, *call.stays_with])
         for numbers in parts.values():
             self._join(numbers)
 

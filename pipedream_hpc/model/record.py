@@ -43,6 +43,7 @@ from pipedream_hpc.model.graph import (
     memory_order,
 )
 from pipedream_hpc.model.preserve_state import STATE, Contents, ModuleState, contents_of, version_of
+from pipedream_hpc.model.ragged import Ragged, deciding
 from pipedream_hpc.model.randomness import is_seeding, seeding
 from pipedream_hpc.model.recipe import tensors_of
 from pipedream_hpc.model.structure import map_tensors, output_tensors, tensors_of_value
@@ -159,6 +160,8 @@ class _Recorder:
         self._parameters: dict[int, str] = {}  # by the identity of what stands for them
         self._local: dict[int, torch.Tensor] = {}  # tensors that depend on no call, but have no values
         self._drawn = Drawn()
+        self._ragged = Ragged()
+        self._asked: tuple[tuple[int, ...], str] = ((), "")  # by the model's own forward: sizes of which, and where
         self._overwritten: dict[str, tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = {}  # what they were
         self._contents: dict[str, dict[str, Contents]] = {}  # of the modules that are open
         self._owned: dict[int, tuple[str, str]] = {}  # ("buffer", "weight" or "attribute", name) by storage
@@ -198,7 +201,9 @@ class _Recorder:
             with self._inside(name):
                 return call_unwatched(module, args, kwargs)
         if self._keep_whole(module, name):
+            self._look_at_asked()
             return self._record(Call(0, name, module=module), module._call_impl, args, kwargs)
+        self._look_at_asked()
         scope = Scope(name, module)
         if self._scopes:
             self._scopes[-1].items.append(scope)
@@ -217,7 +222,10 @@ class _Recorder:
         except (CannotOpenError, NeedsValuesError):
             raise
         except Exception as error:
-            raise CannotOpenError(name, _first_line(error), needs_values=isinstance(error, NEED_VALUES)) from error
+            if isinstance(error, NEED_VALUES):
+                reason = f"what its forward computes depends on values ({line_of_user(error)})"
+                raise CannotOpenError(name, reason, needs_values=True) from error
+            raise CannotOpenError(name, _first_line(error)) from error
         finally:
             self._contents.pop(name, None)
             if len(self._scopes) > 1:
@@ -286,6 +294,10 @@ class _Recorder:
             return returned
         if name in READS_VALUES:
             raise CannotOpenError(self._within[-1], f"its Python reads the values of a tensor ({line_of_user()})")
+        if asked := self._ragged.are_asked(function, given):
+            self._asked = asked, f"its Python asks how many values were chosen ({line_of_user()})"
+            if self._within[-1]:
+                raise CannotOpenError(self._within[-1], self._asked[1])
         if function == torch.Tensor.backward:
             raise CannotOpenError(self._within[-1], "its forward calls backward()")
         returned = self._record(Call(0, name, function=function), function, args, kwargs)
@@ -299,6 +311,11 @@ class _Recorder:
     ) -> None:
         if is_loss(returned) and divisor_of(function, args, kwargs) is not None:
             self.notes.averages = True
+
+    def _look_at_asked(self) -> None:
+        """Refuse to open the model if its own forward calls a module after it has asked how many values were chosen."""
+        if self._asked[0] and self._scopes[-1].name == "":
+            raise CannotOpenError("", self._asked[1])
 
     def _computed_locally(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run a function of buffers that have no values yet: every stage will compute it from their values."""
@@ -420,6 +437,7 @@ class _Recorder:
             self._note_draw(run)
         call.entered = tuple(self._entered)
         marks = [_mark(each) for each in originals]
+        call.stays_with = (*self._ragged.sources(originals), *self._asked[0])
         call.sources = tuple(dict.fromkeys(key for key in marks if key is not None))
         call.parameters = self._parameters_of(call, originals)
         call.takes_inputs = any(
@@ -428,6 +446,10 @@ class _Recorder:
         for found, each in outputs:
             object.__setattr__(each, MARK, found.key)
         call.found = tuple(found for found, _ in outputs)
+        chose = call.function is not None and any(
+            _mark(each) is not None or all(each is not other for other in originals) for each in counter.deciding
+        )
+        self._ragged.note(call, originals, [each for found, each in outputs if found.where == "returned"], chose)
         values = [given[found.position] if found.where == "argument" else each for found, each in outputs]
         name = call.name
         if call.module is not None:
@@ -641,9 +663,11 @@ class _Dispatch(_Writes):  # type: ignore[no-untyped-call]
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__(recorder)
         self.flops, self.draws = 0, False
+        self.deciding: list[torch.Tensor] = []  # about the sizes of other tensors, by their values
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = super().__torch_dispatch__(function, types, args, kwargs)
+        self.deciding += deciding(function, args, kwargs or {})
         if draws_numbers(function, args, kwargs or {}):
             self._recorder.note_draw()
             self.draws = True
