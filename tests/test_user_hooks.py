@@ -261,3 +261,29 @@ def test_a_hook_may_log_in_a_list_of_the_model() -> None:
     pipeline_of(model, 2, minibatches())
     assert model.log == []
     assert_trained_alike(Logging, 3)
+
+
+def with_hooks_that_go(reentrant: bool) -> nn.Module:
+    """Return a model of which a hook takes itself off, another puts one on, and one lets the input have a gradient."""
+
+    class Blocks(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            h = torch.utils.checkpoint.checkpoint(self.b, self.a(x), use_reentrant=reentrant)
+            return self.c(h.tanh())
+
+    model = Blocks()
+    model.a.requires_grad_(False)
+    first = model.a.register_forward_hook(lambda *_: first.remove())
+    model.a.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+
+    def put(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        module.register_forward_hook(lambda *_: None)
+
+    model.a.register_forward_hook(put)
+    return model
+
+
+@pytest.mark.parametrize("plan", [2, 3])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_hooks_that_change_the_hooks_of_a_module_of_another_stage(plan: int, reentrant: bool) -> None:
+    assert_trained_alike(partial(with_hooks_that_go, reentrant), plan)

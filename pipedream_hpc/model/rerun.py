@@ -526,7 +526,7 @@ class StageForward:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], returned: Any
     ) -> None:
         """Let hooks that keep a module's output, as for a loss of routers, have what stands for it."""
-        for number, hook in module._forward_hooks.items():
+        for number, hook in list(module._forward_hooks.items()):  # hooks may take themselves off
             if is_seeding(hook):
                 continue
             with suppress(_ShownError), _Showing(self._shown):
