@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from user_programs import (
     Policy,
     ReversedInAModule,
     ReversedInTheForward,
+    assert_trained_alike,
     backward_hook,
     hook,
     inner_hook,
@@ -29,6 +31,7 @@ from user_programs import (
     minibatches,
     patched,
     pipeline_of,
+    plain,
     pruned,
     spectral,
 )
@@ -89,3 +92,101 @@ def test_the_check_finds_what_a_stage_does_differently() -> None:
     with pytest.raises(PipedreamError, match="the stages do not compute what the model computes by itself"):
         pipeline_of(Fickle(), 2, minibatches())
     pipeline_of(Fickle(), 2, minibatches(), check_model=False)
+
+
+class Attention(nn.Module):
+    """Keeps keys for later layers in what it is given; layers without a projection of keys take those."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number, self.query = number, nn.Linear(6, 6)
+        self.keys = nn.Linear(6, 6) if number < 2 else None
+
+    def forward(self, x: torch.Tensor, shared: Any) -> torch.Tensor:
+        if self.keys is not None:
+            keys = self.keys(x).tanh()
+            if isinstance(shared, list):
+                shared.append((keys, keys.sum()))
+            else:
+                shared[f"of {self.number}"], shared["last"] = (keys, keys.sum()), keys
+                shared["n"] = shared.get("n", 0) + 1
+        else:
+            keys, total = shared[0] if isinstance(shared, list) else shared["of 1"]
+            keys = keys * total + (shared[-1][0] if isinstance(shared, list) else shared["last"] / shared["n"])
+        scores = self.query(x) @ keys.T
+        if float(scores.detach().sum()) > 1e9:  # so it is kept whole
+            return x
+        return scores.softmax(-1) @ x + x
+
+
+class Layer(nn.Module):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.attention, self.mlp = Attention(number), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor, shared: Any) -> torch.Tensor:
+        return x + self.mlp(self.attention(x, shared=shared)).tanh()  # type: ignore[no-any-return]
+
+
+class Shares(nn.Module):
+    """Passes a dict or a list along, into which layers put what later ones read."""
+
+    def __init__(self, make: Callable[[], Any], *, writes: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.make, self.writes = make, writes
+        self.layers, self.head = nn.ModuleList(Layer(number) for number in range(4)), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shared = self.make()
+        for layer in self.layers:
+            x = layer(x, shared)
+            if self.writes:
+                x.mul_(0.5)
+        kept = shared if isinstance(shared, list) else list(shared)
+        return self.head(x) * len(kept)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("make", [dict, list, UserDict, OrderedDict])
+def test_dicts_and_lists_that_modules_fill_for_later_modules(make: Callable[[], Any], writes: bool) -> None:
+    batches = minibatches()
+    expected = plain(Shares(make, writes=writes), batches)
+    for plan in (2, 3, 4):
+        pipeline = pipeline_of(Shares(make, writes=writes), plan, batches)
+        pipeline.fit(batches)
+        for name, weight in pipeline.state_dict().items():
+            # Gradients of what several stages use are added up in another order.
+            torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-6)
+
+
+class Scales(Net):
+    """A weight of the model itself that a function returns as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.b(self.a(x)).tanh()
+        scale = self.scale.to(h.device)
+        return self.c(h) * scale.exp() + scale
+
+
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_a_weight_that_a_function_returns_as_it_is(plan: int) -> None:
+    assert_trained_alike(Scales, plan)
+    assert_trained_alike(Scales, plan, recompute=True)
+
+
+def test_a_tensor_that_a_closure_keeps_of_an_earlier_forward_is_refused() -> None:
+    cache: dict[str, torch.Tensor] = {}
+
+    class Remembers(Net):
+        def forward(self, x: torch.Tensor) -> Any:
+            h = self.b(self.a(x)).tanh() + cache.get("h", 0.0)
+            cache["h"] = h.detach().mean()
+            return self.c(h)
+
+    with pytest.raises(PipedreamError, match="uses a tensor that it has kept of an earlier minibatch"):
+        pipeline_of(Remembers(), 3, minibatches())

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 #: says in which run of the forward the call was made.
 MARK = "_pipedream_call"
 
+KEPT = (
+    "the model's forward uses a tensor that it has kept of an earlier minibatch, or of another forward, which stages "
+    "cannot pass on: keep it in a module of its own, which one stage runs, or use plan 1"
+)
+
 #: What may be done with a placeholder that a module or a hook keeps: copy, save and print the module.
 _HARMLESS = frozenset({"__deepcopy__", "__reduce_ex__", "__repr__", "__format__"})
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.garbage import no_collection
 from pipedream_hpc.model.averages import AVERAGES_TARGETS, divisor_of, is_loss
 from pipedream_hpc.model.calls import call_unwatched, watch_modules, watched
@@ -42,14 +43,15 @@ from pipedream_hpc.model.graph import (
     Value,
     memory_order,
 )
+from pipedream_hpc.model.placeholder import KEPT
 from pipedream_hpc.model.preserve_state import STATE, Contents, ModuleState, contents_of, version_of
 from pipedream_hpc.model.ragged import Ragged, deciding
 from pipedream_hpc.model.randomness import is_seeding, seeding
 from pipedream_hpc.model.recipe import tensors_of
-from pipedream_hpc.model.structure import map_tensors, output_tensors, tensors_of_value
+from pipedream_hpc.model.structure import Filled, containers_in, items_of, map_tensors, output_tensors, tensors_of_value
 from pipedream_hpc.model.writes import memory_of, storage_id, written_by
 
-#: Attribute of a tensor: which output of which call it is.
+#: Attribute of a tensor: which output of which call of which recorder it is.
 MARK = "_pipedream_key"
 
 #: A module without lists of modules in it, such as attention, is kept whole if its forward calls more functions.
@@ -121,6 +123,7 @@ def record(
     Raises:
         CannotOpenError: the forward of a module that is not kept whole cannot be recorded.
         NeedsValuesError: a module that is kept whole reads values.
+        PipedreamError: the forward uses a tensor of an earlier one.
     """
     recorder = _Recorder(model, keep_whole, device, real)
     # What does not run without values is tried again with values: no reason to print a traceback.
@@ -168,6 +171,8 @@ class _Recorder:
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recording:
         model = self._model
+        for each in tensors_of_value((args, kwargs)):  # a recording before may have written into them
+            vars(each).pop(MARK, None)
         undo = watch_modules(model.modules())
         try:
             with self._without_values():
@@ -182,7 +187,7 @@ class _Recorder:
             for weight, memory, values in self._overwritten.values():
                 weight.data = memory.copy_(values)
         tensors = output_tensors(returned)
-        output = tuple(key for each in tensors if (key := _mark(each)) is not None)
+        output = tuple(key for each in tensors if (key := self._mark(each)) is not None)
         parameters = [self._parameters[id(each)] for each in tensors if id(each) in self._parameters]
         return self.recording(tuple(dict.fromkeys(output)), tuple(dict.fromkeys(parameters)))
 
@@ -209,8 +214,8 @@ class _Recorder:
             self._scopes[-1].items.append(scope)
         first = len(self._calls)
         self._scopes.append(scope)
-        given = tensors_of_value((args, kwargs))
-        before = [_mark(each) for each in given]
+        given, containers = tensors_of_value((args, kwargs)), _Containers((args, kwargs))
+        before = [self._mark(each) for each in given]
         scope.sources = tuple(key for key in before if key is not None)
         attributes, buffers = dict(vars(module)), dict(module._buffers)
         self._look_at_contents()
@@ -219,7 +224,7 @@ class _Recorder:
             with self._inside(name):
                 returned = call_unwatched(module, args, kwargs)
                 self._look_at_contents()
-        except (CannotOpenError, NeedsValuesError):
+        except (CannotOpenError, NeedsValuesError, PipedreamError):
             raise
         except Exception as error:
             if isinstance(error, NEED_VALUES):
@@ -246,12 +251,12 @@ class _Recorder:
             raise CannotOpenError(name, f"its forward calls {functions} functions")
         if name in self.notes.python_random:
             raise CannotOpenError(name, "its forward draws random numbers of Python or NumPy")
-        scope.returned, found = self._describe(returned, given)
+        scope.returned, found = self._describe(containers.filled(returned), given)
         inner = range(first, len(self._calls))
         written = [
             Found("argument", position, key)
             for position, (each, old) in enumerate(zip(given, before, strict=True))
-            if (key := _mark(each)) is not None and key != old and key[0] in inner
+            if (key := self._mark(each)) is not None and key != old and key[0] in inner
         ]
         arguments = {id(each) for each in given}
         scope.found = (
@@ -276,7 +281,7 @@ class _Recorder:
         given = tensors_of_value((args, kwargs))
         if function == _SET_DATA and id(args[0]) in self._parameters:
             raise CannotOpenError(self._scopes[-1].name, f"its forward writes weight '{self._parameters[id(args[0])]}'")
-        tracked = [each for each in given if _mark(each) is not None or id(each) in self._parameters]
+        tracked = [each for each in given if self._mark(each) is not None or id(each) in self._parameters]
         without_values = [each for each in given if id(each) in self._local]
         name = function_name(function)
         if not tracked:
@@ -380,7 +385,9 @@ class _Recorder:
         self, call: Call, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         originals = tensors_of_value((args, kwargs))
+        given_containers = _Containers((args, kwargs))
         args, kwargs = self._to_fakes(args, kwargs)
+        containers = _Containers((args, kwargs))
         given = tensors_of_value((args, kwargs))
         versions = [version_of(each) for each in given]
         counter = _Dispatch(self)
@@ -411,15 +418,20 @@ class _Recorder:
             old = originals_of[id(each)]
             return each.view_as(each) if old is None else old
 
+        filled = containers.filled(returned) if call.module is not None else returned
         with self._fake or nullcontext():
-            returned = map_tensors(output, returned)
+            filled = map_tensors(output, filled)
+        returned = filled
+        if isinstance(filled, Filled):
+            filled.put_into(given_containers.found)
+            returned = filled.returned
         if call.module is None and not tensors_of_value(returned) and not written:
             self.notes.questions = True
             return returned  # a question, such as x.size(0)
         number = len(self._calls)
         arguments = {id(each): position for position, each in reversed(list(enumerate(originals)))}
         outputs: list[tuple[Found, torch.Tensor]] = []
-        for position, each in enumerate(tensors_of_value(returned)):
+        for position, each in enumerate(tensors_of_value(filled)):
             if id(each) not in arguments and all(each is not other for _, other in outputs):
                 outputs.append((Found("returned", position, (number, len(outputs))), each))
         for position in written:
@@ -436,7 +448,7 @@ class _Recorder:
         if call.draws:
             self._note_draw(run)
         call.entered = tuple(self._entered)
-        marks = [_mark(each) for each in originals]
+        marks = [self._mark(each) for each in originals]
         call.stays_with = (*self._ragged.sources(originals), *self._asked[0])
         call.sources = tuple(dict.fromkeys(key for key in marks if key is not None))
         call.parameters = self._parameters_of(call, originals)
@@ -444,10 +456,10 @@ class _Recorder:
             key is None and id(each) not in self._parameters for key, each in zip(marks, originals, strict=True)
         )
         for found, each in outputs:
-            object.__setattr__(each, MARK, found.key)
+            object.__setattr__(each, MARK, (self, found.key))
         call.found = tuple(found for found, _ in outputs)
         chose = call.function is not None and any(
-            _mark(each) is not None or all(each is not other for other in originals) for each in counter.deciding
+            self._mark(each) is not None or all(each is not other for other in originals) for each in counter.deciding
         )
         self._ragged.note(call, originals, [each for found, each in outputs if found.where == "returned"], chose)
         values = [given[found.position] if found.where == "argument" else each for found, each in outputs]
@@ -470,7 +482,7 @@ class _Recorder:
         call.memory = frozenset(map(storage_id, values))
         call.writes = frozenset(storage_id(given[position]) for position in written)
         self._live += [memory_of(each) for each in [*values, *(given[position] for position in written)]]
-        call.returned, _ = self._describe(returned, originals)
+        call.returned, _ = self._describe(filled, originals)
         call.flops = counter.flops
         self._calls.append(call)
         if self._scopes:
@@ -499,8 +511,8 @@ class _Recorder:
         found: list[tuple[torch.Tensor, Key | None]] = []
 
         def stand_in(tensor: torch.Tensor) -> Returned:
-            found.append((tensor, _mark(tensor)))
-            return Returned(_mark(tensor), arguments.get(id(tensor)))
+            found.append((tensor, self._mark(tensor)))
+            return Returned(self._mark(tensor), arguments.get(id(tensor)))
 
         return map_tensors(stand_in, returned), found
 
@@ -532,6 +544,17 @@ class _Recorder:
 
         new_args, new_kwargs = tree_map(fake, (tuple(args), dict(kwargs)))
         return new_args, new_kwargs
+
+    def _mark(self, tensor: torch.Tensor) -> Key | None:
+        """Return which output of which call a tensor is; None for one that depends on no call.
+
+        Raises:
+            PipedreamError: it was put out in another forward.
+        """
+        recorder, key = getattr(tensor, "__dict__", {}).get(MARK, (self, None))
+        if recorder is not self:
+            raise PipedreamError(KEPT)
+        return key  # type: ignore[no-any-return]
 
     @contextmanager
     def _inside(self, name: str) -> Iterator[None]:
@@ -645,6 +668,28 @@ class _Recorder:
                 (self.notes.writes_buffers if kind == "buffer" else self.notes.writes_parameters).add(name)
 
 
+class _Containers:
+    """The dicts and lists in a call's arguments, before the call.
+
+    Attributes:
+        found: the containers.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.found = containers_in(value)
+        self._items = [dict(items_of(each)) for each in self.found]
+
+    def filled(self, returned: Any) -> Any:
+        """Return what a call has returned, with what it has put into them if it has."""
+        items = [
+            (number, key, item)
+            for number, (each, before) in enumerate(zip(self.found, self._items, strict=True))
+            for key, item in items_of(each)
+            if key not in before or item is not before[key]
+        ]
+        return Filled(returned, items) if items else returned
+
+
 class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Tells the recorder what is written."""
 
@@ -717,10 +762,6 @@ def _unchanged(model: nn.Module, notes: Notes) -> Iterator[None]:
 def is_list(module: nn.Module) -> bool:
     """Return whether a module is a list of several modules, such as the blocks of a transformer."""
     return isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) and len(module) > 1
-
-
-def _mark(tensor: torch.Tensor) -> Key | None:
-    return getattr(tensor, "__dict__", {}).get(MARK)
 
 
 def _first_line(error: Exception) -> str:

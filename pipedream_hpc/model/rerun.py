@@ -33,9 +33,9 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.calls import Applied, call_function, call_unwatched, is_watching, unwatched, watched
 from pipedream_hpc.model.functions import function_name
 from pipedream_hpc.model.graph import Call, Key, Notes, Recording, Returned, Scope, Value
-from pipedream_hpc.model.placeholder import MARK, Placeholder
+from pipedream_hpc.model.placeholder import KEPT, MARK, Placeholder
 from pipedream_hpc.model.randomness import count_calls, is_seeding, run_drawing, seed_draw
-from pipedream_hpc.model.structure import at_same_places, map_tensors, tensors_of_value
+from pipedream_hpc.model.structure import Filled, at_same_places, containers_in, map_tensors, tensors_of_value
 
 
 class _Left(BaseException):
@@ -48,11 +48,6 @@ class _ShownError(Exception):
 
 #: Answers to questions about a tensor that are the same whenever it is asked.
 _ANSWERS = (int, torch.Size, torch.dtype, torch.device, torch.layout)
-
-_KEPT = (
-    "the model's forward uses a tensor that it has kept of an earlier minibatch, or of another forward, which stages "
-    "cannot pass on: keep it in a module of its own, which one stage runs, or use plan 1"
-)
 
 #: Key of a placeholder for one of the model's arguments.
 INPUT: Key = (-1, 0)
@@ -411,8 +406,9 @@ class StageForward:
         self._position += 1
         if not step.own or self._trying:
             return self._skip(step, args, kwargs)
+        users = args, kwargs
         if self._aliases:
-            args, kwargs = self._with_aliases((args, kwargs))
+            args, kwargs = self._with_aliases(users)
         if step.done:
             return self._made(step, args[0], args, kwargs)
         self._making = True
@@ -420,6 +416,8 @@ class StageForward:
             returned = self.replacements.get(id(step), module._call_impl)(*args, **kwargs)
             for following in step.chain[1:] if step.chain and id(step) not in self.replacements else ():
                 returned = following(returned)
+        if self._aliases and isinstance(step.returned, Filled):  # it was given copies of the dicts and lists
+            step.returned.taken_from(containers_in((args, kwargs)), None).put_into(containers_in(users))
         return self._made(step, returned, args, kwargs)
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -456,18 +454,22 @@ class StageForward:
     def _made(self, step: Step, returned: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Keep what is sent of a call that was made, and mark its outputs."""
         self._making = False
+        filled = returned
+        if isinstance(step.returned, Filled):
+            filled = step.returned.taken_from(containers_in((args, kwargs)), returned)
         if step.captures or self._functions or self.after is not None:
             tensors: Sequence[torch.Tensor | None]
-            tensors = [returned] if isinstance(returned, torch.Tensor) else tensors_of_value(returned)
+            tensors = [filled] if isinstance(filled, torch.Tensor) else tensors_of_value(filled)
             if len(tensors) != step.n_returned:
                 arguments = {id(each) for each in tensors_of_value((args, kwargs))}
                 for tensor in tensors if isinstance(step.item, Call) else ():
                     if id(tensor) not in arguments:
                         setattr(tensor, MARK, self._run)
-                tensors = step.as_recorded(returned)
+                tensors = step.as_recorded(filled)
             given = tensors_of_value((args, kwargs)) if step.replaces else []
             for where, position, slot in step.captures:
-                self._outputs[slot] = output = tensors[position] if where == "returned" else given[position]
+                output = tensors[position] if where == "returned" else given[position]
+                self._outputs[slot] = output.view_as(output) if isinstance(output, nn.Parameter) else output
                 if output is None:
                     raise PipedreamError(
                         f"'{step.name}' has not returned all that it did with example_inputs, and a later stage needs "
@@ -479,7 +481,8 @@ class StageForward:
                     for found in step.found
                 ]
                 for output in outputs:
-                    if output is not None:
+                    # A weight that is returned as it is, as by weight.to(device), is one in every forward.
+                    if output is not None and not isinstance(output, nn.Parameter):
                         setattr(output, MARK, self._run)
                 if self.after is not None:
                     with unwatched():
@@ -518,6 +521,9 @@ class StageForward:
             return self._stand_in(step, each.key)
 
         returned = fill_template(fill, step.returned)
+        if isinstance(returned, Filled):
+            returned.put_into(containers_in((args, kwargs)))
+            returned = returned.returned
         if step.module is not None and step.module._forward_hooks:
             self._show_to_hooks(step.module, args, kwargs, returned)
         return returned
@@ -617,7 +623,7 @@ class StageForward:
                 elif run is self._run or run is True:
                     marked = True
                 else:
-                    raise PipedreamError(_KEPT)
+                    raise PipedreamError(KEPT)
             elif isinstance(each, list | tuple) and self._is_marked(each):
                 marked = True
         return marked

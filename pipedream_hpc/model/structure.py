@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,6 +69,49 @@ def at_same_places(template: Any, value: Any, leaf: type) -> list[tuple[Any, tor
                     walk(item, items[key], above | {id(value)})
 
     walk(template, value, frozenset())
+    return found
+
+
+@dataclasses.dataclass
+class Filled:
+    """What a call returns, and what it puts into dicts and lists that it was given.
+
+    Attributes:
+        returned: what it returns.
+        items: (number of the container among the call's arguments, key or index, item).
+    """
+
+    returned: Any
+    items: list[tuple[int, Any, Any]]
+
+    def put_into(self, containers: Sequence[Any]) -> None:
+        """Put the items into the containers of a call's arguments."""
+        for number, key, item in self.items:
+            if isinstance(containers[number], list) and key == len(containers[number]):
+                containers[number].append(item)
+            else:
+                containers[number][key] = item
+
+    def taken_from(self, containers: Sequence[Any], returned: Any) -> Filled:
+        """Return what another call has returned, and what the containers of its arguments hold at the same places."""
+        held = [dict(items_of(each)) for each in containers]
+        return Filled(returned, [(number, key, held[number].get(key)) for number, key, _ in self.items])
+
+
+def containers_in(value: Any) -> list[Any]:
+    """Return the lists and mutable mappings in nested lists, tuples and mappings, in a fixed order."""
+    found: list[Any] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, list | MutableMapping):
+            if any(value is each for each in found):
+                return
+            found.append(value)
+        if isinstance(value, list | tuple | Mapping):
+            for _, item in items_of(value):
+                walk(item)
+
+    walk(value)
     return found
 
 
