@@ -118,6 +118,22 @@ def call(count: int, function: Callable[[Any], T], argument: Any, timeout: float
     return _teams[count].call(function, argument, timeout)
 
 
+def command(count: int, *words: object, timeout: float = 240) -> str:
+    """Run the command line on `count` ranks that serve all tests; return what rank 0 printed. It must succeed."""
+    return call(count, _command, [str(word) for word in words], timeout)
+
+
+def _command(words: list[str]) -> str:
+    from typer.testing import CliRunner
+
+    from pipedream_hpc.cli import app
+    from pipedream_hpc.cluster.world import join
+
+    result = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return f"{join().size} ranks\n{result.output}"
+
+
 def without_launcher(*command: object, timeout: float = 120) -> Finished:
     """Run a command without a launcher."""
     return _run([str(word) for word in command], timeout)

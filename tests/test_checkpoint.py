@@ -85,9 +85,9 @@ def test_on_ranks(tmp_path: Path) -> None:
     decay = TrainConfig(lr_scheduler=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9))
     whole = Training((2, 1), train_config=decay, model="rich", epochs=(7,) * 4, last=3)
     half = replace(whole, epochs=(7, 7), checkpoints=str(tmp_path / "kept"))
-    for done in (0, 2):
-        (resumed,) = training.launched(3, [replace(half, resumed=done)], tmp_path)
-    (expected,) = training.launched(0, [whole], tmp_path)
+    training.on_ranks(3, [replace(half, resumed=0)])
+    (resumed,) = training.launched(3, [replace(half, resumed=2)], tmp_path)
+    expected = training.in_one_process(whole)
     assert_bitwise(resumed.weights, expected.weights)
     assert resumed.losses == expected.losses[2:]
 
@@ -202,7 +202,7 @@ def test_frozen_weights_are_restored_in_every_version(tmp_path: Path, monkeypatc
 
 def test_a_folder_that_one_rank_does_not_see(tmp_path: Path) -> None:
     """Training does not start, and the checkpoint stays."""
-    training.launched(2, [Training(2, checkpoints=str(tmp_path / "0"))], tmp_path)
+    training.on_ranks(2, [Training(2, checkpoints=str(tmp_path / "0"))])
     (tmp_path / "apart").write_bytes(pickle.dumps([Training(2, checkpoints=str(tmp_path / "{rank}"), resumed=1)]))
     finished = ranks.python(2, "train_chain.py", tmp_path / "apart", tmp_path / "never")
     assert finished.status == 2, finished.output

@@ -279,9 +279,9 @@ def test_verify_on_the_command_line(n_ranks: int) -> None:
         assert result.exit_code == 0, result.output
         assert "every bit of the pipelined training is that of the reference" in result.output
         return
-    finished = ranks.mpirun(n_ranks, ranks.BIN / "pipedream", *words)
-    assert finished.status == 0, finished.output
-    assert "every bit of the pipelined training is that of the reference" in finished.output
+    output = ranks.command(n_ranks, *words)
+    assert output.startswith("3 ranks\n")
+    assert "every bit of the pipelined training is that of the reference" in output
 
 
 def test_train_on_the_command_line(tmp_path: Any) -> None:

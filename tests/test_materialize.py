@@ -159,17 +159,17 @@ def test_training_equals_that_of_the_built_model(plan: str) -> None:
 
 def run_hold_own(how: str, folder: Path) -> list[dict[str, Any]]:
     folder.mkdir()
-    finished = ranks.python(4, "hold_own.py", how, folder, timeout=240)
+    finished = ranks.python(3, "hold_own.py", how, folder, timeout=240)
     assert finished.status == 0, finished.output
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(3)]
 
 
 def test_each_rank_holds_only_its_own_stage(tmp_path: Path) -> None:
     by_function, by_stage, by_module = (run_hold_own(how, tmp_path / how) for how in ("function", "stages", "module"))
     whole = sum(each["own"] for each in by_function)
-    assert whole > 250 << 20
+    assert whole > 230 << 20
     for rank, (own, checked, built) in enumerate(zip(by_function, by_stage, by_module, strict=True)):
-        assert own["ranks"] == 4, "the job ran on four ranks"
+        assert own["ranks"] == 3, "the job ran on three ranks"
         assert own["weights"] == checked["weights"] == built["weights"], "all trained to the same weights"
         # Weight versions, gradients of two minibatches, and temporaries for creating the largest tensor.
         needed = own["own"] * (own["versions"] + 2) + (96 << 20)

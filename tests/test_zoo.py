@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import chains
@@ -42,6 +42,11 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@cache
+def in_one_process(name: str) -> dict[str, Any]:
+    return train_zoo.train(CASES[name])
+
+
 def reference_weights(training: dict[str, Any], stage_of: dict[str, int]) -> dict[str, torch.Tensor]:
     """Return the weights that the reference implementation computes."""
     case, schedule = ZOO[training["name"]], training.get("schedule", {})
@@ -64,7 +69,7 @@ def reference_weights(training: dict[str, Any], stage_of: dict[str, int]) -> dic
 @pytest.mark.parametrize("name", CASES)
 def test_one_process_matches_the_reference(name: str) -> None:
     """They match up to the order in which the gradients of a value with several users are added."""
-    report = train_zoo.train(CASES[name])
+    report = in_one_process(name)
     for key, expected in reference_weights(CASES[name], report["stage_of"]).items():
         torch.testing.assert_close(
             report["weights"][key], expected, rtol=2e-4, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}"
@@ -73,12 +78,15 @@ def test_one_process_matches_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("on_ranks", [3, 4])
 def test_ranks_give_the_bits_of_one_process(on_ranks: int) -> None:
-    chosen = [training for training in CASES.values() if sum(map(int, training["plan"].split("-"))) == on_ranks]
-    for training, report in zip(chosen, ranks.call(on_ranks, train_zoo.train_all, chosen), strict=True):
-        expected = train_zoo.train(training)
+    chosen = {
+        name: training for name, training in CASES.items() if sum(map(int, training["plan"].split("-"))) == on_ranks
+    }
+    reports = ranks.call(on_ranks, train_zoo.train_all, list(chosen.values()))
+    for name, report in zip(chosen, reports, strict=True):
+        expected = in_one_process(name)
         assert report["ranks"] == on_ranks, "the job ran on that many ranks"
         different = [
             key for key, value in expected["weights"].items() if not torch.equal(report["weights"][key], value)
         ]
-        assert different == [], title(training)
-        assert (report["losses"], report["scores"]) == (expected["losses"], expected["scores"]), title(training)
+        assert different == [], name
+        assert (report["losses"], report["scores"]) == (expected["losses"], expected["scores"]), name

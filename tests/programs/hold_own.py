@@ -1,4 +1,4 @@
-"""Train a model of 16 large layers; write the memory growth and the weights of each rank.
+"""Train a model of 15 large layers; write the memory growth and the weights of each rank.
 
 python hold_own.py function|stages|module FOLDER
 
@@ -17,7 +17,7 @@ from torch import nn
 from pipedream_hpc import Pipeline, RunConfig
 from pipedream_hpc.runtime.launch import start
 
-LAYERS, WIDTH = 16, 2048  # 16 MiB of weights per layer
+LAYERS, WIDTH = 15, 2048  # 16 MiB of weights per layer
 
 
 def network() -> nn.Sequential:
@@ -35,7 +35,7 @@ def train(model: object, width: int) -> tuple[Pipeline, int]:
         loss_fn=nn.MSELoss(),
         optimizer=sgd,
         example_inputs=data[0][0],
-        plan=4,
+        plan=3,
         run_config=RunConfig(stall_limit_s=60),
     )
     started = status("VmRSS")
@@ -52,7 +52,7 @@ def status(field: str) -> int:
 def main() -> None:
     # First train a tiny model: imports and one-time allocations are not measured.
     torch.manual_seed(0)
-    train(lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(4))), 8)[0].close()
+    train(lambda: nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), 8)[0].close()
     before = status("VmRSS")
     if sys.argv[1] == "stages":
         start.available_bytes = lambda: 0
