@@ -220,7 +220,7 @@ class Watched(Net):
     def forward(self, x: torch.Tensor) -> Any:
         if not self.blocks[0].layer._forward_hooks:
             for block in self.blocks:
-                block.layer.register_forward_hook(lambda module, inputs, output: self.kept.append(output))
+                block.layer.register_forward_hook(lambda module, inputs, output: _KEPT[-1].append(output))
         self.kept.clear()
         h = self.a(x)
         for block in self.blocks:
@@ -287,3 +287,61 @@ def with_hooks_that_go(reentrant: bool) -> nn.Module:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_hooks_that_change_the_hooks_of_a_module_of_another_stage(plan: int, reentrant: bool) -> None:
     assert_trained_alike(partial(with_hooks_that_go, reentrant), plan)
+
+
+class Routed(nn.Module):
+    """Is kept whole, as it reads values; the loss of all routers takes what a hook has kept of the router in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts = nn.Linear(16, 2), nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        choice = self.router(h).softmax(-1)
+        y = torch.zeros_like(h)
+        for number, count in enumerate(choice.argmax(-1).bincount(minlength=2).tolist()):
+            if count:
+                y = y + self.experts[number](h) * choice[:, number, None]
+        return h + y
+
+
+_KEPT: list[list[torch.Tensor]] = []
+
+
+class Balanced(nn.Module):
+    """Collects what routers in modules that are kept whole return, by hooks, and uses it in the end."""
+
+    def __init__(self, sequential: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        blocks = [Routed() for _ in range(4)]
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.blocks = nn.Sequential(*blocks) if sequential else nn.ModuleList(blocks)
+        self.sequential = sequential
+        for block in blocks:
+            block.router.register_forward_hook(lambda module, inputs, output: _KEPT[-1].append(output))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        _KEPT.append([])
+        h = self.first(x)
+        if self.sequential:
+            h = self.blocks(h)
+        else:
+            for block in self.blocks:
+                h = block(h)
+        balance = sum(each.softmax(-1).mean(0).square().sum() for each in _KEPT.pop())
+        return self.last(h), balance
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("plan", [1, 2, 4])
+def test_hooks_in_modules_that_are_kept_whole_keep_what_they_kept(plan: int, sequential: bool) -> None:
+    def penalized(output: Any, target: torch.Tensor) -> torch.Tensor:
+        return LOSS(output[0], target) + output[1]
+
+    batches = minibatches()
+    pipeline = pipeline_of(Balanced(sequential), plan, batches, penalized)
+    pipeline.fit(batches)
+    found = pipeline.state_dict()
+    for name, expected in plain(Balanced(sequential), batches, penalized).items():
+        torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)

@@ -158,6 +158,7 @@ class _Recorder:
         self._checkpoint: int | None = None  # number of the checkpointed part that runs
         self._generators = python_generators()
         self._entered: list[str] = []  # by the call that is being recorded
+        self._shown: list[tuple[nn.Module, Any]] = []  # to hooks of modules in it
         self._used: list[str] = []  # by functions in it: parameters, as a hook may use those of a module around it
         self._live: list[Any] = []  # a storage's identity is unique only while the storage is live
         self._parameters: dict[int, str] = {}  # by the identity of what stands for them
@@ -204,7 +205,10 @@ class _Recorder:
             self.notes.hooked.add(name)
         if self._in_call:
             with self._inside(name):
-                return call_unwatched(module, args, kwargs)
+                returned = call_unwatched(module, args, kwargs)
+            if name in self.notes.hooked:
+                self._shown.append((module, returned))
+            return returned
         if self._keep_whole(module, name):
             self._look_at_asked()
             return self._record(Call(0, name, module=module), module._call_impl, args, kwargs)
@@ -289,7 +293,8 @@ class _Recorder:
                 self._note_draw(function)
             if without_values:
                 return self._computed_locally(function, args, kwargs)
-            if any(isinstance(each, FakeTensor) for each in given):
+            # With values, what depends on weights is told by autograd.
+            if any(isinstance(each, FakeTensor) or each.grad_fn is not None for each in given):
                 raise CannotOpenError(self._within[-1], f"{name} uses a tensor that no module has returned")
             with _Writes(self) if any(storage_id(each) in self._owned for each in given) else nullcontext():
                 returned, reads = self._drawn.call(function, args, kwargs, lambda: function(*args, **kwargs))
@@ -391,7 +396,7 @@ class _Recorder:
         given = tensors_of_value((args, kwargs))
         versions = [version_of(each) for each in given]
         counter = _Dispatch(self)
-        self._entered, self._used = [], []
+        self._entered, self._used, self._shown = [], [], []
         inside = self._inside(call.name) if call.module is not None else nullcontext()
         try:
             with inside, self._fake or nullcontext(), counter:
@@ -418,7 +423,7 @@ class _Recorder:
             old = originals_of[id(each)]
             return each.view_as(each) if old is None else old
 
-        filled = containers.filled(returned) if call.module is not None else returned
+        filled = containers.filled(returned, self._shown) if call.module is not None else returned
         with self._fake or nullcontext():
             filled = map_tensors(output, filled)
         returned = filled
@@ -679,15 +684,15 @@ class _Containers:
         self.found = containers_in(value)
         self._items = [dict(items_of(each)) for each in self.found]
 
-    def filled(self, returned: Any) -> Any:
-        """Return what a call has returned, with what it has put into them if it has."""
+    def filled(self, returned: Any, shown: list[tuple[nn.Module, Any]] | None = None) -> Any:
+        """Return what a call has returned, with what it has put into them and shown to hooks if it has."""
         items = [
             (number, key, item)
             for number, (each, before) in enumerate(zip(self.found, self._items, strict=True))
             for key, item in items_of(each)
             if key not in before or item is not before[key]
         ]
-        return Filled(returned, items) if items else returned
+        return Filled(returned, items, shown or []) if items or shown else returned
 
 
 class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -48,6 +48,8 @@ class _ShownError(Exception):
 
 #: Answers to questions about a tensor that are the same whenever it is asked.
 _ANSWERS = (int, torch.Size, torch.dtype, torch.device, torch.layout)
+
+_NOTHING: AbstractContextManager[Sequence[tuple[nn.Module, Any]]] = nullcontext(())
 
 #: Key of a placeholder for one of the model's arguments.
 INPUT: Key = (-1, 0)
@@ -86,6 +88,7 @@ class Step:
         n_returned: number of tensors that were returned.
         chain: modules of an nn.Sequential that the stage calls one after the other, of which this is the first. They
             run at once; the calls that follow find their input computed already.
+        shows: modules in it with hooks, which may keep what those modules return.
         done: whether the chain of a step before has made this call.
         counts: calls in it of modules that draw random numbers and are called more than once.
     """
@@ -107,6 +110,7 @@ class Step:
         "received",
         "replaces",
         "returned",
+        "shows",
     )
 
     def __init__(self, item: Call | Scope, own: bool, slots: Mapping[Key, int], received: Mapping[Key, int]) -> None:
@@ -121,6 +125,7 @@ class Step:
         self.received = {key: number for key, number in received.items() if key in keys}
         self.replaces = [each for each in item.found if each.where == "argument"]
         self.returned = item.returned
+        self.shows = {each for each, _ in item.returned.shown} if isinstance(item.returned, Filled) else set()
         self.n_returned = len(_returned(item.returned))
         self.counts: Counter[str] = Counter()
         self.chain: tuple[nn.Module, ...] = ()
@@ -412,13 +417,13 @@ class StageForward:
         if step.done:
             return self._made(step, args[0], args, kwargs)
         self._making = True
-        with unwatched():
+        with unwatched(), _shown_in(step.shows) if step.shows else _NOTHING as shown:
             returned = self.replacements.get(id(step), module._call_impl)(*args, **kwargs)
             for following in step.chain[1:] if step.chain and id(step) not in self.replacements else ():
                 returned = following(returned)
         if self._aliases and isinstance(step.returned, Filled):  # it was given copies of the dicts and lists
             step.returned.taken_from(containers_in((args, kwargs)), None).put_into(containers_in(users))
-        return self._made(step, returned, args, kwargs)
+        return self._made(step, returned, args, kwargs, shown)
 
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if not self._is_marked(args) and not (kwargs and self._is_marked(tuple(kwargs.values()))):
@@ -451,12 +456,19 @@ class StageForward:
 
     # ----------------------------------------------------------------------------------------------------------------
 
-    def _made(self, step: Step, returned: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _made(
+        self,
+        step: Step,
+        returned: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        shown: Sequence[tuple[nn.Module, Any]] = (),
+    ) -> Any:
         """Keep what is sent of a call that was made, and mark its outputs."""
         self._making = False
         filled = returned
         if isinstance(step.returned, Filled):
-            filled = step.returned.taken_from(containers_in((args, kwargs)), returned)
+            filled = step.returned.taken_from(containers_in((args, kwargs)), returned, shown)
         if step.captures or self._functions or self.after is not None:
             tensors: Sequence[torch.Tensor | None]
             tensors = [filled] if isinstance(filled, torch.Tensor) else tensors_of_value(filled)
@@ -523,6 +535,8 @@ class StageForward:
         returned = fill_template(fill, step.returned)
         if isinstance(returned, Filled):
             returned.put_into(containers_in((args, kwargs)))
+            for module, each in returned.shown:
+                self._show_to_hooks(module, (), {}, each)
             returned = returned.returned
         if step.module is not None and step.module._forward_hooks:
             self._show_to_hooks(step.module, args, kwargs, returned)
@@ -636,6 +650,22 @@ class StageForward:
         )
 
 
+@contextmanager
+def _shown_in(modules: Iterable[nn.Module]) -> Iterator[Sequence[tuple[nn.Module, Any]]]:
+    """Yield (module, what it returns) for modules in a call, once they have returned it."""
+    shown: list[tuple[nn.Module, Any]] = []
+
+    def note(module: nn.Module, args: Any, returned: Any) -> None:
+        shown.append((module, returned))
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        yield shown
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def is_plain_sequential(module: nn.Module) -> bool:
     """Return whether a module passes its argument through its children, one after the other, and nothing else."""
     return type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
@@ -659,6 +689,8 @@ def _direct_chain(model: nn.Module, steps: Sequence[Step]) -> tuple[Sequence[Ste
     shown = (step.module for step in steps if not step.own and step.module is not None)
     if any(not is_seeding(hook) for module in shown for hook in module._forward_hooks.values()):
         return None
+    if any(isinstance(step.returned, Filled) for step in steps):
+        return None
     if len(calls) != len(own) or any(step.counts for step in steps) or any(step.captures for step in calls[:-1]):
         return None
     if not isinstance(calls[-1].returned, Returned):
@@ -681,7 +713,8 @@ def _join_chain(steps: Sequence[Step]) -> None:
     """Let the first of some children of an nn.Sequential that the stage calls run those that follow as well."""
     chain: list[Step] = []
     for step in [*steps, None]:
-        if step is not None and step.own and step.module is not None and step.function is None:
+        plain = step is not None and not isinstance(step.returned, Filled)
+        if step is not None and plain and step.own and step.module is not None and step.function is None:
             chain.append(step)
             if step.captures:
                 _link(chain)

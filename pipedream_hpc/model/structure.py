@@ -74,15 +74,18 @@ def at_same_places(template: Any, value: Any, leaf: type) -> list[tuple[Any, tor
 
 @dataclasses.dataclass
 class Filled:
-    """What a call returns, and what it puts into dicts and lists that it was given.
+    """What a call returns, and what else it lets others have.
 
     Attributes:
         returned: what it returns.
-        items: (number of the container among the call's arguments, key or index, item).
+        items: what it puts into dicts and lists that it was given: (number of the container among the call's arguments,
+            key or index, item).
+        shown: (module, what it returns) for the modules in it that have hooks, which may keep that.
     """
 
     returned: Any
     items: list[tuple[int, Any, Any]]
+    shown: list[tuple[torch.nn.Module, Any]]
 
     def put_into(self, containers: Sequence[Any]) -> None:
         """Put the items into the containers of a call's arguments."""
@@ -92,10 +95,12 @@ class Filled:
             else:
                 containers[number][key] = item
 
-    def taken_from(self, containers: Sequence[Any], returned: Any) -> Filled:
-        """Return what another call has returned, and what the containers of its arguments hold at the same places."""
+    def taken_from(
+        self, containers: Sequence[Any], returned: Any, shown: Sequence[tuple[torch.nn.Module, Any]] = ()
+    ) -> Filled:
+        """Return the same of another call, which finds the items in the containers of its arguments."""
         held = [dict(items_of(each)) for each in containers]
-        return Filled(returned, [(number, key, held[number].get(key)) for number, key, _ in self.items])
+        return Filled(returned, [(number, key, held[number].get(key)) for number, key, _ in self.items], list(shown))
 
 
 def containers_in(value: Any) -> list[Any]:
