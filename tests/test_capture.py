@@ -143,7 +143,8 @@ def test_distributions_check_their_arguments_by_value() -> None:
     line = "return torch.distributions.Normal(self.inner(x), 1.0, ..."
     assert capture(Gaussian(validate=False), chains.example()).closed == {}
     assert capture(Gaussian(validate=True), chains.example()).closed[""] == (
-        f"its Python reads the values of a tensor (`{line}`, which reads none if it is given validate_args=False)"
+        f"its Python reads the values of a tensor (`{line}`, which reads none if it is given validate_args=False, "
+        "or in a model of a library after torch.distributions.Distribution.set_default_validate_args(False))"
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from user_programs import LOSS, Net, Objects, Out, Policy, assert_trained_alike, minibatches, pipeline_of, plain
+from user_programs import LOSS, Net, Objects, Out, Policy, assert_trained_alike, cut, minibatches, pipeline_of, plain
 
 from pipedream_hpc import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
@@ -358,3 +358,62 @@ def test_a_weight_that_two_stages_use_is_trained(plan: int) -> None:
     pipeline.fit(batches)
     # Its gradient is a sum, which stages add up in another order.
     torch.testing.assert_close(pipeline.state_dict(), plain(Tied(), batches), rtol=1e-6, atol=1e-7)
+
+
+class Decides(nn.Module):
+    """Leaves out the layer that its user says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.skips = nn.ModuleList(nn.Linear(6, 6) for _ in range(4)), -1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number, layer in enumerate(self.layers):
+            if number != self.skips:
+                x = layer(x).tanh()
+        return x[:, :3]
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Decides()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x).exp()  # type: ignore[no-any-return]
+
+
+def test_another_path_is_refused_with_its_module_and_line() -> None:
+    model, batches = Outer(), minibatches()
+    pipeline = pipeline_of(model, 2, batches)
+    pipeline.fit(batches)
+    model.body.skips = 0
+    words = (
+        r"module 'body' of class Decides \(`x = layer\(x\).tanh\(\)` in .*test_user_values.py, line \d+\) called "
+        r"module 'body.layers.1' where 'body.layers.0' had been called: .*leaf_modules=\[Decides\]"
+    )
+    with pytest.raises(PipedreamError, match=words):
+        pipeline.fit(batches)
+
+
+@pytest.mark.parametrize("where", ["body.layers.3", "body.layers.0", "body"])
+def test_modules_that_are_replaced_are_refused(where: str) -> None:
+    model, batches = Outer(), minibatches()
+    pipeline = pipeline_of(model, 2, batches)
+    pipeline.fit(batches)
+    model.set_submodule(where, nn.Linear(6, 6))
+    with pytest.raises(PipedreamError, match=rf"'{where}' of class \w+ has been replaced .* make a new pipeline"):
+        pipeline.fit(batches)
+    with pytest.raises(PipedreamError, match="has been replaced"):
+        pipeline.evaluate(batches)
+
+
+class DrawsInEvaluation(Net):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x + torch.rand_like(x))
+
+
+def test_microbatches_of_a_model_that_draws_in_evaluation() -> None:
+    with pytest.raises(PipedreamError, match=r"differs .* as it draws random numbers in evaluation mode: let it"):
+        cut(DrawsInEvaluation(), minibatches())

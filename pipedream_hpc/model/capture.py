@@ -131,6 +131,7 @@ def capture(
         originals=originals,
         closed=closed,
         recipe=recipe,
+        modules=dict(model.named_modules()),
     )
 
 

@@ -48,4 +48,32 @@ def line_of_user(error: BaseException | None = None) -> str:
         frame = frame.f_back
     line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno, frame.f_globals)
     text = f"`{textwrap.shorten(line, 90, placeholder=' ...')}`" if line else "in code without a source"
-    return f"{text}, which reads none if it is given validate_args=False" if checks else text
+    if not checks:
+        return text
+    return (
+        f"{text}, which reads none if it is given validate_args=False, or in a model of a library after "
+        "torch.distributions.Distribution.set_default_validate_args(False)"
+    )
+
+
+def place_of_user() -> tuple[str, str]:
+    """Return which module's code runs, by its name in the model and its class and by the line; and its class."""
+    frame, line, running = inspect.currentframe(), "", []
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename.startswith(_NOT_THE_USERS):
+            frame = frame.f_back
+            continue
+        if not line:
+            text = textwrap.shorten(linecache.getline(code.co_filename, frame.f_lineno, frame.f_globals), 90)
+            line = f" (`{text}` in {code.co_filename}, line {frame.f_lineno})" if text else ""
+        if isinstance(owner := frame.f_locals.get("self"), torch.nn.Module):
+            running.append(owner)
+        frame = frame.f_back
+    if not running:
+        return f"the model{line}", "its class"
+    inner = running[0]
+    kind = type(inner).__name__
+    names = (name for outer in reversed(running) for name, each in outer.named_modules() if each is inner)
+    name = next(names, "")
+    return (f"module '{name}' of class {kind}" if name else f"the model itself, a {kind}") + line, kind

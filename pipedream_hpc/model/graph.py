@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.batch_dims import BatchDims
 from pipedream_hpc.model.originals import Originals
@@ -349,6 +350,7 @@ class LayerGraph:
         device: what the forward was recorded for.
         shapes: by mode: returns an output of a call for given arguments, without computing it.
         closed: modules that cannot be cut, and why.
+        modules: the modules in the model, by qualified name.
         originals: the weights that the model had at first.
         recipe: creates the weights of a model that was given as a function; None for a built model.
         on_close: what takes hooks and watchers off the model's modules, once no stage runs any more.
@@ -368,7 +370,23 @@ class LayerGraph:
     originals: Originals
     closed: Mapping[str, str] = field(default_factory=dict)
     recipe: ModelRecipe | None = None
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
     on_close: list[Callable[[], None]] = field(default_factory=list)
+
+    def check_modules(self) -> None:
+        """Refuse a model whose modules are others than those that were captured.
+
+        Raises:
+            PipedreamError: a module has been replaced or removed.
+        """
+        now = dict(self.module.named_modules())
+        for name, module in self.modules.items():
+            if now.get(name) is not module:
+                what = "replaced" if name in now else "removed"
+                raise PipedreamError(
+                    f"module '{name}' of class {type(module).__name__} has been {what} since the pipeline was made: "
+                    "make a new pipeline"
+                )
 
     def close(self) -> None:
         """Leave the model's modules without hooks and watchers of this package."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.model.functions import function_name, place_of_user
 
 if TYPE_CHECKING:
     from pipedream_hpc.model.graph import Key
@@ -14,11 +15,6 @@ if TYPE_CHECKING:
 #: Attribute of a tensor that depends on a call of the graph: functions of it are calls of the graph, too. Its value
 #: says in which run of the forward the call was made.
 MARK = "_pipedream_call"
-
-KEPT = (
-    "the model's forward uses a tensor that it has kept of an earlier minibatch, or of another forward, which stages "
-    "cannot pass on: keep it in a module of its own, which one stage runs, or use plan 1"
-)
 
 #: What may be done with a placeholder that a module or a hook keeps: copy, save and print the module.
 _HARMLESS = frozenset({"__deepcopy__", "__reduce_ex__", "__repr__", "__format__"})
@@ -52,12 +48,21 @@ class Placeholder(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", str(function))
-        if name in _HARMLESS or function in _ASKED:
+        if getattr(function, "__name__", str(function)) in _HARMLESS or function in _ASKED:
             return super().__torch_function__(function, types, args, kwargs)  # type: ignore[no-untyped-call]
+        where, kind = place_of_user()
         raise PipedreamError(
-            f"{name} uses a tensor that another stage has, and that was not passed on but kept, by a hook, in an "
-            "attribute or from an earlier minibatch: return it from the module that computes it, and from the model "
-            "if the loss needs it; or keep the module whole that has all of it, with "
-            "TrainConfig(leaf_modules=[its class])"
+            f"{function_name(function)} uses a tensor that another stage has, in {where}: it was not passed on but "
+            "kept, by a hook, in an attribute or from an earlier minibatch, or the forward takes another path than "
+            "with example_inputs: return it from the module that computes it, and from the model if the loss needs it; or "
+            f"keep the module whole that has all of it, such as by TrainConfig(leaf_modules=[{kind}])"
         )
+
+
+def kept_of_another_forward() -> PipedreamError:
+    """Return the error of a forward that uses a tensor of an earlier one."""
+    return PipedreamError(
+        "the model's forward uses a tensor that it has kept of an earlier minibatch, or of another forward, which "
+        f"stages cannot pass on, in {place_of_user()[0]}: keep it in a module of its own, which one stage runs, or use "
+        "plan 1"
+    )

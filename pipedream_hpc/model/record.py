@@ -43,7 +43,7 @@ from pipedream_hpc.model.graph import (
     Value,
     memory_order,
 )
-from pipedream_hpc.model.placeholder import KEPT
+from pipedream_hpc.model.placeholder import kept_of_another_forward
 from pipedream_hpc.model.preserve_state import STATE, Contents, ModuleState, contents_of, version_of
 from pipedream_hpc.model.ragged import Ragged, deciding
 from pipedream_hpc.model.randomness import is_seeding, seeding
@@ -558,7 +558,7 @@ class _Recorder:
         """
         recorder, key = getattr(tensor, "__dict__", {}).get(MARK, (self, None))
         if recorder is not self:
-            raise PipedreamError(KEPT)
+            raise kept_of_another_forward()
         return key  # type: ignore[no-any-return]
 
     @contextmanager

@@ -31,9 +31,9 @@ from torch.overrides import TorchFunctionMode
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.calls import Applied, call_function, call_unwatched, is_watching, unwatched, watched
-from pipedream_hpc.model.functions import function_name
+from pipedream_hpc.model.functions import function_name, place_of_user
 from pipedream_hpc.model.graph import Call, Key, Notes, Recording, Returned, Scope, Value
-from pipedream_hpc.model.placeholder import KEPT, MARK, Placeholder
+from pipedream_hpc.model.placeholder import MARK, Placeholder, kept_of_another_forward
 from pipedream_hpc.model.randomness import count_calls, is_seeding, run_drawing, seed_draw
 from pipedream_hpc.model.structure import Filled, at_same_places, containers_in, map_tensors, tensors_of_value
 
@@ -407,7 +407,8 @@ class StageForward:
         if step is None or step.module is not module:
             if id(module) in self._opened:
                 return call_unwatched(module, args, kwargs)
-            raise self._other_path(f"module of class {type(module).__name__}")
+            name = next((name for name, each in self._model.named_modules() if each is module), "")
+            raise self._other_path(f"module '{name}'")
         self._position += 1
         if not step.own or self._trying:
             return self._skip(step, args, kwargs)
@@ -600,7 +601,7 @@ class StageForward:
             args, kwargs = map_tensors(self._without_values, (args, kwargs))
         answer = function(*args, **kwargs)
         if tensors_of_value(answer):
-            raise self._other_path(f"function {function_name(function)}")
+            raise self._other_path(f"a function {function_name(function)}")
         if asked is not None and isinstance(answer, _ANSWERS):
             self._answers[asked] = answer
         return answer
@@ -637,16 +638,18 @@ class StageForward:
                 elif run is self._run or run is True:
                     marked = True
                 else:
-                    raise PipedreamError(KEPT)
+                    raise kept_of_another_forward()
             elif isinstance(each, list | tuple) and self._is_marked(each):
                 marked = True
         return marked
 
     def _other_path(self, what: str) -> PipedreamError:
         expected = self._steps[self._position].name if self._position < len(self._steps) else "the end"
+        where, kind = place_of_user()
         return PipedreamError(
-            f"the model's forward took another path than with example_inputs: it called a {what} where it had called "
-            f"'{expected}': keep the module that decides whole with TrainConfig(leaf_modules=[its class])"
+            f"the model's forward took another path than with example_inputs: {where} called {what} where "
+            f"'{expected}' had been called: keep the module that decides whole, such as by "
+            f"TrainConfig(leaf_modules=[{kind}])"
         )
 
 

@@ -493,6 +493,7 @@ class Pipeline:
     ) -> Generator[Stepped, None, list[float]]:
         """Run one pass; yield every optimizer step of this process after it ran, and return the mean scores."""
         self._check_finished()
+        self._run.deployment.graph.check_modules()
         self._verify(schedule)
         trace = self.run_config.trace and schedule.training
         self._unfinished = where

@@ -24,6 +24,7 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.calls import watch_modules, watched
 from pipedream_hpc.model.checkpoints import checkpoints
+from pipedream_hpc.model.drawn import python_generators
 from pipedream_hpc.model.graph import LayerGraph, memory_order
 from pipedream_hpc.model.partition import Partition
 from pipedream_hpc.model.precision import Precision
@@ -183,17 +184,20 @@ def check_microbatches(
     def output_of(arguments: Arguments) -> Any:
         with _preserved(graph), torch.no_grad(), (precision or nullcontext)():
             graph.modes.set(model, False)
-            return model(*arguments.args, **arguments.kwargs)
+            before = _generators()
+            output = model(*arguments.args, **arguments.kwargs)
+            return output, _generators() != before
 
-    expected = output_of(whole)
+    expected, draws = output_of(whole)
     try:
-        found = [output_of(part) for part in parts]
+        found = [output_of(part)[0] for part in parts]
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise PipedreamError(f"the model does not accept a microbatch of example_inputs: {first}: {remedy}") from error
     for tensor, cut in _side_by_side(expected, found):
         if not tensor.dim() or any(not each.dim() for each in cut):
-            _warn_of_unequal(tensor, cut, parts)
+            if not draws:
+                _warn_of_unequal(tensor, cut, parts)
             continue
         joined = [torch.cat(cut, dim) for dim in range(tensor.dim()) if _fit(tensor, cut, dim)]
         if any(_same(tensor, each) for each in joined):
@@ -205,6 +209,9 @@ def check_microbatches(
             if joined
             else f"in a tensor of shape {tuple(tensor.shape)}, which is {shapes} for the microbatches"
         )
+        if draws:
+            how += ", as it draws random numbers in evaluation mode"
+            remedy = "let it draw none there (`if self.training`), or train whole minibatches (n_microbatches=1)"
         raise PipedreamError(f"{what} {how}: {remedy}")
 
 
@@ -221,6 +228,12 @@ def _warn_of_unequal(whole: torch.Tensor, cut: Sequence[torch.Tensor], parts: Se
             "the loss, microbatches train a loss of their own; n_microbatches=1 trains that of whole minibatches",
             stacklevel=2,
         )
+
+
+def _generators() -> Any:
+    """Return what changes when a forward draws random numbers."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return [each.tolist() for each in (torch.get_rng_state(), *devices)], python_generators()
 
 
 def _side_by_side(whole: Any, parts: Sequence[Any]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
