@@ -41,9 +41,10 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 demo: $(VENV)/.package
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# First two files at once; then, one by one, the tests that measure, or whose ranks must answer in time.
+# First two files at once (tests/conftest.py says in which order); then, one by one, the tests that measure,
+# or whose ranks must answer in time.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not alone" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m alone
 
 coverage: $(VENV)/.test

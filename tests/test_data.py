@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.runtime.execution.data import MicrobatchLoader, Reader
-from pipedream_hpc.runtime.execution.dataloader import use_forkserver
+from pipedream_hpc.runtime.execution.dataloader import minibatches, use_forkserver
 
 
 class Numbers(Dataset[Any]):
@@ -293,16 +293,25 @@ def test_workers_of_a_loader_on_ranks() -> None:
     assert losses[0] in finished.output
 
 
+@pytest.mark.parametrize("what", ["dataset", "collate_fn", "worker_init_fn"])
+def test_what_cannot_be_sent_to_workers_is_named(what: str) -> None:
+    class Local(Numbers):
+        """A class that no module has."""
+
+    options: dict[str, Any] = {"dataset": Numbers(), what: Local() if what == "dataset" else lambda _: None}
+    loader = DataLoader(**options, batch_size=4, num_workers=1, multiprocessing_context="forkserver")
+    with pytest.raises(PipedreamError, match=f"^the {what} of the DataLoader cannot be sent to its worker processes"):
+        minibatches(loader, lambda _: True)
+
+
 @pytest.mark.parametrize(
     ("what", "method", "said"),
     [
-        ("dataset", "fit", "pipedream: the dataset of the DataLoader cannot be sent to its worker processes"),
         (
             "collate_fn",
             "evaluate",
             "pipedream: the collate_fn of the DataLoader cannot be sent to its worker processes",
         ),
-        ("worker_init_fn", "fit", "pipedream: the worker_init_fn of the DataLoader cannot be sent to its worker"),
         ("main", "fit", "exited unexpectedly; what it printed is above: a worker imports the program anew"),
     ],
 )

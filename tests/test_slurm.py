@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import ranks
 import typer.main
+from typer.testing import CliRunner
 
 from pipedream_hpc import job
 from pipedream_hpc.cli import app
@@ -146,9 +147,8 @@ def test_a_requeued_job_continues(tmp_path: Path) -> None:
     assert steps(second.output) == ["mpi=pmix kill=1 cores=1 tasks=2: pipedream train"]
     assert "the checkpoint has 1 of 2 epochs: continuing with epoch 1" in second.output
 
-    straight_on = ranks.without_launcher(
-        "pipedream", "train", MORTAL, "--plan", run / "plan.json", "--out", tmp_path / "alone"
-    )
+    words = ("train", str(MORTAL), "--plan", str(run / "plan.json"), "--out", str(tmp_path / "alone"))
+    straight_on = CliRunner().invoke(app, words, catch_exceptions=False)
     assert epochs(first.output) + epochs(second.output) == epochs(straight_on.output)
 
     third = sbatch(script, tmp_path, MORTAL, RUN=str(run))

@@ -146,15 +146,15 @@ def test_the_command_refuses_a_tampered_file_in_one_sentence_on_all_ranks(tmp_pa
 
 
 def test_ranks_with_different_files_are_refused(tmp_path: Path) -> None:
-    case = CASES["1f1b"]
     """A file of the same name, with the same layout, for another number of minibatches."""
-    for rank, count in enumerate((MINIBATCHES, 2, MINIBATCHES)):
+    case = replace(CASES["1f1b"], plan=(1, 1))
+    for rank, count in enumerate((MINIBATCHES, 2)):
         folder = tmp_path / str(rank)
         folder.mkdir()
         written(folder, case, count)
     program = "import os; os.chdir(os.environ['OMPI_COMM_WORLD_RANK']); from pipedream_hpc.cli import main; main()"
-    command = ("train", JOB, "--plan", "2-1", "--schedule", "1f1b.schedule")
-    finished = ranks.mpirun(3, "env", "-C", tmp_path, sys.executable, "-c", program, *command)
+    command = ("train", JOB, "--plan", "1-1", "--schedule", "1f1b.schedule")
+    finished = ranks.mpirun(2, "env", "-C", tmp_path, sys.executable, "-c", program, *command)
     assert finished.status == 2, finished.output
     assert "ranks disagree about the schedule: 1f1b.schedule" in finished.output
 

@@ -381,7 +381,6 @@ def test_a_large_model_without_weights_is_planned() -> None:
     assert max(nbytes) < 2 * min(nbytes), nbytes
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("given", ["index", "folder"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_weights_are_read_from_what_save_pretrained_writes(given: str, tied: bool, tmp_path: Path) -> None:

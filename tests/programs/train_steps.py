@@ -1,23 +1,17 @@
-"""Train step by step, in one of several ways; every rank writes what it saw.
-
-python train_steps.py FOLDER NAME...    (NAME: one of WAYS)
-"""
+"""Train step by step, in one of several ways; every rank writes what it saw."""
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import chains
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import chains
-
 from pipedream_hpc import PipedreamError, Pipeline, RunConfig, ScheduleConfig, TrainConfig
+from pipedream_hpc.cluster.world import join
 
 #: Minibatches of an epoch, and samples of the last one.
 MINIBATCHES, LAST = 7, 5
@@ -82,13 +76,9 @@ def train(name: str) -> dict[str, Any]:
         return {"steps": steps, "draws": draws, "read_by_root": read_by_root, "refusals": refusals}
 
 
-def main() -> None:
+def write(folder: Path) -> int:
+    """Train in all ways on the ranks that were started; write NAME-RANK.json. Return the number of ranks."""
     torch.set_num_threads(1)
-    folder, *names = sys.argv[1:]
-    rank = os.environ.get("OMPI_COMM_WORLD_RANK", "0")
-    for name in names:
-        (Path(folder) / f"{name}-{rank}.json").write_text(json.dumps(train(name)))
-
-
-if __name__ == "__main__":
-    main()
+    for name in WAYS:
+        (folder / f"{name}-{join().rank}.json").write_text(json.dumps(train(name)))
+    return join().size

@@ -6,20 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from pipedream_hpc import Pipeline
 
 
 def main(what: str, method: str, dataset: Any) -> None:
-    class Local(Dataset[Any]):
-        def __len__(self) -> int:
-            return 24
-
     options: dict[str, Any] = {
-        "dataset": {"dataset": Local()},
         "collate_fn": {"collate_fn": lambda samples: samples},
-        "worker_init_fn": {"worker_init_fn": lambda number: None},
         "main": {"dataset": dataset},
     }
     torch.manual_seed(0)
