@@ -54,8 +54,8 @@ class Placeholder(torch.Tensor):
         raise PipedreamError(
             f"{function_name(function)} uses a tensor that another stage has, in {where}: it was not passed on but "
             "kept, by a hook, in an attribute or from an earlier minibatch, or the forward takes another path than "
-            "with example_inputs: return it from the module that computes it, and from the model if the loss needs it; or "
-            f"keep the module whole that has all of it, such as by TrainConfig(leaf_modules=[{kind}])"
+            "with example_inputs: return it from the module that computes it, and from the model if the loss needs it; "
+            f"or keep the module whole that has all of it, such as by TrainConfig(leaf_modules=[{kind}])"
         )
 
 
