@@ -365,15 +365,15 @@ def test_layers_are_named_by_their_modules() -> None:
 
 
 def test_a_large_model_without_weights_is_planned() -> None:
-    """24 layers of Llama's form on the meta device."""
-    config = transformers.LlamaConfig(**{**GROUPED, "num_hidden_layers": 24, "hidden_size": 4096, "head_dim": 128})
+    """48 layers of Llama's form on the meta device."""
+    config = transformers.LlamaConfig(**{**GROUPED, "num_hidden_layers": 48, "hidden_size": 4096, "head_dim": 128})
 
     def build() -> nn.Module:
         with torch.device("meta"):
             return transformers.LlamaForCausalLM(config)
 
     graph = capture(build(), {key: value[:1] for key, value in minibatches("llama")[0].items()})
-    assert sum(layer.name.endswith("self_attn") for layer in graph.layers) == 24
+    assert sum(layer.name.endswith("self_attn") for layer in graph.layers) == 48
     assert all(parameter.is_meta for parameter in graph.module.parameters())
     plan = even_plan(count(graph), [1] * 8)
     nbytes = [stage.parameter_bytes for stage in plan.stages]
