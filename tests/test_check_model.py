@@ -183,11 +183,11 @@ def test_the_check_changes_nothing(build: Any, memory: int, monkeypatch: pytest.
 
 def checked(build: Callable[[], nn.Module], example: Any, stages: Callable[[int], list[list[int]]]) -> list[str]:
     """Check every stage of a model of which only that stage has weights; return why some could not be checked."""
-    reasons = []
-    n_layers = len(capture(build(), example).layers)
-    for index in range(len(stages(n_layers))):
-        graph = capture(build, example)
-        partition = Partition(graph, stages(n_layers))
+    reasons, graph = [], capture(build, example)
+    layers = stages(len(graph.layers))
+    for index in range(len(layers)):
+        graph = capture(build, example) if index else graph
+        partition = Partition(graph, layers)
         stage = partition.stage_module(index)
         materialize(graph, [stage])
         reasons.append(check(graph, partition, index, stage, example))
