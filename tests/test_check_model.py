@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -104,13 +105,14 @@ def test_a_sample_must_not_see_another(listed: Any, how: str) -> None:
 
 
 def fickle() -> Callable[[], nn.Module]:
-    """Return a function that builds a model whose forward computes something else at each call."""
-    calls: list[int] = []
+    """Return a function that builds a model whose forward computes something else at each call, and how is not seen."""
+    seen = threading.local()
+    seen.calls = 0
 
     class Fickle(programs.Net):
         def forward(self, x: torch.Tensor) -> Any:
-            calls.append(1)
-            return self.c(self.b(self.a(x)).tanh() * len(calls))
+            seen.calls += 1
+            return self.c(self.b(self.a(x)).tanh() * seen.calls)
 
     return Fickle
 

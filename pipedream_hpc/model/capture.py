@@ -108,7 +108,7 @@ def capture(
                     raise _not_accepted(error, bound.tensors(), model) from error
                 real = True
     notes.merge(others)
-    layers, edges = group_into_layers(model, training, notes.stateful())
+    layers, edges = group_into_layers(model, training, notes.stateful(), [names for _, names in notes.sharing()])
     if len(layers) == 1 and any(call.differentiates for call in training.calls):
         closed.setdefault("", "its forward takes gradients of all of it (torch.autograd.grad)")
     return LayerGraph(
@@ -124,7 +124,10 @@ def capture(
         device=_device_of(precision),
         shapes={
             mode: _Shapes(
-                partial(_record, model, keep_whole, modes, precision, training=mode), bound, recording, real=real
+                partial(_record, model, keep_whole, modes, precision, training=mode, watch=False),
+                bound,
+                recording,
+                real=real,
             )
             for mode, recording in ((True, training), (False, evaluation))
         },
@@ -145,6 +148,7 @@ def _record(
     training: bool,
     real: bool,
     partial: bool = False,
+    watch: bool = True,
 ) -> tuple[Recording, Notes]:
     modes.set(model, training)
     return record(
@@ -157,6 +161,7 @@ def _record(
         device=next((each.device for each in bound.tensors() if each.is_cuda), _device_of(precision)),
         real=real,
         partial=partial,
+        watch=watch,
     )
 
 

@@ -27,6 +27,7 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
 from pipedream_hpc.model.batch_dims import BatchDims
 from pipedream_hpc.model.originals import Originals
+from pipedream_hpc.model.outside_state import Place
 from pipedream_hpc.model.recipe import ModelRecipe
 
 #: One tensor that a call puts out: (number of the call, number of the output).
@@ -286,6 +287,9 @@ class Notes:
         writes_parameters: names of weights that are written in a forward.
         renormalizes: names of the weights of nn.Embedding(max_norm=...), for which to be written again changes nothing.
         sets_attributes: modules whose attributes are set in a forward -> the names.
+        outside: modules that change other state in a forward (see model/outside_state).
+        places: modules that change a place of the program's state, or reach one that is changed -> these, and their
+            names in messages.
         writes_inputs: whether the model writes into its arguments.
         averages: whether it computes means over targets, or divides a number with a gradient, as of a loss of its own.
         checkpoints: whether parts of the forward run again in backward.
@@ -301,6 +305,8 @@ class Notes:
     writes_parameters: set[str] = field(default_factory=set)
     renormalizes: set[str] = field(default_factory=set)
     sets_attributes: dict[str, set[str]] = field(default_factory=dict)
+    outside: set[str] = field(default_factory=set)
+    places: dict[str, dict[Place, str]] = field(default_factory=dict)
     writes_inputs: bool = False
     averages: bool = False
     checkpoints: bool = False
@@ -318,6 +324,9 @@ class Notes:
         self.renormalizes |= other.renormalizes
         for name, attributes in other.sets_attributes.items():
             self.sets_attributes.setdefault(name, set()).update(attributes)
+        self.outside |= other.outside
+        for name, places in other.places.items():
+            self.places.setdefault(name, {}).update(places)
         self.writes_inputs |= other.writes_inputs
         self.averages |= other.averages
         self.checkpoints |= other.checkpoints
@@ -330,7 +339,18 @@ class Notes:
 
     def stateful(self) -> set[str]:
         """Return the names of modules whose forward changes their state."""
-        return {name.rpartition(".")[0] for name in self.writes_buffers} | set(self.sets_attributes)
+        of_buffers = {name.rpartition(".")[0] for name in self.writes_buffers}
+        return of_buffers | self.sets_attributes.keys() | self.outside
+
+    def sharing(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield the state that is changed and reached by several modules, and which these are."""
+        shared: dict[Place, list[str]] = {}
+        texts: dict[Place, str] = {}
+        for name, places in self.places.items():
+            for place, text in places.items():
+                shared.setdefault(place, []).append(name)
+                texts[place] = text
+        return ((texts[place], names) for place, names in shared.items() if len(names) > 1)
 
 
 @dataclass(frozen=True)

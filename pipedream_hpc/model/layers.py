@@ -13,7 +13,7 @@ A layer always ends where a single tensor is live between two calls, so a plain 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 
 from torch import nn
@@ -22,7 +22,7 @@ from pipedream_hpc.model.graph import Call, Layer, Recording
 
 
 def group_into_layers(
-    model: nn.Module, recording: Recording, stateful: Collection[str]
+    model: nn.Module, recording: Recording, stateful: Collection[str], sharing: Iterable[Collection[str]] = ()
 ) -> tuple[tuple[Layer, ...], tuple[tuple[int, int], ...]]:
     """Return the layers in a topological order, and the edges between them.
 
@@ -31,8 +31,9 @@ def group_into_layers(
         recording: its forward in training mode.
         stateful: qualified names of modules whose forward changes their state; all calls of such a module are in one
             layer.
+        sharing: names of modules that change and reach the same state; all their calls are in one layer, too.
     """
-    groups = _Grouping(recording, stateful).run()
+    groups = _Grouping(recording, [*({name} for name in stateful), *sharing]).run()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     layers = [_layer(model, recording, calls, parameters) for calls in groups]
     if layers and recording.returned_parameters:
@@ -46,8 +47,8 @@ def group_into_layers(
 class _Grouping:
     """Groups calls into layers, by union-find."""
 
-    def __init__(self, recording: Recording, stateful: Collection[str]) -> None:
-        self._calls, self._stateful = recording.calls, stateful
+    def __init__(self, recording: Recording, together: Sequence[Collection[str]]) -> None:
+        self._calls, self._together = recording.calls, together
         self._leader = list(range(len(self._calls)))  # of each call's group
         self._sources = [sorted({number for number, _ in call.sources}) for call in self._calls]
         self._users: list[list[int]] = [[] for _ in self._calls]
@@ -112,12 +113,9 @@ class _Grouping:
                     self._join(range(seen[0], writer.number + 1))
 
     def _join_stateful(self) -> None:
-        """Join all calls of a module whose forward changes its state: the state is in one stage."""
-        calls_of: dict[str, list[int]] = {}
-        for call in self._calls:
-            if call.module is not None and call.name in self._stateful:
-                calls_of.setdefault(call.name, []).append(call.number)
-        for numbers in calls_of.values():
+        """Join all calls of modules whose forwards change the same state: the state is in one stage."""
+        for names in self._together:
+            numbers = [call.number for call in self._calls if call.module is not None and call.name in names]
             if len(numbers) > 1:
                 self._join(range(numbers[0], numbers[-1] + 1))
 

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from pipedream_hpc.model.outside_state import OF_TORCH, OutsideState, Replayed
 from pipedream_hpc.model.placeholder import Placeholder
 from pipedream_hpc.model.randomness import preserve_rng_state
+from pipedream_hpc.model.writes import version_of
 
 
 @contextmanager
@@ -49,9 +51,6 @@ def preserve_state(model: nn.Module, written: Set[str] = frozenset()) -> Iterato
                 weight.data = memory.copy_(values)
 
 
-#: Containers that a module has of its own, for hooks, buffers, weights and the like.
-_OF_TORCH = frozenset(vars(nn.Module()))
-
 #: What an attribute, or an item of a container, has to be to be state: other objects may be caches.
 STATE = (int, float, torch.Tensor)
 
@@ -69,7 +68,7 @@ class Contents:
         self._find(value, set())
 
     def _find(self, value: Any, seen: set[int]) -> None:
-        if isinstance(value, _ATOMS) or id(value) in seen:
+        if isinstance(value, (*_ATOMS, Replayed)) or id(value) in seen:
             return
         seen.add(id(value))
         if isinstance(value, torch.Tensor):
@@ -146,36 +145,39 @@ def _differs(value: Any, copied: Any, collected: bool) -> bool:
 
 def contents_of(module: nn.Module) -> dict[str, Contents]:
     """Return what each attribute of the user's holds that is neither a number nor a module."""
-    found = {key: Contents(value) for key, value in vars(module).items() if key not in _OF_TORCH}
+    found = {key: Contents(value) for key, value in vars(module).items() if key not in OF_TORCH}
     return {key: each for key, each in found.items() if each._held or each.tensors}
 
 
 @contextmanager
 def contents_restored(model: nn.Module) -> Iterator[None]:
-    """Restore what the attributes of modules hold, such as the lists that hooks fill, when the block ends."""
+    """Restore what forwards change besides tensors, such as the lists that hooks fill, when the block ends."""
     held = [each for module in model.modules() for each in contents_of(module).values()]
+    outside = OutsideState(model, attributes=False)  # which may tell of hooks, and these stay
     try:
         yield
     finally:
         for each in held:
             each.restore()
+        outside.restore()
 
 
 class ModuleState:
-    """All that the modules of a model hold, and the values of their buffers.
+    """All that the modules of a model hold, the values of their buffers, and what else their code reaches.
 
     Args:
         model: the model.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self.outside = OutsideState(model)
         self._modules = dict(model.named_modules())
         self._attributes = {name: dict(vars(module)) for name, module in self._modules.items()}
         self._contents = [
             (value, _copied(value))
             for attributes in self._attributes.values()
             for key, value in attributes.items()
-            if key in _OF_TORCH and isinstance(value, dict | set)
+            if key in OF_TORCH and isinstance(value, dict | set)
         ]
         self._of_user = {name: contents_of(module) for name, module in self._modules.items()}
         tensors = [(name, buffer) for name, buffer in model.named_buffers()]
@@ -221,6 +223,7 @@ class ModuleState:
 
     def restore(self) -> None:
         """Put everything back."""
+        self.outside.restore()
         for name, module in self._modules.items():
             now: Any = vars(module)
             before = self._attributes[name]
@@ -239,11 +242,6 @@ class ModuleState:
                 dense = buffer.layout is torch.strided
                 if version_of(buffer) != version or (dense and not torch.equal(buffer, saved)):
                     buffer.copy_(saved)
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """Return how often a tensor has been written in place."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import numpy
@@ -43,13 +44,14 @@ from pipedream_hpc.model.graph import (
     Value,
     memory_order,
 )
+from pipedream_hpc.model.outside_state import Change, OutsideState, settle
 from pipedream_hpc.model.placeholder import kept_of_another_forward
-from pipedream_hpc.model.preserve_state import STATE, Contents, ModuleState, contents_of, version_of
+from pipedream_hpc.model.preserve_state import STATE, Contents, ModuleState, contents_of
 from pipedream_hpc.model.ragged import Ragged, deciding
 from pipedream_hpc.model.randomness import is_seeding, seeding
 from pipedream_hpc.model.recipe import tensors_of
 from pipedream_hpc.model.structure import Filled, containers_in, items_of, map_tensors, output_tensors, tensors_of_value
-from pipedream_hpc.model.writes import memory_of, storage_id, written_by
+from pipedream_hpc.model.writes import memory_of, storage_id, version_of, written_by
 
 #: Attribute of a tensor: which output of which call of which recorder it is.
 MARK = "_pipedream_key"
@@ -107,8 +109,11 @@ def record(
     device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
     real: bool = False,
     partial: bool = False,
+    watch: bool = True,
 ) -> tuple[Recording, Notes]:
-    """Run the forward once in the model's present mode; the model and all generators are left as they were.
+    """Run the forward in the model's present mode; the model and all generators are left as they were.
+
+    It runs twice if it changes more than what modules are known to hold.
 
     Args:
         model: the user's model.
@@ -119,22 +124,65 @@ def record(
         device: the device that tensors without values are on.
         real: compute with values, for modules that need them even when kept whole.
         partial: instead of an error return what was recorded until then.
+        watch: look for what the forward changes besides its modules.
 
     Raises:
         CannotOpenError: the forward of a module that is not kept whole cannot be recorded.
         NeedsValuesError: a module that is kept whole reads values.
         PipedreamError: the forward uses a tensor of an earlier one.
     """
+
+    def run(
+        recorder: _Recorder, start: Callable[[], list[Change]], known: Mapping[str, Set[str]] = MappingProxyType({})
+    ) -> Recording:
+        with (
+            _unchanged(model, recorder.notes) as recorder.outside,
+            seeding(None),
+            torch.enable_grad(),
+            precision(),
+        ):
+            recorder.suspects, recorder.known = start(), known
+            return recorder.run(args, kwargs)
+
     recorder = _Recorder(model, keep_whole, device, real)
     # What does not run without values is tried again with values: no reason to print a traceback.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    with _unchanged(model, recorder.notes), seeding(None), torch.enable_grad(), precision():
+    try:
+        recording = run(recorder, list)
+    except (CannotOpenError, NeedsValuesError):
+        if not partial:
+            raise
+        return recorder.recording(), recorder.notes
+    if recorder.changes and watch:
+        # What changes in the second forward, too, is no cache that the first one has filled.
+        again = _Recorder(model, keep_whole, device, real)
         try:
-            return recorder.run(args, kwargs), recorder.notes
+            run(again, recorder.changes_settled, recorder.notes.sets_attributes)
         except (CannotOpenError, NeedsValuesError):
-            if not partial:
-                raise
-            return recorder.recording(), recorder.notes
+            if again.blamed:
+                raise  # else numbers without the caches that they tell of
+        recorder.notes.merge(again.notes)
+    if recorder.notes.places:
+        _find_readers(model, recorder, recording)
+    return recording, recorder.notes
+
+
+def _find_readers(model: nn.Module, recorder: _Recorder, recording: Recording) -> None:
+    """Note which modules reach what others change.
+
+    Raises:
+        CannotOpenError: an opened one does: its code runs in every stage, and the other in one.
+    """
+    places = recorder.notes.places
+    changed = {place: (name, text) for name, of_module in places.items() for place, text in of_module.items()}
+    for name in recorder.opened:
+        for place in changed.keys() & OutsideState(model, {name: model.get_submodule(name)}).places():
+            by, text = changed[place]
+            raise CannotOpenError(name, f"its forward reads {text}, which the forward of '{by}' changes")
+    for name, module in {call.name: call.module for call in recording.calls if call.module is not None}.items():
+        inner = {f"{name}.{path}" if path else name: each for path, each in module.named_modules()}
+        for place in changed.keys() & OutsideState(model, inner).places():
+            places.setdefault(name, {})[place] = changed[place][1]
 
 
 class _Recorder:
@@ -154,6 +202,7 @@ class _Recorder:
         self._module_calls: Counter[str] = Counter()
         self._within: list[str] = []  # names of the modules whose code runs, also of those in modules kept whole
         self._in_call = False
+        self._whole = ""  # name of the module whose call is being recorded
         self._graph: dict[Any, int] = {}  # number of the call that put out what has this node in autograd's graph
         self._checkpoint: int | None = None  # number of the checkpointed part that runs
         self._generators = python_generators()
@@ -168,7 +217,15 @@ class _Recorder:
         self._asked: tuple[tuple[int, ...], str] = ((), "")  # by the model's own forward: sizes of which, and where
         self._overwritten: dict[str, tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = {}  # what they were
         self._contents: dict[str, dict[str, Contents]] = {}  # of the modules that are open
-        self._owned: dict[int, tuple[str, str]] = {}  # ("buffer", "weight" or "attribute", name) by storage
+        self._owned: dict[int, tuple[str, str]] = {}  # ("buffer", "weight", "attribute" or "tensor", name) by storage
+        self.outside: OutsideState
+        self._outside_tensors: dict[int, int] = {}  # identity by storage
+        self.known: Mapping[str, Set[str]] = {}  # attributes that modules are known to set
+        self.suspects: list[Change] = []  # places that an earlier forward has changed
+        self.blamed = False  # whether an opened module has changed one of them
+        self.changes: list[Change] = []  # those that this one has
+        self.changes_settled: Callable[[], list[Change]] = list
+        self.opened: list[str] = []
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recording:
         model = self._model
@@ -180,6 +237,8 @@ class _Recorder:
                 self._note_owners()
                 with watched(self), checkpoints(self._checkpointed):
                     returned = model(*args, **kwargs)
+                self.changes = self.outside.changes()
+                self.changes_settled = settle(self.changes)
                 self.notes.writes_parameters |= {
                     name for name, each in model.named_parameters() if storage_id(each) not in self._owned
                 }
@@ -214,6 +273,7 @@ class _Recorder:
             return self._record(Call(0, name, module=module), module._call_impl, args, kwargs)
         self._look_at_asked()
         scope = Scope(name, module)
+        self.opened.append(name)
         if self._scopes:
             self._scopes[-1].items.append(scope)
         first = len(self._calls)
@@ -370,6 +430,7 @@ class _Recorder:
         """Run a call without values, and record it if it puts out tensors."""
         if call.module is not None:
             self._look_at_contents()
+        self._whole = call.name if call.module is not None else self._within[-1]
         with unwatched_functions(self):
             returned = self._record_unwatched(call, run, args, kwargs)
         if call.module is not None:
@@ -377,10 +438,27 @@ class _Recorder:
             for name, contents in self._contents.items():
                 if any(each.changed() for each in contents.values()):
                     self._contents[name] = contents_of(self._model.get_submodule(name))
+            for change in filter(Change.again, self.suspects):
+                self._note_change(call.name, change)
         return returned
 
+    def _note_change(self, name: str, change: Change) -> None:
+        """Note that a module that is kept whole has changed something."""
+        text = change.text
+        if change.holder.where.weight and name:  # a model that is kept whole has one stage, and one version
+            raise PipedreamError(
+                f"the forward of '{name}' sets {text}, but each version of a weight is another tensor: set an "
+                "attribute of the module instead"
+            )
+        if not change.is_in(self.known):
+            self.notes.outside.add(name)
+        self.notes.places.setdefault(name, {})[change.place] = text
+
     def _look_at_contents(self) -> None:
-        """Refuse to open a module whose own code has changed numbers or tensors in a list, dict or object."""
+        """Refuse to open a module whose own code has changed numbers or tensors that are not its arguments."""
+        for change in filter(Change.again, self.suspects if self._scopes else ()):
+            self.blamed = True
+            raise CannotOpenError(self._scopes[-1].name, f"its forward changes {change.text}")
         for contents in self._contents.values():
             for key, each in contents.items():
                 if each.changed(collected=False):
@@ -645,6 +723,10 @@ class _Recorder:
                     for each in (tensor, *self._to_fakes((tensor,), {})[0]):
                         self._owned.setdefault(storage_id(each), ("attribute", f"{path}.{key}"))
                         self._live.append(memory_of(each))
+        for tensor, where in self.outside.tensors:
+            if tensor.is_leaf and not tensor.is_meta:
+                self._owned.setdefault(storage_id(tensor), ("tensor", where.text))
+                self._outside_tensors[storage_id(tensor)] = id(tensor)
 
     def note_draw(self) -> None:
         """Note that an operation inside a call draws random numbers."""
@@ -665,7 +747,12 @@ class _Recorder:
             if function is torch.ops.aten.embedding_renorm_.default:
                 self.notes.renormalizes.add(name)
             elif kind and self._scopes and self._within[-1] == self._scopes[-1].name:
-                raise CannotOpenError(self._scopes[-1].name, f"its forward writes {kind} '{name.lstrip('.')}'")
+                what = name if kind == "tensor" else f"{kind} '{name.lstrip('.')}'"
+                raise CannotOpenError(self._scopes[-1].name, f"its forward writes {what}")
+            if storage_id(each) in self._outside_tensors:
+                self.notes.places.setdefault(self._whole, {})[self._outside_tensors[storage_id(each)], ""] = name
+            if kind == "tensor":
+                self.notes.outside.add(self._whole)
             elif kind == "attribute":
                 path, _, key = name.rpartition(".")
                 self.notes.sets_attributes.setdefault(path, set()).add(key)
@@ -738,7 +825,7 @@ def unwatched_functions(recorder: _Recorder) -> Iterator[None]:
 
 
 @contextmanager
-def _unchanged(model: nn.Module, notes: Notes) -> Iterator[None]:
+def _unchanged(model: nn.Module, notes: Notes) -> Iterator[OutsideState]:
     """Restore the state of all modules, and of all generators; note which modules had changed theirs."""
     state = ModuleState(model)
     python, numbers = random.getstate(), numpy.random.get_state()
@@ -750,7 +837,7 @@ def _unchanged(model: nn.Module, notes: Notes) -> Iterator[None]:
         random.seed(0)
         numpy.random.seed(0)
         try:
-            yield
+            yield state.outside
         finally:
             random.setstate(python)
             numpy.random.set_state(numbers)

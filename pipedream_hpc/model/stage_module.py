@@ -24,6 +24,7 @@ from pipedream_hpc.model.calls import Applied, watch_modules
 from pipedream_hpc.model.checkpoints import checkpoints
 from pipedream_hpc.model.graph import Call, LayerGraph, modes_restored
 from pipedream_hpc.model.originals import Originals
+from pipedream_hpc.model.outside_state import OutsideState
 from pipedream_hpc.model.placeholder import Placeholder
 from pipedream_hpc.model.preserve_state import Contents, contents_restored
 from pipedream_hpc.model.randomness import seeding_from_here
@@ -98,6 +99,7 @@ class StageModule:
             lambda _: Placeholder.make(INPUT), (self._graph.inputs.args, self._graph.inputs.kwargs)
         )
         self.reads_inputs = self._needs_inputs()
+        self._outside: dict[str, nn.Module] = {}  # modules that change more than what they hold, and those in them
         self.state = self._find_state()
         self.runs_modules_in_backward = any(
             step.own and isinstance(step.function, Applied) and isinstance(step.item, Call) and step.item.entered
@@ -194,7 +196,7 @@ class StageModule:
 
         The statistics of a normalization layer are not read in training.
         """
-        notes, found = self._graph.notes, []
+        notes, found = self._graph.notes, list[tuple[dict[str, Any], str]]()
         for name, module in self._model.named_modules():
             if module not in self._own and id(module) not in self._opened:
                 continue
@@ -202,7 +204,11 @@ class StageModule:
             if changed and not getattr(module, "track_running_stats", False):
                 found += [(self.module.get_submodule(name)._buffers, key) for key in sorted(changed)]
             found += [(vars(module), key) for key in sorted(notes.sets_attributes.get(name, ())) if key in vars(module)]
-        return found
+            if name in notes.outside:
+                self._outside.update(
+                    (f"{name}.{path}" if path else name, each) for path, each in module.named_modules()
+                )
+        return [*found, (self._outside, "")] if self._outside else found
 
     def keep_state(self) -> list[Any]:
         """Return the state that a forward is about to change; the forward changes copies of its tensors.
@@ -210,8 +216,11 @@ class StageModule:
         So what autograd saves of one microbatch is not changed by the next one, and the forward can run again from the
         same state.
         """
-        kept = []
+        kept: list[Any] = []
         for held, key in self.state:
+            if held is self._outside:
+                kept.append(OutsideState(self._model, self._outside))
+                continue
             value = held[key]
             if isinstance(value, torch.Tensor):
                 held[key] = value.clone()
@@ -225,11 +234,17 @@ class StageModule:
     def state_of(self, kept: list[Any]) -> Iterator[None]:
         """Run a forward again from the state that it began with."""
         now = [
-            Contents(held[key]) if isinstance(value, Contents) else held[key]
+            OutsideState(self._model, self._outside)
+            if held is self._outside
+            else Contents(held[key])
+            if isinstance(value, Contents)
+            else held[key]
             for (held, key), value in zip(self.state, kept, strict=True)
         ]
         for (held, key), value in zip(self.state, kept, strict=True):
-            if isinstance(value, Contents):
+            if isinstance(value, OutsideState):
+                value.restore()
+            elif isinstance(value, Contents):
                 value.restore()
                 value.replace_tensors()
             else:
@@ -238,7 +253,7 @@ class StageModule:
             yield
         finally:
             for (held, key), value in zip(self.state, now, strict=True):
-                if isinstance(value, Contents):
+                if isinstance(value, Contents | OutsideState):
                     value.restore()
                 else:
                     held[key] = value

@@ -45,3 +45,8 @@ def storage_id(tensor: torch.Tensor) -> int:
 def memory_of(tensor: torch.Tensor) -> Any:
     """Return what keeps the identity of a tensor's storage its own."""
     return tensor.untyped_storage() if tensor.layout is torch.strided else tensor
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor has been written in place."""
+    return 0 if tensor.is_inference() else tensor._version

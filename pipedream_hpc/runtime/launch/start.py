@@ -137,11 +137,16 @@ def _why_no_cut(graph: LayerGraph) -> str:
             ": put what does that into a module of its own" if reason.startswith(("its Python", "its forward")) else ""
         )
         return f"the model cannot be cut, because {reason}{remedy}"
-    return "; ".join(
+    shared = [
+        f"'{names[0]}' and '{names[-1]}' stay in one stage, because a forward changes {text}, and both use it"
+        for text, names in graph.notes.sharing()
+    ]
+    closed = (
         f"'{name}' cannot be cut, because {reason}"
         for name, reason in graph.closed.items()
         if any(map(is_list, graph.module.get_submodule(name).modules()))
     )
+    return "; ".join([*closed, *shared[:1]])
 
 
 def start(
