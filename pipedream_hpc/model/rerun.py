@@ -482,7 +482,10 @@ class StageForward:
             given = tensors_of_value((args, kwargs)) if step.replaces else []
             for where, position, slot in step.captures:
                 output = tensors[position] if where == "returned" else given[position]
-                self._outputs[slot] = output.view_as(output) if isinstance(output, nn.Parameter) else output
+                if isinstance(output, nn.Parameter):  # what is sent is an output of autograd's graph, not a leaf of it
+                    with unwatched():
+                        output = output.view_as(output)
+                self._outputs[slot] = output
                 if output is None:
                     raise PipedreamError(
                         f"'{step.name}' has not returned all that it did with example_inputs, and a later stage needs "
