@@ -220,7 +220,7 @@ class Watched(Net):
     def forward(self, x: torch.Tensor) -> Any:
         if not self.blocks[0].layer._forward_hooks:
             for block in self.blocks:
-                block.layer.register_forward_hook(lambda module, inputs, output: _KEPT[-1].append(output))
+                block.layer.register_forward_hook(lambda module, inputs, output: self.kept.append(output))
         self.kept.clear()
         h = self.a(x)
         for block in self.blocks:
