@@ -187,3 +187,15 @@ def test_training_needs_all_inputs() -> None:
         pytest.raises(PipedreamError, match="have no 'labels', which example_inputs has"),
     ):
         pipeline.fit([labelled(4, 1, "labels")])
+
+
+def test_a_loader_without_a_minibatch_is_refused() -> None:
+    few = TensorDataset(torch.zeros(3, 6), torch.zeros(3, dtype=torch.int64))
+    for loader, kind in ((DataLoader(few, 4, drop_last=True), "DataLoader"), ([], "list")):
+        with Pipeline(
+            network(), loss_fn=functional.cross_entropy, optimizer=SGD, example_inputs=torch.zeros(4, 6), plan=2
+        ) as pipeline:
+            for run in (pipeline.fit, pipeline.evaluate, lambda each: list(pipeline.train(each))):
+                with pytest.raises(PipedreamError, match=rf"the loader \({kind}\) has no minibatch: .* drop_last=True"):
+                    run(loader)
+            pipeline.fit(DataLoader(few, 3))

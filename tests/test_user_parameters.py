@@ -98,3 +98,35 @@ def test_weights_that_were_frozen_at_first_cannot_be_trained_later() -> None:
     model[0].requires_grad_(True)
     with pytest.raises(PipedreamError, match=r"parameter '0\.weight' requires a gradient now, but did not when the"):
         pipeline.fit(minibatches())
+
+
+@pytest.mark.parametrize("plan", [1, 2])
+def test_the_head_is_trained_first_and_all_layers_later(plan: int) -> None:
+    """Frozen before the first epoch, after the pipeline has been made with all of them trained."""
+    batches, model, reference = minibatches(), chain(), chain()
+    pipeline, steps = pipeline_of(model, plan, batches), SGD(reference.parameters())
+    for epoch in range(2):
+        for each in (model, reference):
+            each[0].requires_grad_(epoch > 0)
+        pipeline.fit(batches)
+        for x, y in batches:
+            steps.zero_grad()
+            LOSS(reference(x), y).backward()
+            steps.step()
+    expected = reference.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in pipeline.state_dict().items())
+
+
+@pytest.mark.parametrize("plan", [1, 2])
+def test_a_parameter_that_is_replaced_between_epochs_is_refused_and_one_that_is_changed_is_not(plan: int) -> None:
+    batches, model = minibatches(), chain()
+    pipeline = pipeline_of(model, plan, batches)
+    pipeline.fit(batches)
+    with torch.no_grad():
+        model[0].weight.zero_()
+    assert not pipeline.state_dict()["0.weight"].any()
+    pipeline.fit(batches)
+    model[0].weight = nn.Parameter(torch.zeros_like(model[0].weight))
+    words = r"parameter '0\.weight' has been replaced since the pipeline was made: change its values in place"
+    with pytest.raises(PipedreamError, match=words):
+        pipeline.fit(batches)

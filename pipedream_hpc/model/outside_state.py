@@ -22,7 +22,7 @@ from typing import Any
 import numpy
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pipedream_hpc.model.placeholder import Placeholder
 from pipedream_hpc.model.writes import version_of
@@ -404,7 +404,7 @@ class _Reach:
             self._hold(
                 weights,
                 Where(f"'{{key}}' of weight '{name}'", weight=True),
-                lambda: {each: value for each, value in vars(weights[key]).items() if not each.startswith("_")},
+                lambda: _attributes_of(weights[key]),
                 lambda values: _write_attributes(weights[key], values),
                 by_name=True,
             )
@@ -663,11 +663,23 @@ class _Reach:
 _KINDS = tuple(kind for kind, _, _ in _SAVED)
 
 
+@functools.cache
+def _of_fakes() -> frozenset[str]:
+    """Return the attributes that every tensor without values has."""
+    with FakeTensorMode():
+        return frozenset(vars(torch.empty(0)))
+
+
+def _attributes_of(weight: nn.Parameter) -> dict[Any, Any]:
+    """Return the attributes that the user has set on a weight, or on what stands for it."""
+    others = _of_fakes() if isinstance(weight, FakeTensor) else frozenset[str]()
+    return {key: value for key, value in vars(weight).items() if not key.startswith("_") and key not in others}
+
+
 def _write_attributes(weight: nn.Parameter, values: Mapping[Any, Any]) -> None:
-    now = vars(weight)
-    for key in [key for key in now if key not in values and not key.startswith("_")]:
-        del now[key]
-    now.update(values)
+    for key in _attributes_of(weight).keys() - values.keys():
+        delattr(weight, key)
+    vars(weight).update(values)
 
 
 def _slots_of(kind: type) -> tuple[str, ...]:

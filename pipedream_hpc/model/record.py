@@ -49,8 +49,8 @@ from pipedream_hpc.model.placeholder import kept_of_another_forward
 from pipedream_hpc.model.preserve_state import STATE, Contents, ModuleState, contents_of
 from pipedream_hpc.model.ragged import Ragged, deciding
 from pipedream_hpc.model.randomness import is_seeding, seeding
-from pipedream_hpc.model.recipe import tensors_of
-from pipedream_hpc.model.structure import Filled, containers_in, items_of, map_tensors, output_tensors, tensors_of_value
+from pipedream_hpc.model.stand_ins import StandIns
+from pipedream_hpc.model.structure import Containers, Filled, map_tensors, output_tensors, tensors_of_value
 from pipedream_hpc.model.writes import memory_of, storage_id, version_of, written_by
 
 #: Attribute of a tensor: which output of which call of which recorder it is.
@@ -210,8 +210,9 @@ class _Recorder:
         self._shown: list[tuple[nn.Module, Any]] = []  # to hooks of modules in it
         self._used: list[str] = []  # by functions in it: parameters, as a hook may use those of a module around it
         self._live: list[Any] = []  # a storage's identity is unique only while the storage is live
-        self._parameters: dict[int, str] = {}  # by the identity of what stands for them
-        self._local: dict[int, torch.Tensor] = {}  # tensors that depend on no call, but have no values
+        self._stand_ins = StandIns(model, self._fake, device)
+        self._parameters = self._stand_ins.parameters
+        self._local = self._stand_ins.buffers  # and other tensors that depend on no call, but have no values
         self._drawn = Drawn()
         self._ragged = Ragged()
         self._asked: tuple[tuple[int, ...], str] = ((), "")  # by the model's own forward: sizes of which, and where
@@ -233,7 +234,7 @@ class _Recorder:
             vars(each).pop(MARK, None)
         undo = watch_modules(model.modules())
         try:
-            with self._without_values():
+            with self._stand_ins.held():
                 self._note_owners()
                 with watched(self), checkpoints(self._checkpointed):
                     returned = model(*args, **kwargs)
@@ -278,7 +279,7 @@ class _Recorder:
             self._scopes[-1].items.append(scope)
         first = len(self._calls)
         self._scopes.append(scope)
-        given, containers = tensors_of_value((args, kwargs)), _Containers((args, kwargs))
+        given, containers = tensors_of_value((args, kwargs)), Containers((args, kwargs))
         before = [self._mark(each) for each in given]
         scope.sources = tuple(key for key in before if key is not None)
         attributes, buffers = dict(vars(module)), dict(module._buffers)
@@ -468,9 +469,9 @@ class _Recorder:
         self, call: Call, run: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
         originals = tensors_of_value((args, kwargs))
-        given_containers = _Containers((args, kwargs))
+        given_containers = Containers((args, kwargs))
         args, kwargs = self._to_fakes(args, kwargs)
-        containers = _Containers((args, kwargs))
+        containers = Containers((args, kwargs))
         given = tensors_of_value((args, kwargs))
         versions = [version_of(each) for each in given]
         counter = _Dispatch(self)
@@ -658,57 +659,6 @@ class _Recorder:
             self.notes.python_random.add(self._within[-1])
         self._generators = now
 
-    @contextmanager
-    def _without_values(self) -> Iterator[None]:
-        """Let the model hold parameters without values."""
-        held: list[tuple[Any, Any, torch.Tensor]] = []
-        stands_for: dict[int, nn.Parameter] = {}
-        first_names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        for module in self._model.modules():
-            for key, parameter in list(module._parameters.items()):
-                if parameter is None:
-                    continue
-                if id(parameter) not in stands_for:
-                    stands_for[id(parameter)] = self._stand_in(parameter)
-                    self._parameters[id(stands_for[id(parameter)])] = first_names[id(parameter)]
-                held.append((module._parameters, key, parameter))
-                module._parameters[key] = stands_for[id(parameter)]
-            flat: list[Any] = getattr(module, "_flat_weights", [])
-            for position, parameter in enumerate(flat):
-                if id(parameter) in stands_for:
-                    held.append((flat, position, parameter))
-                    flat[position] = stands_for[id(parameter)]
-        made: dict[int, torch.Tensor] = {}
-        for place in list(tensors_of(self._model)):
-            # Buffers of a model that was given as a function may have no values yet.
-            if isinstance(place.tensor, nn.Parameter) or not place.tensor.is_meta or self._fake is None:
-                continue
-            if id(place.tensor) not in made:
-                with self._fake:
-                    made[id(place.tensor)] = torch.empty_like(place.tensor, device=self._device)
-            held.append((place.container, place.attribute, place.tensor))
-            place.container[place.attribute] = made[id(place.tensor)]
-        self._local.update((id(each), each) for each in made.values())
-        try:
-            yield
-        finally:
-            for container, key, tensor in held:
-                container[key] = tensor
-
-    def _stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
-        if self._fake is None:
-            return parameter
-        with self._fake:
-            empty = (
-                torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device=self._device)
-                if parameter.layout is torch.strided
-                else torch.empty_like(parameter, device=self._device)
-            )
-        made = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for name, value in vars(parameter).items():
-            setattr(made, name, value)
-        return made
-
     def _note_owners(self) -> None:
         """Note whose memory is written if an operation writes it: a view's is that of its base."""
         weights, buffers = self._model.named_parameters(), self._model.named_buffers()
@@ -758,28 +708,6 @@ class _Recorder:
                 self.notes.sets_attributes.setdefault(path, set()).add(key)
             elif kind:
                 (self.notes.writes_buffers if kind == "buffer" else self.notes.writes_parameters).add(name)
-
-
-class _Containers:
-    """The dicts and lists in a call's arguments, before the call.
-
-    Attributes:
-        found: the containers.
-    """
-
-    def __init__(self, value: Any) -> None:
-        self.found = containers_in(value)
-        self._items = [dict(items_of(each)) for each in self.found]
-
-    def filled(self, returned: Any, shown: list[tuple[nn.Module, Any]] | None = None) -> Any:
-        """Return what a call has returned, with what it has put into them and shown to hooks if it has."""
-        items = [
-            (number, key, item)
-            for number, (each, before) in enumerate(zip(self.found, self._items, strict=True))
-            for key, item in items_of(each)
-            if key not in before or item is not before[key]
-        ]
-        return Filled(returned, items, shown or []) if items or shown else returned
 
 
 class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]

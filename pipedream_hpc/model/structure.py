@@ -103,6 +103,28 @@ class Filled:
         return Filled(returned, [(number, key, held[number].get(key)) for number, key, _ in self.items], list(shown))
 
 
+class Containers:
+    """The dicts and lists in a call's arguments, before the call.
+
+    Attributes:
+        found: the containers.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.found = containers_in(value)
+        self._items = [dict(items_of(each)) for each in self.found]
+
+    def filled(self, returned: Any, shown: list[tuple[torch.nn.Module, Any]] | None = None) -> Any:
+        """Return what a call has returned, with what it has put into them and shown to hooks if it has."""
+        items = [
+            (number, key, item)
+            for number, (each, before) in enumerate(zip(self.found, self._items, strict=True))
+            for key, item in items_of(each)
+            if key not in before or item is not before[key]
+        ]
+        return Filled(returned, items, shown or []) if items or shown else returned
+
+
 def containers_in(value: Any) -> list[Any]:
     """Return the lists and mutable mappings in nested lists, tuples and mappings, in a fixed order."""
     found: list[Any] = []

@@ -304,9 +304,10 @@ class WeightStash:
         """Take over which parameters the user has frozen, or thawed, since the stage was built.
 
         Raises:
-            PipedreamError: a parameter now wants a gradient that the optimizer was not given.
+            PipedreamError: a parameter now wants a gradient that the optimizer was not given, or is another one.
         """
         shown = self._leaves[self._pool.newest_slab]
+        self._refuse_replaced()
         for index, slot in enumerate(self._slots):
             wants = shown[index].requires_grad
             if wants and not slot.trained:
@@ -318,6 +319,19 @@ class WeightStash:
             for leaves in self._leaves:
                 if leaves[index].requires_grad != wants:
                     leaves[index].requires_grad_(wants)
+
+    def _refuse_replaced(self) -> None:
+        """Refuse other parameters than this stash has put into its modules: binding a version would undo them."""
+        stash, slab = self._bound[0] or (None, 0)
+        if stash is not self:
+            return
+        for slot, leaf in zip(self._slots, self._leaves[slab], strict=True):
+            held = (each.get(key) if isinstance(each, dict) else each[key] for each, key in slot.entries)
+            if any(each is not leaf for each in held):
+                raise PipedreamError(
+                    f"parameter '{slot.name}' has been replaced since the pipeline was made: change its values in "
+                    "place (with torch.no_grad()), or make a new pipeline"
+                )
 
     def skip_update(self) -> int:
         """Make the next version a copy of the newest, without an optimizer step, and return its number."""
