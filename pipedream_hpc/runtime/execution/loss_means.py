@@ -4,18 +4,35 @@ Where minibatches are cut, the loss of a minibatch is taken to be the mean over 
 That is not so for a mean over targets of which some are ignored, or weighted by their class: then the number that the
 loss divides by must be the same for every sample of the minibatch. A number that a loss divides by besides, as in a
 masked mean of the user's own, must be so, too, or be the same in all microbatches, such as a temperature.
+
+To watch takes as long as a small loss itself. So torch's cross-entropies are counted without, and a loss of functions
+whose divisors follow from shapes is watched once for every combination of shapes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.averages import AVERAGES_TARGETS, divisor_of, is_loss
+from pipedream_hpc.model.functions import function_name
+
+#: Functions of which a divisor follows from shapes if it is no tensor.
+_OF_SHAPES = frozenset(
+    {
+        *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "kl_div", "mean", "sum"),
+        *("binary_cross_entropy_with_logits", "add", "sub", "rsub", "mul", "rmul", "div", "truediv", "neg", "pow"),
+        *("abs", "square", "sqrt", "exp", "log", "sigmoid", "tanh", "softmax", "log_softmax", "norm", "shape", "size"),
+        *("dim", "numel", "len", "view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "float"),
+    }
+)
 
 #: The samples of a microbatch; what its means over targets divide by; and what else its loss divides by.
 Divisors = tuple[int, list[float], list[float]]
@@ -58,6 +75,7 @@ class LossMeans(TorchFunctionMode):
     """Watches what a loss divides by: one that a loss function computes, or the model itself.
 
     Args:
+        loss_fn: the loss.
         n_microbatches: microbatches per minibatch.
         in_forward: whether the model computes means itself.
 
@@ -65,10 +83,14 @@ class LossMeans(TorchFunctionMode):
         first: of the first microbatch of every minibatch of the pass that ran here.
     """
 
-    def __init__(self, n_microbatches: int, *, in_forward: bool) -> None:
+    def __init__(self, loss_fn: Callable[[Any, Any], Any], n_microbatches: int, *, in_forward: bool) -> None:
         super().__init__()
         self.in_forward = in_forward
+        self._counts = None if in_forward else _counting(loss_fn)
         self._n_microbatches = n_microbatches
+        self._of_shapes = True  # whether the divisors of the current microbatch follow from shapes
+        self._shapes: Any = None  # of what it is computed from
+        self._known: dict[Any, tuple[list[float], list[float]]] = {}  # divisors that follow from shapes
         self._of_targets: list[float] = []  # divisors of the current microbatch
         self._others: list[float] = []
         self._in_loss = False
@@ -86,11 +108,25 @@ class LossMeans(TorchFunctionMode):
     def is_needed(self, microbatch: int) -> bool:
         """Return whether to watch a microbatch.
 
-        If the loss of a minibatch's first microbatch divides by nothing, there is nothing to compare the others with:
-        watching costs more than a small loss itself.
+        If the loss of a minibatch's first microbatch divides by nothing, there is nothing to compare the others with.
         """
         first = self.first.get(microbatch // self._n_microbatches)
         return first is None or bool(first[1] or first[2])
+
+    def must_see(self, output: Any, target: Any) -> bool:
+        """Return whether to watch the loss function of the current microbatch; else its divisors are known by now."""
+        if self.in_forward:
+            return True
+        if self._counts is not None:
+            self._counts(self._note, output, target)
+            return False
+        leaves = tree_leaves((output, target))
+        self._shapes = tuple(each.shape if isinstance(each, torch.Tensor) else type(each) for each in leaves)
+        known = self._known.get(self._shapes)
+        if known is not None:
+            self._of_targets, self._others = map(list, known)
+        self._of_shapes = known is None
+        return known is None
 
     def end(self, microbatch: int, samples: int, *, compare: bool) -> None:
         """End a microbatch.
@@ -105,6 +141,9 @@ class LossMeans(TorchFunctionMode):
         """
         sums, self._sums, self._sums_in_forward, self._in_loss = self._sums_in_forward, False, False, False
         own: Divisors = (samples, self._of_targets, self._others) if compare else (samples, [], [])
+        if self._of_shapes and self._shapes is not None:
+            self._known[self._shapes] = (self._of_targets, self._others)
+        self._shapes = None
         self._of_targets, self._others = [], []
         if sums and compare:
             raise PipedreamError(
@@ -115,6 +154,8 @@ class LossMeans(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
+        if self._of_shapes and self._shapes is not None:
+            self._of_shapes = function_name(function) in _OF_SHAPES
         self._sums |= function in AVERAGES_TARGETS and options.get("reduction") == "sum"
         if function in AVERAGES_TARGETS and options.get("reduction", "mean") == "mean":
             self._note(*args, **options)
@@ -122,6 +163,7 @@ class LossMeans(TorchFunctionMode):
         # In the model's forward most divisions have nothing to do with a loss.
         if self._in_loss or is_loss(returned):
             divisor = divisor_of(function, args, options)
+            self._of_shapes &= not isinstance(divisor, torch.Tensor)
             if divisor is not None and not isinstance(divisor, FakeTensor):
                 self._others.append(float(divisor.detach() if isinstance(divisor, torch.Tensor) else divisor))
         return returned
@@ -134,3 +176,15 @@ class LossMeans(TorchFunctionMode):
         ignored = options.get("ignore_index", -100)
         kept = target[target != ignored]
         self._of_targets.append(float(kept.numel()) if weight is None else float(weight[kept].sum()))
+
+
+def _counting(loss_fn: Callable[[Any, Any], Any]) -> Callable[[Callable[..., None], Any, Any], None] | None:
+    """Return what notes the divisor of one of torch's own cross-entropies; None for another loss."""
+    if loss_fn in AVERAGES_TARGETS:
+        return lambda note, output, target: note(output, target)
+    plain = type(loss_fn) in (nn.CrossEntropyLoss, nn.NLLLoss) and not (
+        loss_fn._forward_hooks or loss_fn._forward_pre_hooks or "forward" in vars(loss_fn)  # type: ignore[attr-defined]
+    )
+    if not plain or loss_fn.reduction != "mean":  # type: ignore[attr-defined]
+        return None
+    return lambda note, output, target: note(output, target, loss_fn.weight, ignore_index=loss_fn.ignore_index)  # type: ignore[attr-defined]

@@ -438,7 +438,7 @@ class Stage:
             around.append(self._precision())
         if self.around_forward is not None:
             around.append(self.around_forward(self._trained_microbatch))
-        if watched is not None and watched.in_forward:
+        if watched is not None:
             within.append(watched)
         if self._split_backward is not None and state.split and graph:
             within.append(self._split_backward.recording(microbatch))
@@ -450,7 +450,7 @@ class Stage:
                 outputs, model_output = self.stage_module.run(state.arguments, leaves)
             if not self.is_last:
                 return tuple(outputs), ()
-            return tuple(outputs), self.loss.compute(microbatch, model_output, watched=watched, again=again)
+            return tuple(outputs), self.loss.compute(microbatch, model_output, again=again)
 
     def _recompute(self, microbatch: int, state: MicrobatchState) -> None:
         """Run the forward again on the weights it ran on, with the same random numbers.

@@ -96,19 +96,19 @@ class StageLoss:
         self._data = None
 
     def watch(self, microbatch: int) -> LossMeans | None:
-        """Return what to enter around the loss function, and the forward if it says so; None for nothing."""
-        watched = self.means if self._training else None
-        return watched if watched is not None and watched.is_needed(microbatch) else None
+        """Return what to enter around the model's forward; None for nothing."""
+        return self._needed(microbatch) if self.means is not None and self.means.in_forward else None
 
-    def compute(
-        self, microbatch: int, output: Any, *, watched: LossMeans | None = None, again: bool = False
-    ) -> Sequence[Score]:
+    def _needed(self, microbatch: int) -> LossMeans | None:
+        means = self.means if self._training else None
+        return means if means is not None and means.is_needed(microbatch) else None
+
+    def compute(self, microbatch: int, output: Any, *, again: bool = False) -> Sequence[Score]:
         """Compute the scores of the model's output for a microbatch.
 
         Args:
             microbatch: its number.
             output: the model's output.
-            watched: what `watch` returned before the forward.
             again: whether the forward has been run before.
 
         Raises:
@@ -119,9 +119,11 @@ class StageLoss:
         target, samples = self._data.target(microbatch), self._data.samples(microbatch)
         # The check takes time, so only the first microbatch of a pass has it.
         forbidden = _NULL_CONTEXT if self._computed else OthersTensors(self._weights_of_others())
+        watched, seeing = None if again else self._needed(microbatch), _NULL_CONTEXT
         if watched is not None:
             watched.end_forward()
-        with watched or _NULL_CONTEXT, forbidden:
+            seeing = watched if watched.must_see(output, target) else _NULL_CONTEXT
+        with seeing, forbidden:
             scores = self._score_fn(output, target)
         self._computed = True
         if watched is not None:

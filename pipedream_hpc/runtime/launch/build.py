@@ -242,7 +242,7 @@ def _loss_of(
 ) -> StageLoss:
     means = whole = None
     if part.is_last and deployment.n_microbatches > 1:
-        means = LossMeans(deployment.n_microbatches, in_forward=deployment.graph.notes.averages)
+        means = LossMeans(setup.loss_fn, deployment.n_microbatches, in_forward=deployment.graph.notes.averages)
         if setup.config.check_model:
             whole = WholeLoss(
                 setup.loss_fn, deployment.graph.batch_dims, deployment.n_microbatches, len(training.layout[index])
