@@ -90,7 +90,7 @@ class LossMeans(TorchFunctionMode):
         self._n_microbatches = n_microbatches
         self._of_shapes = True  # whether the divisors of the current microbatch follow from shapes
         self._shapes: Any = None  # of what it is computed from
-        self._known: dict[Any, tuple[list[float], list[float]]] = {}  # divisors that follow from shapes
+        self._known: dict[Any, Divisors] = {}  # those that follow from shapes
         self._of_targets: list[float] = []  # divisors of the current microbatch
         self._others: list[float] = []
         self._in_loss = False
@@ -113,18 +113,34 @@ class LossMeans(TorchFunctionMode):
         first = self.first.get(microbatch // self._n_microbatches)
         return first is None or bool(first[1] or first[2])
 
+    def is_alike(self, microbatch: int, output: Any, target: Any, samples: int) -> bool:
+        """Return whether a microbatch is known to have the divisors of the first one of its minibatch, or is the first.
+
+        Args:
+            microbatch: its number.
+            output: the model's output.
+            target: the loss's target.
+            samples: how many it has.
+        """
+        if self.in_forward or self._counts is not None:
+            return False
+        if type(output) is torch.Tensor and type(target) is torch.Tensor:
+            self._shapes = output.shape, target.shape, samples
+        else:
+            leaves = tree_leaves((output, target))
+            shapes = (each.shape if isinstance(each, torch.Tensor) else type(each) for each in leaves)
+            self._shapes = *shapes, samples
+        known = self._known.get(self._shapes)
+        return known is not None and self.first.setdefault(microbatch // self._n_microbatches, known) is known
+
     def must_see(self, output: Any, target: Any) -> bool:
         """Return whether to watch the loss function of the current microbatch; else its divisors are known by now."""
-        if self.in_forward:
-            return True
         if self._counts is not None:
             self._counts(self._note, output, target)
             return False
-        leaves = tree_leaves((output, target))
-        self._shapes = tuple(each.shape if isinstance(each, torch.Tensor) else type(each) for each in leaves)
         known = self._known.get(self._shapes)
         if known is not None:
-            self._of_targets, self._others = map(list, known)
+            _, self._of_targets, self._others = known
         self._of_shapes = known is None
         return known is None
 
@@ -142,7 +158,7 @@ class LossMeans(TorchFunctionMode):
         sums, self._sums, self._sums_in_forward, self._in_loss = self._sums_in_forward, False, False, False
         own: Divisors = (samples, self._of_targets, self._others) if compare else (samples, [], [])
         if self._of_shapes and self._shapes is not None:
-            self._known[self._shapes] = (self._of_targets, self._others)
+            self._known[self._shapes] = own
         self._shapes = None
         self._of_targets, self._others = [], []
         if sums and compare:

@@ -120,6 +120,8 @@ class StageLoss:
         # The check takes time, so only the first microbatch of a pass has it.
         forbidden = _NULL_CONTEXT if self._computed else OthersTensors(self._weights_of_others())
         watched, seeing = None if again else self._needed(microbatch), _NULL_CONTEXT
+        if watched is not None and watched.is_alike(microbatch, output, target, samples):
+            watched = None
         if watched is not None:
             watched.end_forward()
             seeing = watched if watched.must_see(output, target) else _NULL_CONTEXT
