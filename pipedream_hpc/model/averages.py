@@ -6,12 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from pipedream_hpc.model.functions import function_name
 
 #: Functions that compute a mean over targets, of which some may be ignored or weighted.
 AVERAGES_TARGETS = (functional.cross_entropy, functional.nll_loss)
+
+_OF_ELEMENTS = (
+    *(functional.mse_loss, functional.l1_loss, functional.smooth_l1_loss, functional.huber_loss),
+    functional.binary_cross_entropy_with_logits,
+)
+_MODULES_OF_ELEMENTS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss)
 
 _DIVISIONS = frozenset({"div", "div_", "divide", "divide_", "true_divide", "truediv", "itruediv"})
 _DIVISIONS_FROM_THE_RIGHT = frozenset({"rdiv", "rtruediv"})
@@ -37,6 +44,12 @@ def divisor_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapp
     if is_mean or (is_loss and kwargs.get("reduction", "mean") == "mean"):
         return value.numel() if isinstance(value, torch.Tensor) and value.dim() else None
     return None
+
+
+def weighs_alike(loss_fn: Callable[..., Any]) -> bool:
+    """Return whether a loss is one of torch's own that are means over all elements: every sample weighs the same."""
+    of_elements = type(loss_fn) in _MODULES_OF_ELEMENTS and getattr(loss_fn, "reduction", "") == "mean"
+    return loss_fn in _OF_ELEMENTS or of_elements
 
 
 def is_loss(value: Any) -> bool:

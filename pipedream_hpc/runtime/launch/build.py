@@ -12,6 +12,7 @@ from pipedream_hpc.config import TrainConfig
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.job import LossFn, OptimizerFactory
 from pipedream_hpc.model.arguments import optional_inputs
+from pipedream_hpc.model.averages import weighs_alike
 from pipedream_hpc.model.materialize import materialize
 from pipedream_hpc.model.precision import Precision, autocast
 from pipedream_hpc.model.randomness import seed_modules
@@ -242,7 +243,9 @@ def _loss_of(
 ) -> StageLoss:
     means = whole = None
     if part.is_last and deployment.n_microbatches > 1:
-        means = LossMeans(setup.loss_fn, deployment.n_microbatches, in_forward=deployment.graph.notes.averages)
+        in_forward = deployment.graph.notes.averages
+        if in_forward or not weighs_alike(setup.loss_fn):
+            means = LossMeans(setup.loss_fn, deployment.n_microbatches, in_forward=in_forward)
         if setup.config.check_model:
             whole = WholeLoss(
                 setup.loss_fn, deployment.graph.batch_dims, deployment.n_microbatches, len(training.layout[index])
