@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -15,13 +16,17 @@ from pipedream_hpc.profiling.profiler import one_minibatch
 
 
 class FakeClock:
-    """A clock that only Work advances."""
+    """A clock that only Work advances; what a thread has is not taken for the model's state, and put back."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self._of_thread = threading.local()
+        self._of_thread.now = 0.0
 
     def __call__(self) -> float:
-        return self.now
+        return self._of_thread.now  # type: ignore[no-any-return]
+
+    def advance(self, seconds: float) -> None:
+        self._of_thread.now += seconds
 
 
 class Work(torch.autograd.Function):
@@ -29,13 +34,13 @@ class Work(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, clock: FakeClock, seconds: tuple[float, float], *values: torch.Tensor) -> torch.Tensor:
-        clock.now += seconds[0]
+        clock.advance(seconds[0])
         context.clock, context.seconds, context.count = clock, seconds[1], len(values)
         return sum(values) * 1.0  # type: ignore[return-value]
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
-        context.clock.now += context.seconds
+        context.clock.advance(context.seconds)
         return None, None, *[gradient] * context.count
 
 

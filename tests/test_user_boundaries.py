@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from typing import Any
@@ -82,12 +83,13 @@ def test_the_check_lets_a_gradient_pass_that_is_zero_but_for_rounding() -> None:
 
 def test_the_check_finds_what_a_stage_does_differently() -> None:
     """A forward that behaves differently the second time it is called from the same state."""
-    calls = []
+    seen = threading.local()  # which is not put back
+    seen.calls = 0
 
     class Fickle(Net):
         def forward(self, x: torch.Tensor) -> Any:
-            calls.append(1)
-            return self.c(self.b(self.a(x)).tanh() * len(calls))
+            seen.calls += 1
+            return self.c(self.b(self.a(x)).tanh() * seen.calls)
 
     with pytest.raises(PipedreamError, match="the stages do not compute what the model computes by itself"):
         pipeline_of(Fickle(), 2, minibatches())

@@ -150,7 +150,9 @@ class OutsideState:
             (id(holder.of), key)
             for holder, values in self._held
             for key in values
-            if not holder.by_name or key in self._reach.names
+            if (not holder.by_name or key in self._reach.names)
+            # What an attribute holds that no code names is only changed by hooks, as in a log.
+            and (not holder.where.attribute or holder.where.attribute in self._reach.names)
         }
         return found | {(id(each), "") for each, _ in self.tensors}
 

@@ -696,7 +696,8 @@ class _Recorder:
                 self._overwritten[name] = weight, weight.data, weight.detach().clone()
             if function is torch.ops.aten.embedding_renorm_.default:
                 self.notes.renormalizes.add(name)
-            elif kind and self._scopes and self._within[-1] == self._scopes[-1].name:
+                continue
+            if kind and self._scopes and self._within[-1] == self._scopes[-1].name:
                 what = name if kind == "tensor" else f"{kind} '{name.lstrip('.')}'"
                 raise CannotOpenError(self._scopes[-1].name, f"its forward writes {what}")
             if storage_id(each) in self._outside_tensors:
