@@ -572,6 +572,34 @@ def test_means_that_divide_by_nothing_are_compared_at_minibatches_0_1_2_4_and_so
         losses_of(loss_fn, [*even[:first_uneven], *uneven[first_uneven:]], False, 2)
 
 
+def by_float(output: torch.Tensor, target: dict[str, Any]) -> torch.Tensor:
+    """A masked mean of which no function but float() tells that it depends on values."""
+    return ((output.mean(1) - target["y"]).pow(2) * target["mask"]).sum() / float(target["mask"].sum())
+
+
+def by_lengths(output: torch.Tensor, target: dict[str, Any]) -> torch.Tensor:
+    return ((output.mean(1) - target["y"]).pow(2)).sum() / sum(target["lengths"])
+
+
+@pytest.mark.parametrize("loss_fn", [by_float, by_lengths])
+def test_a_divisor_that_follows_from_shapes_once_is_known_only_if_it_always_does(loss_fn: Any) -> None:
+    """Minibatches 0 to 2 have equal divisors in both halves, and so has the 4th; minibatch 3 is not compared whole."""
+    batches: list[Any] = []
+    for number, (x, y) in enumerate(labels(5)):
+        counts = torch.tensor(UNEVEN if number == 3 else EVEN)
+        batches.append((x, {"y": y, "mask": (counts != 0).float(), "lengths": (counts + 1).tolist()}))
+    with pytest.raises(PipedreamError, match=r"epoch 0, minibatch 3, .* the loss divides by"):
+        Pipeline(
+            classifier(),
+            loss_fn=loss_fn,
+            optimizer=SGD,
+            example_inputs=batches[0][0],
+            plan=2,
+            schedule=ScheduleConfig("gpipe", 2),
+            train_config=TrainConfig(batch_dims={"target.lengths": 0}),
+        ).fit(batches)
+
+
 class Counts:
     """A loss with state in an attribute."""
 
@@ -584,9 +612,16 @@ class Counts:
 
 
 def test_comparing_does_not_count_as_a_call_of_the_loss() -> None:
-    loss_fn = Counts()
+    loss_fn, calls = Counts(), 0
+
+    def closure(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return functional.cross_entropy(output, target)
+
     losses_of(loss_fn, labels(5), False, 2)
-    assert loss_fn.calls == 10
+    losses_of(closure, labels(5), False, 2)
+    assert (loss_fn.calls, calls) == (10, 10)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

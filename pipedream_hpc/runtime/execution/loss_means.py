@@ -30,7 +30,7 @@ _OF_SHAPES = frozenset(
         *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "kl_div", "mean", "sum"),
         *("binary_cross_entropy_with_logits", "add", "sub", "rsub", "mul", "rmul", "div", "truediv", "neg", "pow"),
         *("abs", "square", "sqrt", "exp", "log", "sigmoid", "tanh", "softmax", "log_softmax", "norm", "shape", "size"),
-        *("dim", "numel", "len", "view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute", "float"),
+        *("dim", "numel", "len", "view", "reshape", "flatten", "squeeze", "unsqueeze", "transpose", "permute"),
     }
 )
 
@@ -128,8 +128,10 @@ class LossMeans(TorchFunctionMode):
             self._shapes = output.shape, target.shape, samples
         else:
             leaves = tree_leaves((output, target))
-            shapes = (each.shape if isinstance(each, torch.Tensor) else type(each) for each in leaves)
-            self._shapes = *shapes, samples
+            shapes = [each.shape if isinstance(each, torch.Tensor) else each for each in leaves]
+            # Other values decide, too: numbers and texts are compared, and for the rest the loss is always watched.
+            plain = all(isinstance(each, torch.Size | int | float | str | None) for each in shapes)
+            self._shapes = (*shapes, samples) if plain else None
         known = self._known.get(self._shapes)
         return known is not None and self.first.setdefault(microbatch // self._n_microbatches, known) is known
 

@@ -262,6 +262,7 @@ class Stage:
         self._first_microbatch, self._first_trained = first_microbatch, first_trained
         self._first_version = self.stash.version
         self.stage_module.train(training)
+        self.stash.refuse_replaced()
         self.stash.set_frozen()
         if not training:
             self.stash.use_newest()

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.model.batch_dims import TARGET, BatchDims
-from pipedream_hpc.model.preserve_state import Contents, ModuleState
+from pipedream_hpc.model.preserve_state import ModuleState
 from pipedream_hpc.model.structure import tensors_of_value
 from pipedream_hpc.runtime.execution.score import Score
 
@@ -41,6 +41,8 @@ class WholeLoss:
         self, loss_fn: Callable[[Any, Any], Any], batch_dims: BatchDims, n_microbatches: int, replicas: int
     ) -> None:
         self._loss_fn, self._batch_dims = loss_fn, batch_dims
+        self._holder = nn.Module()  # whose state is that of the loss, which need not be a module
+        self._holder.loss_fn = loss_fn  # type: ignore[assignment]
         self._n_microbatches, self._replicas = n_microbatches, replicas
         self._n_minibatches = 0  # that were compared or passed over, in the run
         self._kept: list[tuple[Any, Any, int, torch.Tensor]] = []  # output, target, samples, loss
@@ -101,11 +103,7 @@ class WholeLoss:
 
     def _loss_of(self, output: Any, target: Any) -> float | None:
         """Return the loss; None if it cannot be computed of that. Its state stays as it was."""
-        state = (
-            ModuleState(self._loss_fn)
-            if isinstance(self._loss_fn, nn.Module)
-            else Contents(getattr(self._loss_fn, "__dict__", None))
-        )
+        state = ModuleState(self._holder)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # on shapes that only the comparison has

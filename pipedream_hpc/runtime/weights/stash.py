@@ -304,10 +304,9 @@ class WeightStash:
         """Take over which parameters the user has frozen, or thawed, since the stage was built.
 
         Raises:
-            PipedreamError: a parameter now wants a gradient that the optimizer was not given, or is another one.
+            PipedreamError: a parameter now wants a gradient that the optimizer was not given.
         """
         shown = self._leaves[self._pool.newest_slab]
-        self._refuse_replaced()
         for index, slot in enumerate(self._slots):
             wants = shown[index].requires_grad
             if wants and not slot.trained:
@@ -320,8 +319,12 @@ class WeightStash:
                 if leaves[index].requires_grad != wants:
                     leaves[index].requires_grad_(wants)
 
-    def _refuse_replaced(self) -> None:
-        """Refuse other parameters than this stash has put into its modules: binding a version would undo them."""
+    def refuse_replaced(self) -> None:
+        """Refuse other parameters than this stash has put into its modules: binding a version would undo them.
+
+        Raises:
+            PipedreamError: a parameter has been replaced.
+        """
         stash, slab = self._bound[0] or (None, 0)
         if stash is not self:
             return
