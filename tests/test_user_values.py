@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from user_programs import LOSS, Net, Objects, Out, Policy, assert_trained_alike, cut, minibatches, pipeline_of, plain
+from user_programs import (
+    LOSS,
+    SGD,
+    Net,
+    Objects,
+    Out,
+    Policy,
+    assert_trained_alike,
+    cut,
+    minibatches,
+    pipeline_of,
+    plain,
+)
 
 from pipedream_hpc import PipedreamError
 from pipedream_hpc.model.arguments import Arguments
@@ -207,6 +219,44 @@ def test_an_embedding_of_largest_norm_is_trained() -> None:
     pipeline_of(model, 2, [batch], recompute=True)
     assert torch.equal(model[0].weight, build()[0].weight), "the check leaves it as it was"  # type: ignore[index]
     assert_trained_alike(build, 2, batches)
+
+
+class WritesArguments(Net):
+    """Scales its input in place, and uses it in the first and in the last layers."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x.mul_(0.5)
+        return self.c(self.b(self.a(x)).tanh() + x.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("plan", [1, 2, 3])
+def test_a_forward_may_write_into_its_arguments(plan: int, recompute: bool) -> None:
+    batches = minibatches()
+
+    class Made(torch.utils.data.Dataset[Any]):
+        def __len__(self) -> int:
+            return len(batches)
+
+        def __getitem__(self, index: int) -> Any:
+            return tuple(each.clone() for each in batches[index])
+
+    loader = torch.utils.data.DataLoader(Made(), batch_size=None)
+    reference, model = WritesArguments(), WritesArguments()
+    steps = SGD(reference.parameters())
+    pipeline = pipeline_of(model, plan, minibatches(), recompute=recompute)
+    for _ in range(2):
+        pipeline.fit(loader)
+        for x, y in loader:
+            steps.zero_grad()
+            LOSS(reference(x), y).backward()
+            steps.step()
+    expected = reference.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in pipeline.state_dict().items())
+    with pytest.raises(
+        PipedreamError, match="forward writes into its arguments, which a list of minibatches would keep"
+    ):
+        pipeline.fit(minibatches())
 
 
 def policy_loss(output: Any, target: torch.Tensor) -> torch.Tensor:

@@ -92,6 +92,13 @@ class Arguments:
             )
         return Arguments(args, {}, self.names)
 
+    def copied(self) -> Arguments:
+        """Return them with copies of the tensors."""
+        args, kwargs = tree_map(
+            lambda each: each.clone() if isinstance(each, torch.Tensor) else each, (self.args, self.kwargs)
+        )
+        return Arguments(args, kwargs, self.names)
+
     def on_meta(self) -> Arguments:
         """Return them with tensors on the meta device."""
 

@@ -151,6 +151,7 @@ def _record(
     watch: bool = True,
 ) -> tuple[Recording, Notes]:
     modes.set(model, training)
+    bound = bound.copied() if real else bound  # the forward may write into them
     return record(
         model,
         bound.args,

@@ -290,7 +290,7 @@ class Notes:
         outside: modules that change other state in a forward (see model/outside_state).
         places: modules that change a place of the program's state, or reach one that is changed -> these, and their
             names in messages.
-        writes_inputs: whether the model writes into its arguments.
+        writes_inputs: whether a forward writes into the model's arguments; each run of it then has copies.
         averages: whether it computes means over targets, or divides a number with a gradient, as of a loss of its own.
         checkpoints: whether parts of the forward run again in backward.
         questions: whether the forward asks for more than tensors, such as x.size(0).
@@ -392,6 +392,10 @@ class LayerGraph:
     recipe: ModelRecipe | None = None
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     on_close: list[Callable[[], None]] = field(default_factory=list)
+
+    def own(self, arguments: Arguments) -> Arguments:
+        """Return arguments for one run of the forward, which may write into them."""
+        return arguments.copied() if self.notes.writes_inputs else arguments
 
     def check_modules(self) -> None:
         """Refuse a model whose modules are others than those that were captured.

@@ -235,7 +235,7 @@ class _Recorder:
         undo = watch_modules(model.modules())
         try:
             with self._stand_ins.held():
-                self._note_owners()
+                self._note_owners((args, kwargs))
                 with watched(self), checkpoints(self._checkpointed):
                     returned = model(*args, **kwargs)
                 self.changes = self.outside.changes()
@@ -659,8 +659,12 @@ class _Recorder:
             self.notes.python_random.add(self._within[-1])
         self._generators = now
 
-    def _note_owners(self) -> None:
+    def _note_owners(self, arguments: Any) -> None:
         """Note whose memory is written if an operation writes it: a view's is that of its base."""
+        for tensor in tensors_of_value(arguments):
+            for each in (tensor, *self._to_fakes((tensor,), {})[0]):
+                self._owned.setdefault(storage_id(each), ("input", ""))
+                self._live.append(memory_of(each))
         weights, buffers = self._model.named_parameters(), self._model.named_buffers()
         for kind, named in (("weight", weights), ("buffer", buffers)):
             for name, tensor in named:
@@ -691,6 +695,9 @@ class _Recorder:
         """
         for each in written_by(function, args, kwargs):
             kind, name = self._owned.get(storage_id(each), ("", ""))
+            if kind == "input":
+                self.notes.writes_inputs = True
+                continue
             if kind == "weight" and self._fake is None and name not in self._overwritten:
                 weight = self._model.get_parameter(name)
                 self._overwritten[name] = weight, weight.data, weight.detach().clone()

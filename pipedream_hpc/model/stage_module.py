@@ -133,9 +133,10 @@ class StageModule:
         Returns:
             the stage outputs, where None is what this mode does not compute; and the model's output, in the last stage.
         """
-        args, kwargs = self._nothing if arguments is None else (arguments.args, arguments.kwargs)
-        if self._graph.notes.writes_inputs and arguments is not None:
-            args, kwargs = map_tensors(torch.clone, (args, kwargs))
+        args, kwargs = self._nothing
+        if arguments is not None:
+            own = self._graph.own(arguments)
+            args, kwargs = own.args, own.kwargs
         if self._borrowed or self._private or self._checkpoints:
             borrowed = [(*entry, received[position]) for position, entries in self._borrowed for entry in entries]
             with self._holding(borrowed), checkpoints(self._checkpointed) if self._checkpoints else nullcontext():

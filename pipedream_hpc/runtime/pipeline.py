@@ -494,6 +494,12 @@ class Pipeline:
         """Run one pass; yield every optimizer step of this process after it ran, and return the mean scores."""
         self._check_finished()
         self._run.deployment.graph.check_modules()
+        if self._run.deployment.graph.notes.writes_inputs and isinstance(loader, list | tuple):
+            raise PipedreamError(
+                f"the model's forward writes into its arguments, which a {type(loader).__name__} of minibatches would "
+                "keep for the next epoch: let the forward copy them (x = x.clone()), or give a loader that makes new "
+                "tensors for every pass, such as a DataLoader"
+            )
         self._verify(schedule)
         trace = self.run_config.trace and schedule.training
         self._unfinished = where

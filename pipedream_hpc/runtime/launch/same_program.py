@@ -185,7 +185,8 @@ def check_microbatches(
         with _preserved(graph), torch.no_grad(), (precision or nullcontext)():
             graph.modes.set(model, False)
             before = _generators()
-            output = model(*arguments.args, **arguments.kwargs)
+            own = graph.own(arguments)
+            output = model(*own.args, **own.kwargs)
             return output, _generators() != before
 
     expected, draws = output_of(whole)
@@ -302,7 +303,8 @@ def _alone(graph: LayerGraph, arguments: Arguments, training: bool, reseed: Rese
             checkpoints(watcher.checkpointed) if graph.notes.checkpoints else nullcontext(),
             seeding(reseed),
         ):
-            outputs = output_tensors(graph.module(*arguments.args, **arguments.kwargs))
+            own = graph.own(arguments)
+            outputs = output_tensors(graph.module(*own.args, **own.kwargs))
         roots, gradients = seed_gradients(outputs)
         if training and roots:
             torch.autograd.backward(roots, gradients)
