@@ -259,6 +259,16 @@ def test_a_forward_may_write_into_its_arguments(plan: int, recompute: bool) -> N
         pipeline.fit(minibatches())
 
 
+def test_minibatches_of_a_forward_that_writes_in_evaluation_alone_may_be_a_list() -> None:
+    """Dropout gives new values in training; in evaluation, what follows it writes into the minibatch."""
+    model = nn.Sequential(nn.Dropout(0.5), nn.Tanh(), nn.Linear(6, 3))
+    model.insert(1, nn.ReLU(inplace=True))
+    pipeline = pipeline_of(model, 2, minibatches())
+    pipeline.fit(minibatches())
+    with pytest.raises(PipedreamError, match="forward writes into its arguments"):
+        pipeline.evaluate(minibatches())
+
+
 def policy_loss(output: Any, target: torch.Tensor) -> torch.Tensor:
     return LOSS(output[0], target) + output[1].square().sum()
 

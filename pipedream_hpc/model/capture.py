@@ -157,6 +157,7 @@ def _record(
         bound.args,
         bound.kwargs,
         keep_whole,
+        training=training,
         precision=precision or nullcontext,
         # In a run on a GPU, shapes are asked for with arguments that are there.
         device=next((each.device for each in bound.tensors() if each.is_cuda), _device_of(precision)),

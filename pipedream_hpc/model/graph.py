@@ -290,7 +290,7 @@ class Notes:
         outside: modules that change other state in a forward (see model/outside_state).
         places: modules that change a place of the program's state, or reach one that is changed -> these, and their
             names in messages.
-        writes_inputs: whether a forward writes into the model's arguments; each run of it then has copies.
+        writes_inputs: whether that of training (True) or of evaluation (False) writes into the model's arguments.
         averages: whether it computes means over targets, or divides a number with a gradient, as of a loss of its own.
         checkpoints: whether parts of the forward run again in backward.
         questions: whether the forward asks for more than tensors, such as x.size(0).
@@ -307,7 +307,7 @@ class Notes:
     sets_attributes: dict[str, set[str]] = field(default_factory=dict)
     outside: set[str] = field(default_factory=set)
     places: dict[str, dict[Place, str]] = field(default_factory=dict)
-    writes_inputs: bool = False
+    writes_inputs: set[bool] = field(default_factory=set)
     averages: bool = False
     checkpoints: bool = False
     questions: bool = False
@@ -394,7 +394,7 @@ class LayerGraph:
     on_close: list[Callable[[], None]] = field(default_factory=list)
 
     def own(self, arguments: Arguments) -> Arguments:
-        """Return arguments for one run of the forward, which may write into them."""
+        """Return arguments for one run of the forward: copies if it writes into them."""
         return arguments.copied() if self.notes.writes_inputs else arguments
 
     def check_modules(self) -> None:

@@ -105,6 +105,7 @@ def record(
     kwargs: Mapping[str, Any],
     keep_whole: Callable[[nn.Module, str], bool],
     *,
+    training: bool = True,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - a constant
     real: bool = False,
@@ -120,6 +121,7 @@ def record(
         args: its positional arguments, with values.
         kwargs: its keyword arguments.
         keep_whole: tells by module and qualified name whether a module is kept whole.
+        training: whether the present mode is that of training.
         precision: context of the forward.
         device: the device that tensors without values are on.
         real: compute with values, for modules that need them even when kept whole.
@@ -144,7 +146,7 @@ def record(
             recorder.suspects, recorder.known = start(), known
             return recorder.run(args, kwargs)
 
-    recorder = _Recorder(model, keep_whole, device, real)
+    recorder = _Recorder(model, keep_whole, device, real, training)
     # What does not run without values is tried again with values: no reason to print a traceback.
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     try:
@@ -155,7 +157,7 @@ def record(
         return recorder.recording(), recorder.notes
     if recorder.changes and watch:
         # What changes in the second forward, too, is no cache that the first one has filled.
-        again = _Recorder(model, keep_whole, device, real)
+        again = _Recorder(model, keep_whole, device, real, training)
         try:
             run(again, recorder.changes_settled, recorder.notes.sets_attributes)
         except (CannotOpenError, NeedsValuesError):
@@ -189,9 +191,14 @@ class _Recorder:
     """The watcher that records."""
 
     def __init__(
-        self, model: nn.Module, keep_whole: Callable[[nn.Module, str], bool], device: torch.device, real: bool
+        self,
+        model: nn.Module,
+        keep_whole: Callable[[nn.Module, str], bool],
+        device: torch.device,
+        real: bool,
+        training: bool,
     ) -> None:
-        self._model, self._keep_whole, self._device = model, keep_whole, device
+        self._model, self._keep_whole, self._device, self._training = model, keep_whole, device, training
         with no_collection():  # the first mode imports torch's compiler, which takes half as long again with it
             self._fake = None if real else FakeTensorMode(allow_non_fake_inputs=True)
         self.notes = Notes()
@@ -696,7 +703,7 @@ class _Recorder:
         for each in written_by(function, args, kwargs):
             kind, name = self._owned.get(storage_id(each), ("", ""))
             if kind == "input":
-                self.notes.writes_inputs = True
+                self.notes.writes_inputs.add(self._training)
                 continue
             if kind == "weight" and self._fake is None and name not in self._overwritten:
                 weight = self._model.get_parameter(name)

@@ -494,7 +494,8 @@ class Pipeline:
         """Run one pass; yield every optimizer step of this process after it ran, and return the mean scores."""
         self._check_finished()
         self._run.deployment.graph.check_modules()
-        if self._run.deployment.graph.notes.writes_inputs and isinstance(loader, list | tuple):
+        writes = schedule.training in self._run.deployment.graph.notes.writes_inputs
+        if writes and isinstance(loader, list | tuple):
             raise PipedreamError(
                 f"the model's forward writes into its arguments, which a {type(loader).__name__} of minibatches would "
                 "keep for the next epoch: let the forward copy them (x = x.clone()), or give a loader that makes new "
