@@ -107,7 +107,7 @@ class SendChannel:
         stall_limit_s: float,
         stream: int = 0,
     ) -> None:
-        """Send tensors as one message. Waits while two sends are in flight.
+        """Send the tensors of a microbatch. Waits while two sends are in flight.
 
         A tensor is an address and a shape; None means the planned shape.
 

@@ -16,7 +16,9 @@ NAMES = ("host", "ranks-1", "ranks-2", "ranks-3", "ranks-4", "device-1", "device
 @pytest.fixture(scope="module")
 def built() -> Path:
     options = ("-DPIPEDREAM_TESTS=ON", "-DPIPEDREAM_CUDA=OFF", f"-DPython_EXECUTABLE={sys.executable}")
-    for command in (("-S", ROOT, "-B", BUILD, *options), ("--build", BUILD, "--parallel", "2")):
+    # The extension modules are built from the same sources, and installed.
+    targets = ("--target", "test_host", "test_ranks", "test_device", "bench_channel", "bench_moves")
+    for command in (("-S", ROOT, "-B", BUILD, *options), ("--build", BUILD, "--parallel", "2", *targets)):
         finished = ranks.without_launcher("cmake", *command, timeout=250)
         assert finished.status == 0, finished.output
     return BUILD

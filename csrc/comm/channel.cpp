@@ -47,11 +47,10 @@ class HostSender final : public SendChannel {
     }
     const std::size_t ahead = static_cast<std::size_t>(to - send_slot.staging.data());
     // Tensors first: the headers are sent while the tensors are in flight.
-    if (!spec_.small() && message.runs.size() == 1) {
-      const View& run = message.runs[0];
-      send_slot.requests += !progress_->send(this, index, run.data, run.bytes, spec_.peer_rank, spec_.payload_tag());
-    } else if (!spec_.small()) {
-      send_slot.requests += !progress_->send(this, index, message.runs, spec_.peer_rank, spec_.payload_tag());
+    if (spec_.in_place()) {
+      for (const View& run : message.runs) {
+        send_slot.requests += !progress_->send(this, index, run.data, run.bytes, spec_.peer_rank, spec_.payload_tag());
+      }
     }
     send_slot.requests +=
         !progress_->send(this, index, send_slot.staging.data(), ahead, spec_.peer_rank, spec_.header_tag());
@@ -66,7 +65,8 @@ class HostSender final : public SendChannel {
 class DirectReceiver final : public RecvChannel {
  public:
   DirectReceiver(std::shared_ptr<Progress> progress, const ChannelSpec& spec, std::size_t slots)
-      : RecvChannel(std::move(progress), spec, slots) {
+      : RecvChannel(std::move(progress), spec, slots),
+        messages_(spec_.in_place() ? layout_ : std::vector<ByteRange>{{0, spec_.capacity()}}) {
     slots_.reserve(slots);
     for (std::size_t index = 0; index < slots; ++index) slots_.push_back(std::make_shared<Slot>(spec_));
     const Progress::Lock held = progress_->lock();
@@ -108,9 +108,12 @@ class DirectReceiver final : public RecvChannel {
       progress_->receive(this, index, slot.memory.data(), slot.memory.bytes(), spec_.peer_rank, spec_.header_tag());
       return;
     }
-    slot.requests = 2;
+    slot.requests = 1 + static_cast<int>(messages_.size());
     progress_->receive(this, index, slot.headers.data(), spec_.header_bytes(), spec_.peer_rank, spec_.header_tag());
-    progress_->receive(this, index, slot.memory.data(), slot.memory.bytes(), spec_.peer_rank, spec_.payload_tag());
+    for (const ByteRange& range : messages_) {
+      progress_->receive(this, index, slot.memory.data() + range.offset, range.bytes, spec_.peer_rank,
+                         spec_.payload_tag());
+    }
   }
 
   bool arrived(std::size_t index) const override { return slots_[index]->requests == 0; }
@@ -121,6 +124,7 @@ class DirectReceiver final : public RecvChannel {
     return slot.headers.data();
   }
 
+  const std::vector<ByteRange> messages_;  // which bytes of a slot each message after the headers is received into
   std::vector<std::shared_ptr<Slot>> slots_;
 };
 
@@ -207,7 +211,7 @@ void SendChannel::prepare(Message& message, std::int64_t microbatch, const std::
     header.payload_bytes = bytes;
     header.dims = static_cast<std::uint32_t>(shape.size());
     std::copy(shape.begin(), shape.end(), header.shape);
-    if (const std::size_t gap = aligned(message.bytes) - message.bytes; gap > 0) {
+    if (const std::size_t gap = aligned(message.bytes) - message.bytes; gap > 0 && !spec_.in_place()) {
       message.runs.push_back({padding, gap, MemoryKind::host});
       message.bytes += gap;
     }
@@ -253,7 +257,7 @@ std::unique_ptr<RecvChannel> RecvChannel::make(std::shared_ptr<Progress> progres
 }
 
 RecvChannel::RecvChannel(std::shared_ptr<Progress> progress, const ChannelSpec& spec, std::size_t slots)
-    : progress_(std::move(progress)), spec_(checked(spec)), in_use_(slots, false) {
+    : progress_(std::move(progress)), spec_(checked(spec)), layout_(spec_.layout()), in_use_(slots, false) {
   if (slots == 0) throw std::invalid_argument(spec_.label() + ": a channel needs at least one slot");
   for (std::size_t index = 0; index < slots; ++index) posted_.push_back(index);
 }
@@ -287,8 +291,9 @@ Received RecvChannel::receive(std::int64_t microbatch, const WaitOptions& option
   for (std::size_t i = 0; i < spec_.tensors.size(); ++i) bytes += read[i].payload_bytes;
   if (!received.as_planned) {
     for (std::size_t i = 0; i < spec_.tensors.size(); ++i) {
+      const std::size_t offset = spec_.in_place() ? layout_[i].offset : aligned(total_bytes(received.ranges));
       received.shapes.push_back(read[i].shape_vector());
-      received.ranges.push_back({aligned(total_bytes(received.ranges)), read[i].payload_bytes});
+      received.ranges.push_back({offset, read[i].payload_bytes});
     }
   }
   posted_.pop_front();

@@ -69,7 +69,7 @@ class SendChannel : public Endpoint {
   // The message in one of the two send slots.
   struct Message {
     std::vector<Header> headers;
-    std::vector<View> runs;  // the tensors and the alignment gaps between them
+    std::vector<View> runs;  // the tensors and, where they are one message, the alignment gaps between them
     std::size_t bytes;       // of the payload
   };
   // Starts to send the message of a free send slot. Called with the lock held.
@@ -134,6 +134,7 @@ class RecvChannel : public Endpoint {
 
   const std::shared_ptr<Progress> progress_;
   const ChannelSpec spec_;
+  const std::vector<ByteRange> layout_;  // of a slot if all tensors have their planned shapes
 
  private:
   bool read_headers(const Header* headers, std::int64_t microbatch) const;  // returns Received::as_planned

@@ -35,6 +35,8 @@ struct ChannelSpec {
   std::size_t capacity() const { return total_bytes(layout()); }  // bytes of the largest payload
   std::size_t header_bytes() const { return tensors.size() * sizeof(Header); }
   bool small() const { return capacity() <= largest_small_payload && kind == MemoryKind::host; }
+  // Whether each tensor is a message of its own, sent from where it is to its planned place in the slot.
+  bool in_place() const { return !small() && kind == MemoryKind::host; }
   int header_tag() const { return 2 * tag; }
   int payload_tag() const { return 2 * tag + 1; }
 

@@ -1,15 +1,20 @@
 // A message on a channel: a header of 128 bytes for each tensor, then the tensors, each aligned to a cache
 // line.
 //
-//   small (up to 16 KiB, host memory)               large
-//   one message, tag 2c                             two messages, tags 2c and 2c + 1
-//   ┌────────┬────────┬───────────┬───────────┐     ┌────────┬────────┐ ┌───────────┬───────────┐
-//   │ header │ header │ tensor 0  │ tensor 1  │     │ header │ header │ │ tensor 0  │ tensor 1  │
-//   └────────┴────────┴───────────┴───────────┘     └────────┴────────┘ └───────────┴───────────┘
-//   copied into the sender's staging buffer         tensors are sent in place; their receive is posted
+//   small (up to 16 KiB, host memory)               large, host memory
+//   one message, tag 2c                             one message with tag 2c, and one per tensor with tag 2c + 1
+//   ┌────────┬────────┬───────────┬───────────┐     ┌────────┬────────┐ ┌───────────┐ ┌───────────┐
+//   │ header │ header │ tensor 0  │ tensor 1  │     │ header │ header │ │ tensor 0  │ │ tensor 1  │
+//   └────────┴────────┴───────────┴───────────┘     └────────┴────────┘ └───────────┘ └───────────┘
+//   copied into the sender's staging buffer         tensors are sent in place; their receives are posted
 //                                                   ahead, so their transfer does not wait for the header
 //
-// In both cases the tensors are received into a slot, where forward or backward reads them.
+// From device memory, the tensors follow the headers as one message, or as chunks. In all cases they are received into
+// a slot, where forward or backward reads them.
+//
+// Consecutive bytes are what MPI transfers best: the receiver copies them out of the sender's memory, or the network
+// card does. Several tensors as one message of a derived datatype go through buffers of some KiB instead, and each of
+// these waits until the sender, which computes, calls MPI again.
 #pragma once
 
 #include <algorithm>

@@ -32,8 +32,9 @@ constexpr double settle_limit_s = 1.0;
 constexpr microseconds while_copying(20), while_moving(50), while_pushing(200), while_idle(500);
 constexpr microseconds longest_empty_poll(15), short_phase(1000);
 // On a spare core a poll is free. On a core that computes it costs about 50 µs: wake-up, sleep and lost cache lines.
-// Four polls per compute phase are enough to hide a message that needs three.
-constexpr int pauses_per_phase = 12, pauses_per_phase_if_shared = 4;
+// Four polls per compute phase are enough to hide an incoming message that needs three. An outgoing one may be what
+// another rank waits for: what a pause delays and what polls cost is least at some twenty of them.
+constexpr int pauses_per_phase = 12, pauses_per_phase_if_shared = 4, pauses_per_phase_while_pushing = 24;
 constexpr microseconds longest_pause(4000), longest_pause_if_shared(20000);
 // While the main thread polls, a wake-up is useless and costs 10 µs of the core that polls.
 constexpr microseconds while_waiting(1000);
@@ -154,26 +155,6 @@ bool Progress::send(Endpoint* endpoint, std::size_t slot, const void* data, std:
   return sent({endpoint, slot, Kind::send, bytes}, request);
 }
 
-bool Progress::send(Endpoint* endpoint, std::size_t slot, const std::vector<View>& runs, int peer_rank, int tag) {
-  check_usable();
-  std::vector<int> lengths;
-  std::vector<MPI_Aint> addresses(runs.size());
-  std::size_t bytes = 0;
-  for (std::size_t i = 0; i < runs.size(); ++i) {
-    lengths.push_back(static_cast<int>(runs[i].bytes));
-    MPI_Get_address(runs[i].data, &addresses[i]);
-    bytes += runs[i].bytes;
-  }
-  MPI_Datatype scattered;
-  MPI_Type_create_hindexed(static_cast<int>(runs.size()), lengths.data(), addresses.data(), MPI_BYTE, &scattered);
-  MPI_Type_commit(&scattered);
-  MPI_Request request;
-  const int code = MPI_Isend(MPI_BOTTOM, 1, scattered, peer_rank, tag, comm_, &request);
-  MPI_Type_free(&scattered);  // takes effect when the send completes
-  check(code, "MPI_Isend", rank_, [&] { return endpoint->describe(slot); });
-  return sent({endpoint, slot, Kind::send, bytes}, request);
-}
-
 bool Progress::sent(const Pending& pending, MPI_Request request) {
   // An eager send is complete, and the next poll has one request less to test. A larger one is not tested: MPI might
   // copy incoming messages during the test, which delays compute.
@@ -187,6 +168,9 @@ bool Progress::sent(const Pending& pending, MPI_Request request) {
     }
   }
   post(pending, request);
+  // The other rank may already wait for this message, which takes further calls of this one. (A small message costs
+  // less than waking a thread. Without sleeping_, the thread may miss it, and polls after its pause.)
+  if (pending.bytes > surely_eager && !pushed_.exchange(true)) wake_.notify_one();
   return false;
 }
 
@@ -232,7 +216,9 @@ microseconds Progress::pause(microseconds last, microseconds polled) const {
   const microseconds longest = spare_ ? longest_pause : longest_pause_if_shared;
   // With short phases the main thread polls often enough.
   if (phase < short_phase) return longest_pause;
-  const int pauses = spare_ ? pauses_per_phase : pauses_per_phase_if_shared;
+  const int pauses = pushing_ > 0 ? pauses_per_phase_while_pushing
+                     : spare_     ? pauses_per_phase
+                                  : pauses_per_phase_if_shared;
   return std::min(2 * last, std::clamp(phase / pauses, shortest, longest));
 }
 
@@ -412,8 +398,12 @@ void Progress::run() {
   if (device_ >= 0) cuda::use_device(device_);
   std::unique_lock<std::mutex> awake(sleeping_);
   microseconds sleep = while_idle;
-  // Only close() wakes this thread: waking it at every send would cost the main thread more than the send.
-  while (!wake_.wait_for(awake, sleep, [this] { return closing_; })) {
+  while (true) {
+    const bool woken = wake_.wait_for(awake, sleep, [this] { return closing_ || pushed_; });
+    if (closing_) return;
+    // The main thread, which has just sent, still holds the mutex.
+    if (woken) sleep = while_moving;
+    pushed_ = false;
     if (waiting_ > 0) {
       sleep = while_waiting;
       continue;

@@ -97,8 +97,6 @@ class Progress {
 
   // Posts a request for `endpoint`. Returns true if a send completes at once; completed() is then not called.
   bool send(Endpoint* endpoint, std::size_t slot, const void* data, std::size_t bytes, int peer_rank, int tag);
-  // Sends several runs of bytes as one message, without a copy.
-  bool send(Endpoint* endpoint, std::size_t slot, const std::vector<View>& runs, int peer_rank, int tag);
   void receive(Endpoint* endpoint, std::size_t slot, void* data, std::size_t bytes, int peer_rank, int tag);
 
   // Throws the error of the first MPI call that failed, if any, or CoreError after close().
@@ -190,8 +188,9 @@ class Progress {
   std::vector<Endpoint*> closing_endpoints_;
   std::exception_ptr failure_;
   ProgressStatistics statistics_;
-  std::atomic<int> waiting_{0};  // threads that poll in wait()
-  bool closing_ = false;         // guarded by sleeping_
+  std::atomic<int> waiting_{0};      // threads that poll in wait()
+  std::atomic<bool> pushed_{false};  // a large send was posted since the progress thread woke last
+  bool closing_ = false;             // guarded by sleeping_
   bool closed_ = false;
   bool unread_ = false;  // a message arrived for an endpoint that was destroyed
   RunPosition position_;

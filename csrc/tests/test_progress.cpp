@@ -52,6 +52,24 @@ TEST_CASE("Progress: large messages are sent and received while the main thread 
   barrier(*progress);
 }
 
+// Two tensors of consecutive bytes: one message each, because as one message they would be copied piece by piece.
+TEST_CASE("Progress: each large tensor is a message of its own") {
+  const auto progress = make_progress();
+  const TensorSpec tensor{"the test's bytes", "uint8", 1, {large}};
+  Ring ring(progress, ChannelSpec{0, 0, {tensor, tensor}}, 2);
+  const std::vector<std::byte> first = pattern(1, large), second = pattern(2, large);
+  const std::uint64_t before = progress->statistics().completions;
+  barrier(*progress);
+  ring.out.send(0, {{first.data(), {large}}, {second.data(), {large}}}, soon());
+  const std::size_t slot = ring.in.receive(0, soon()).slot;
+  ring.out.drain(soon());
+  // The barrier; headers and two tensors, sent and received.
+  CHECK(progress->statistics().completions == before + 1 + 2 * 3);
+  CHECK(std::equal(first.begin(), first.end(), ring.in.slot(slot).data));
+  CHECK(std::equal(second.begin(), second.end(), ring.in.slot(slot).data + large));
+  barrier(*progress);
+}
+
 TEST_CASE("Progress: a wait can be interrupted and repeated") {
   struct Interrupt {};
   const auto progress = make_progress();

@@ -119,7 +119,7 @@ class ModelRecipe:
         self._factory, self._start, self._may_free = factory, _GlobalState(), True
         self.checksums: dict[str, int] = {}
         self.loaded: dict[str, torch.Tensor] = {}
-        existing = [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]
+        existing = _all_modules()
         self.model, construction = self._build(())
         _refuse_existing(self.model, existing)
         require_values(self.model)
@@ -206,6 +206,14 @@ def require_values(model: nn.Module) -> None:
                 f"'{place.name}' of the model is on the meta device and has no values: build the model on the CPU, or "
                 "pass a function that builds it there"
             )
+
+
+def _all_modules() -> list[nn.Module]:
+    """Return all modules of this process."""
+    objects = gc.get_objects()
+    # A program has some hundred thousand objects, but few classes.
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, nn.Module)}
+    return [each for each in objects if type(each) in kinds]
 
 
 def _refuse_existing(model: nn.Module, existing: Sequence[nn.Module]) -> None:

@@ -85,12 +85,12 @@ def left_at(trace: Trace) -> list[float]:
 def minibatch_s(trace: Trace) -> float:
     """Return the seconds per minibatch in the steady state.
 
-    This is the median interval between minibatches that leave the pipeline, without as many at either end
-    as there are ranks: start-up, and drain, where backwards have no forwards between them. The R
-    replicas of an input stage may finish together and then all be busy, so the interval is
-    taken over R minibatches. Where minibatches are cut, it is taken over a whole
-    minibatch, which contains one flush. A trace too short for this is taken whole, and one
-    of a single minibatch gives the time that minibatch took.
+    This is the mean interval between minibatches that leave the pipeline, without as many at either end
+    as there are ranks: start-up, and drain, where backwards have no forwards between them. (Not the median: where a
+    stage waits for every other minibatch, that is half of them.) The R replicas of an input stage may finish together
+    and then all be busy, so the interval is taken over R minibatches. Where minibatches are cut, it is taken over a
+    whole minibatch, which contains one flush. A trace too short for this is taken whole, and one of a single minibatch
+    gives the time that minibatch took.
     """
     n_microbatches = trace.n_microbatches
     ends = left_at(trace)
@@ -99,6 +99,6 @@ def minibatch_s(trace: Trace) -> float:
     minibatches = together / n_microbatches
     gaps = [(after - before) / minibatches for before, after in zip(steady, steady[together:], strict=False)]
     if gaps:
-        return statistics.median(gaps)
+        return statistics.fmean(gaps)
     began_s, ended_s = extent(trace)
     return (ended_s - began_s) / max(1.0, trace.total_microbatches / n_microbatches)

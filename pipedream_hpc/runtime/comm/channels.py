@@ -6,7 +6,7 @@
     send activation ───────────────► recv activation     slots: in-flight + 1
     recv gradient   ◄─────────────── send gradient       slots: 2
 
-An edge between two stages carries one tensor or several, which travel as one message. Gradients come back only for
+An edge between two stages carries one tensor or several, which travel together. Gradients come back only for
 tensors that have one. Tensors are in host memory or on a GPU; the Route decides how they reach the network.
 
 A RecvChannel owns a fixed number of slots, allocated once. `receive` returns the tensors in the slot itself; the
