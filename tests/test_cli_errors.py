@@ -216,7 +216,7 @@ OPTIONS = {
 FLAGS = ["--straight", "--fewer", "--json", "--what-if"]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     given_options=st.fixed_dictionaries({"--devices": OPTIONS["--devices"], "--bandwidth": OPTIONS["--bandwidth"]})
     .flatmap(lambda first: st.fixed_dictionaries({}, optional=OPTIONS).map(lambda more: {**first, **more}))

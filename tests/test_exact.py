@@ -223,8 +223,9 @@ def test_no_tensor_of_a_minibatch_is_left_behind() -> None:
     """As many tensors live after ten epochs as after two: no graph, activation or gradient stays."""
     pipeline = pipeline_of(4)
     batches, living = chains.minibatches(5), []
-    for _ in range(10):
-        pipeline.fit(batches)
+    for epochs in (2, 8):
+        for _ in range(epochs):
+            pipeline.fit(batches)
         gc.collect()
         living.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
-    assert living[9] == living[1]
+    assert living[0] == living[1] > 0

@@ -201,7 +201,7 @@ def stages_of(plan: Plan, profile: Profile, topology: Topology) -> tuple[list[St
 # ------------------------------------------------------------------ equality
 
 
-@settings(max_examples=350, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(profile=chains, topology=topologies(), cost=st.sampled_from(NAMES), fewer=st.booleans())
 def test_chains_equal_exhaustive_search(profile: Profile, topology: Topology, cost: str, fewer: bool) -> None:
     plan = solve(profile, topology, Request(cost=cost, fewer=fewer))

@@ -17,7 +17,7 @@ from torch import nn
 from pipedream_hpc import Pipeline, RunConfig
 from pipedream_hpc.runtime.launch import start
 
-LAYERS, WIDTH = 15, 2048  # 16 MiB of weights per layer
+LAYERS, WIDTH = 15, 1536  # 9 MiB of weights per layer
 
 
 def network() -> nn.Sequential:
