@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 
 import pytest
 
 from pipedream_hpc.runtime.execution import garbage
+
+
+@pytest.fixture(autouse=True)
+def unfrozen() -> Iterator[None]:
+    """Thaw what conftest.py has frozen."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
 
 
 class Cycle:

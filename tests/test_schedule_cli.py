@@ -76,9 +76,10 @@ def test_an_interleaved_trace_comes_back_and_is_drawn(simulate: Simulate) -> Non
 def test_a_straggler_and_a_topology(simulate: Simulate) -> None:
     assert "4.5 ms per minibatch" in simulate("--slow", "3=1.5")
     assert "6 ms per minibatch" in simulate("--slow", "3=1.5", "--slow", "0=2")
-    # 250 kB at 25 MB/s take 10 ms, each way; node pairs are joined by one adapter each.
+    # 250 kB at 25 MB/s take 10 ms, each way; node pairs are joined by one adapter each. Minibatches leave after 10 ms,
+    # which the link takes, and 16 ms, in turn: then stage 1 has no other forward until a gradient comes back.
     save(machine((2, 0.0, 1e12), (2, 0.0, 25e6)), "topology.json")
-    assert "10 ms per minibatch" in simulate("--topology", "topology.json", "--minibatches", 40)
+    assert "13 ms per minibatch" in simulate("--topology", "topology.json", "--minibatches", 40)
 
 
 @pytest.mark.parametrize(

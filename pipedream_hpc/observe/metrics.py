@@ -85,17 +85,21 @@ def left_at(trace: Trace) -> list[float]:
 def minibatch_s(trace: Trace) -> float:
     """Return the seconds per minibatch in the steady state.
 
-    This is the mean interval between minibatches that leave the pipeline, without as many at either end
-    as there are ranks: start-up, and drain, where backwards have no forwards between them. (Not the median: where a
-    stage waits for every other minibatch, that is half of them.) The R replicas of an input stage may finish together
-    and then all be busy, so the interval is taken over R minibatches. Where minibatches are cut, it is taken over a
-    whole minibatch, which contains one flush. A trace too short for this is taken whole, and one of a single minibatch
-    gives the time that minibatch took.
+    This is the mean interval between minibatches that leave the pipeline, without a quarter of them at either end, or
+    as many as there are ranks if that is more: start-up, where slow links have not filled yet, and drain, where
+    backwards have no forwards between them. (Not the median: intervals alternate where ranks wait for every other
+    minibatch.) The R replicas of an input stage may finish together and then all be busy, so the interval is taken
+    over R minibatches; where minibatches are cut, over a whole one, which contains one flush; and where there are
+    enough, over a multiple of the number of ranks, in which a pattern repeats itself. A trace too short for this is
+    taken whole, and one of a single minibatch gives the time that minibatch took.
     """
     n_microbatches = trace.n_microbatches
     ends = left_at(trace)
     ranks, together = len(trace.stages_of), math.lcm(len(trace.layout[0]), n_microbatches)
-    steady = ends[ranks:-ranks] if len(ends) > 2 * ranks + together else ends
+    skipped = max(ranks, len(ends) // 4)
+    steady = ends[skipped:-skipped] if len(ends) > 2 * skipped + together else ends
+    repeated = math.lcm(together, ranks)
+    steady = steady[-1 - (len(steady) - 1) // repeated * repeated :] if len(steady) > repeated else steady
     minibatches = together / n_microbatches
     gaps = [(after - before) / minibatches for before, after in zip(steady, steady[together:], strict=False)]
     if gaps:
