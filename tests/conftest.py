@@ -1,6 +1,5 @@
 """One compute thread and no GPU everywhere: sums are then taken in one order, and results compare bit for bit."""
 
-import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -38,17 +37,3 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "teams" if Path(file).stem.removeprefix("test_") in ON_TEAMS else file
 
     return Scheduling(config, log)
-
-
-def pytest_collection_finish() -> None:
-    """Freeze all objects that there are, which Python's collector would visit again and again."""
-    gc.collect()
-    gc.freeze()
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Freeze what the tests of a file have left, such as the models that they share."""
-    if nextitem is None or nextitem.path != item.path:
-        gc.collect()
-        gc.freeze()

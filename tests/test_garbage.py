@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 
 import pytest
 
+from pipedream_hpc.garbage import objects_made
 from pipedream_hpc.runtime.execution import garbage
-
-
-@pytest.fixture(autouse=True)
-def unfrozen() -> Iterator[None]:
-    """Thaw what conftest.py has frozen."""
-    gc.unfreeze()
-    yield
-    gc.freeze()
 
 
 class Cycle:
@@ -60,3 +52,18 @@ def test_cycles_of_users_are_collected_when_due(monkeypatch: pytest.MonkeyPatch)
         assert cycle() is not None
         collector.collect_if_due()
         assert cycle() is None
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_objects_made_are_told_from_those_before(frozen: bool) -> None:
+    before = Cycle()
+    if frozen:
+        gc.freeze()
+    try:
+        with objects_made() as made:
+            during = Cycle()
+        after = Cycle()
+        assert [id(each) in made for each in (before, during, after)] == [False, True, False]
+        assert (gc.get_freeze_count() > 0) == frozen
+    finally:
+        gc.unfreeze()

@@ -23,11 +23,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import gc
 import random
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.garbage import objects_made
 from pipedream_hpc.model.checksum import checksum
 from pipedream_hpc.model.originals import Originals
 from pipedream_hpc.model.placeholder import Placeholder
@@ -119,9 +119,9 @@ class ModelRecipe:
         self._factory, self._start, self._may_free = factory, _GlobalState(), True
         self.checksums: dict[str, int] = {}
         self.loaded: dict[str, torch.Tensor] = {}
-        existing = _all_modules()
-        self.model, construction = self._build(())
-        _refuse_existing(self.model, existing)
+        with objects_made() as made:
+            self.model, construction = self._build(())
+        _refuse_existing(self.model, made)
         require_values(self.model)
         self._start.generators = construction.generators
         tensors = _by_name(self.model)
@@ -208,20 +208,16 @@ def require_values(model: nn.Module) -> None:
             )
 
 
-def _all_modules() -> list[nn.Module]:
-    """Return all modules of this process."""
-    objects = gc.get_objects()
-    # A program has some hundred thousand objects, but few classes.
-    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, nn.Module)}
-    return [each for each in objects if type(each) in kinds]
+def _refuse_existing(model: nn.Module, made: Set[int]) -> None:
+    """Refuse a model with weights in modules that existed before the function was called: they would lose them.
 
-
-def _refuse_existing(model: nn.Module, existing: Sequence[nn.Module]) -> None:
-    """Refuse a model with weights in modules that existed before the function was called: they would lose them."""
-    known = set(map(id, existing))
+    Args:
+        model: what the function returned.
+        made: identities of the objects that it made.
+    """
     for place in tensors_of(model):
-        if id(place.owner) in known:
-            what = "model" if id(model) in known else f"model with '{place.name}', of a module"
+        if id(place.owner) not in made:
+            what = f"model with '{place.name}', of a module" if id(model) in made else "model"
             raise PipedreamError(
                 f"the function given as model returns a {what} that was made before: pass the model itself, or make "
                 "all of it in the function"
