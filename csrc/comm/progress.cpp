@@ -42,6 +42,9 @@ constexpr microseconds while_waiting(1000);
 // Messages up to this size are eager in every MPI, on shared memory and on any network: the send completes at once.
 constexpr std::size_t surely_eager = 2048;
 
+// Above this size a message takes longer than waking a thread, which costs microseconds.
+constexpr std::size_t worth_waking = 64 * 1024;
+
 using Clock = Progress::Clock;
 
 double seconds_since(Clock::time_point began) { return std::chrono::duration<double>(Clock::now() - began).count(); }
@@ -168,9 +171,9 @@ bool Progress::sent(const Pending& pending, MPI_Request request) {
     }
   }
   post(pending, request);
-  // The other rank may already wait for this message, which takes further calls of this one. (A small message costs
-  // less than waking a thread. Without sleeping_, the thread may miss it, and polls after its pause.)
-  if (pending.bytes > surely_eager && !pushed_.exchange(true)) wake_.notify_one();
+  // The other rank may already wait for this message, which takes further calls of this one. (Without sleeping_ locked,
+  // the thread may miss the wake-up; then it polls after its pause.)
+  if (pending.bytes > worth_waking && !pushed_.exchange(true)) wake_.notify_one();
   return false;
 }
 
