@@ -16,11 +16,14 @@ import pytest
 import ranks
 import torch
 import training
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from training import Training, assert_bitwise
 
 from pipedream_hpc import Pipeline, ScheduleConfig, TrainConfig
 from pipedream_hpc.errors import PipedreamError
+from pipedream_hpc.runtime.state import checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -177,8 +180,128 @@ def test_a_checkpoint_of_another_seed_precision_or_optimizer_is_refused(tmp_path
 def test_a_checkpoint_of_an_older_format_is_refused(tmp_path: Path) -> None:
     trained(pipeline(), 1, tmp_path)
     rewritten("version", 1)(tmp_path / "epoch-00001")
-    with pytest.raises(PipedreamError, match=r"manifest\.json has format version 1, .* reads version 2: resume with"):
+    with pytest.raises(PipedreamError, match=r"manifest\.json has format version 1, .* reads version 3: resume with"):
         pipeline().resume(tmp_path)
+
+
+Scheduler = Callable[[torch.optim.Optimizer], Any]
+SCHEDULES = torch.optim.lr_scheduler
+
+
+def in_sequence(optimizer: torch.optim.Optimizer) -> Any:
+    first, then = SCHEDULES.LinearLR(optimizer, total_iters=6), SCHEDULES.MultiStepLR(optimizer, [3, 9, 15], 0.5)
+    return SCHEDULES.SequentialLR(optimizer, [first, then], milestones=[5])
+
+
+def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+    return SCHEDULES.OneCycleLR(optimizer, max_lr=0.1, total_steps=40)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [partial(SCHEDULES.MultiStepLR, milestones=[5, 10, 17], gamma=0.3), in_sequence, one_cycle,
+     partial(SCHEDULES.CosineAnnealingWarmRestarts, T_0=5)],
+    ids=["MultiStepLR", "SequentialLR", "OneCycleLR", "CosineAnnealingWarmRestarts"],
+)  # fmt: skip
+def test_schedulers_go_on_where_they_stopped(scheduler: Scheduler, tmp_path: Path) -> None:
+    """The rates, and so the weights, are those of a plain loop that never stops."""
+
+    def held() -> Pipeline:
+        return Pipeline(
+            chains.plain_model(), loss_fn=nn.CrossEntropyLoss(), optimizer=chains.OPTIMIZERS["sgd"], plan=2,
+            example_inputs=chains.example(), schedule=ScheduleConfig("1f1b-flush"),
+            train_config=TrainConfig(lr_scheduler=scheduler),
+        )  # fmt: skip
+
+    plain = chains.plain_model()
+    optimizer = chains.OPTIMIZERS["sgd"](plain.parameters())
+    steps = scheduler(optimizer)
+    for _ in range(3):
+        for inputs, target in chains.minibatches(7):
+            optimizer.zero_grad()
+            nn.CrossEntropyLoss()(plain(inputs), target).backward()
+            optimizer.step()
+            steps.step()
+    for epoch in range(3):
+        pipeline = held()
+        assert pipeline.resume(tmp_path) == epoch
+        pipeline.fit(chains.minibatches(7))
+        pipeline.save_checkpoint(tmp_path)
+    assert_bitwise(pipeline.state_dict(), plain.state_dict())
+
+
+def test_optimizers_with_tensors_as_rates_go_on(tmp_path: Path) -> None:
+    def held() -> Pipeline:
+        return Pipeline(
+            chains.plain_model(), loss_fn=nn.CrossEntropyLoss(), plan=2, example_inputs=chains.example(),
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=torch.tensor(0.01), amsgrad=True),
+        )  # fmt: skip
+
+    uninterrupted, first, second = held(), held(), held()
+    expected = trained(uninterrupted, 3)
+    assert trained(first, 2, tmp_path) == expected[:2]
+    assert second.resume(tmp_path) == 2
+    assert trained(second, 1) == expected[2:]
+    assert_bitwise(second.state_dict(), uninterrupted.state_dict())
+
+
+def test_state_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Rate(SCHEDULES.LRScheduler):
+        def get_lr(self) -> Any:
+            return [group["lr"] for group in self.optimizer.param_groups]
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"path": Path("rates")}
+
+    held = pipeline()
+    for worker in held.stages:
+        worker.optimizer.lr_scheduler = Rate(worker.stash.optimizer)
+    with pytest.raises(
+        PipedreamError, match=r"scheduler or a .* of stage 0 holds an object of pathlib\.PosixPath"
+    ):
+        held.save_checkpoint(tmp_path)
+
+
+def forged(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors of stage 1, and make its checksum right again."""
+    path = folder / "epoch-00001" / "stage-1.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors)
+    save_file(tensors, path, {**metadata, "checksum": str(checkpoint._checksum(tensors))})
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "words"),
+    [
+        (
+            "model.6.weight",
+            (9, 16),
+            torch.float32,
+            r"'6\.weight' has shape \(9, 16\) .* this model's has shape \(5, 16\)",
+        ),
+        ("model.6.weight", (1, 16), torch.float32, r"'6\.weight' has shape \(1, 16\)"),
+        ("model.6.weight", (5, 16), torch.float64, r"dtype float64, but this model's has .* and dtype float32"),
+        (
+            "optimizer.6.weight.exp_avg",
+            (1,),
+            torch.float32,
+            r"optimizer's exp_avg of '6\.weight' has shape \(1,\), but",
+        ),
+    ],
+)
+def test_tensors_of_other_shapes_are_refused_before_anything_is_copied(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, words: str, tmp_path: Path
+) -> None:
+    """Also with a valid checksum: copies would broadcast, and a fused step would read beyond the end."""
+    trained(pipeline("1-1", model="plain"), 1, tmp_path)
+    forged(tmp_path, lambda tensors: tensors.update({name: torch.zeros(shape, dtype=dtype)}))
+    second = pipeline("1-1", model="plain")
+    before = second.state_dict()
+    with pytest.raises(PipedreamError, match=rf"stage-1\.safetensors: does not fit stage 1: .*{words}"):
+        second.resume(tmp_path)
+    last = {key: value for key, value in second.state_dict().items() if key.startswith("6.")}
+    assert_bitwise(last, {key: before[key] for key in last})
 
 
 def test_frozen_weights_are_restored_in_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,9 @@ for the same epoch are never taken for one checkpoint.
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import re
 import shutil
 import zlib
@@ -35,6 +37,7 @@ from pipedream_hpc.errors import PipedreamError
 from pipedream_hpc.files import STRICT, atomic_write, load, make_folder, save
 from pipedream_hpc.model.checksum import checksum
 from pipedream_hpc.runtime.state.full_state_dict import extra_states
+from pipedream_hpc.runtime.weights.fused import LIKE_WEIGHTS
 from pipedream_hpc.runtime.weights.stage_state import StageState
 
 
@@ -52,7 +55,7 @@ class Manifest:
 
     __pydantic_config__ = STRICT
     FORMAT: ClassVar[str] = "pipedream-checkpoint"
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
 
     epoch: Annotated[int, Ge(0)]
     n_microbatches: Annotated[int, Ge(0)]
@@ -66,6 +69,9 @@ class _IncompleteError(PipedreamError):
 
 
 _MANIFEST = "manifest.json"
+
+#: The tensor in a stage's file that holds what is no tensor.
+_VALUES = "values"
 
 
 @dataclass(frozen=True)
@@ -115,8 +121,8 @@ class Checkpoints:
         """Write the file of one stage."""
         tensors, values = stage_contents(stage)
         tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        text = json.dumps(values)
-        metadata = {"launch": self._launch, "values": text, "checksum": str(_checksum(tensors, text))}
+        tensors[_VALUES] = _packed(values, stage.index)
+        metadata = {"launch": self._launch, "checksum": str(_checksum(tensors))}
         with atomic_write(self._folder_of(position) / _file_name(stage.index)) as file:
             file.write(serialize(tensors, metadata))
 
@@ -153,9 +159,8 @@ class Checkpoints:
         path = self._folder_of(position) / _file_name(stage.index)
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            values = json.loads(file.metadata()["values"])
         try:
-            restore_stage(stage, tensors, values)
+            restore_stage(stage, tensors, _unpacked(tensors.pop(_VALUES)))
         except (PipedreamError, KeyError, ValueError, RuntimeError) as error:
             raise PipedreamError(
                 f"{path}: does not fit stage {stage.index}: {error}: use the model and the optimizer of the run that "
@@ -224,7 +229,7 @@ class Checkpoints:
             raise _IncompleteError(f"{path}: is missing") from None
         except (SafetensorError, OSError) as error:
             raise _IncompleteError(f"{path}: is damaged: {error}") from None
-        if metadata.get("checksum") != str(_checksum(tensors, metadata.get("values", ""))):
+        if metadata.get("checksum") != str(_checksum(tensors)):
             raise _IncompleteError(f"{path}: is damaged: its checksum is wrong")
         if metadata.get("launch") != launch:
             raise _IncompleteError(f"{path}: was written by another launch than its manifest")
@@ -247,8 +252,36 @@ def _file_name(stage: int) -> str:
     return f"stage-{stage}.safetensors"
 
 
-def _checksum(tensors: Mapping[str, torch.Tensor], values: str) -> int:
-    total = zlib.crc32(values.encode())
+def _packed(values: Mapping[str, Any], stage: int) -> torch.Tensor:
+    """Return values as bytes that torch.load reads without running code.
+
+    They are not JSON, which has no integer keys, tuples or tensors, as schedulers and optimizers have.
+
+    Raises:
+        PipedreamError: they hold an object that would run code.
+    """
+    file = io.BytesIO()
+    what = f"the state of the optimizer, the learning-rate scheduler or a module's get_extra_state of stage {stage}"
+    try:
+        torch.save(dict(values), file)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise PipedreamError(f"{what} cannot be saved: {error}") from None
+    file.seek(0)
+    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(file):
+        raise PipedreamError(
+            f"{what} holds an object of {unsafe[0]}, which cannot be saved: let it hold numbers, texts, tensors, "
+            "lists, tuples and dicts"
+        )
+    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+
+
+def _unpacked(packed: torch.Tensor) -> dict[str, Any]:
+    values: dict[str, Any] = torch.load(io.BytesIO(packed.numpy().tobytes()), weights_only=True)
+    return values
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> int:
+    total = 0
     for name in sorted(tensors):
         tensor = tensors[name]
         total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
@@ -257,11 +290,7 @@ def _checksum(tensors: Mapping[str, torch.Tensor], values: str) -> int:
 
 
 def stage_contents(stage: StageState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the state of a stage: tensors by name, and values that JSON can hold.
-
-    Raises:
-        PipedreamError: the optimizer or learning-rate scheduler has state that JSON cannot hold.
-    """
+    """Return the state of a stage: tensors by name, and other values."""
     stage.stash.use_newest()
     tensors = {f"model.{name}": value.to("cpu", copy=True) for name, value in stage.module.state_dict().items()}
     values: dict[str, Any] = {
@@ -283,13 +312,6 @@ def stage_contents(stage: StageState) -> tuple[dict[str, torch.Tensor], dict[str
         values["optimizer"] = {"type": _type_name(optimizer), "groups": state["param_groups"], "state": plain}
     if stage.optimizer.lr_scheduler is not None:
         values["lr_scheduler"] = stage.optimizer.lr_scheduler.state_dict()
-    try:
-        json.dumps(values)
-    except TypeError as error:
-        raise PipedreamError(
-            f"the state of the optimizer, the learning-rate scheduler or a module's get_extra_state of stage "
-            f"{stage.index} cannot be saved: {error}"
-        ) from None
     return tensors, values
 
 
@@ -305,6 +327,7 @@ def restore_stage(stage: StageState, tensors: Mapping[str, torch.Tensor], values
         raise ValueError(f"it was trained with {saved_type}, not {_type_name(optimizer)}")
     stage.stash.use_newest()
     saved = {name: tensors[f"model.{name}"] for name in stage.module.state_dict()}
+    _compare(stage, saved, tensors)
     stage.stash.load_state(saved)
     parameters = {name for name, _ in stage.module.named_parameters(remove_duplicate=False)}
     with torch.no_grad():
@@ -322,11 +345,39 @@ def restore_stage(stage: StageState, tensors: Mapping[str, torch.Tensor], values
             entries.update(saved_optimizer["state"].get(name, {}))
             if entries:
                 state[index] = entries
-        groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in saved_optimizer["groups"]]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        optimizer.load_state_dict({"state": state, "param_groups": saved_optimizer["groups"]})
     if stage.optimizer.lr_scheduler is not None:
         stage.optimizer.lr_scheduler.load_state_dict(dict(values["lr_scheduler"]))
     stage.optimizer.load_loss_scale_state(values["loss_scale"])
+
+
+def _compare(stage: StageState, saved: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Compare shapes and dtypes before anything is copied: copies broadcast, and a fused step reads beyond the end.
+
+    Args:
+        stage: what is to be restored.
+        saved: weights and buffers by name.
+        tensors: all tensors of the file.
+
+    Raises:
+        PipedreamError: one differs.
+    """
+    own = stage.module.state_dict()
+    weights = {f"optimizer.{name}.": own[name].shape for name in stage.stash.optimizer_names}
+    pairs = [(f"'{name}'", _text(saved[name].shape, saved[name].dtype), _text(each.shape, each.dtype))
+             for name, each in own.items()]  # fmt: skip
+    for key, tensor in tensors.items():
+        prefix, _, entry = key.rpartition(".")
+        if entry in LIKE_WEIGHTS and (shape := weights.get(f"{prefix}.")) is not None:
+            pairs.append((f"the optimizer's {entry} of '{prefix.removeprefix('optimizer.')}'",
+                          _text(tensor.shape), _text(shape)))  # fmt: skip
+    for what, found, expected in pairs:
+        if found != expected:
+            raise PipedreamError(f"{what} has {found}, but this model's has {expected}")
+
+
+def _text(shape: torch.Size, dtype: torch.dtype | None = None) -> str:
+    return f"shape {tuple(shape)}" + ("" if dtype is None else f" and dtype {str(dtype).removeprefix('torch.')}")
 
 
 def _type_name(optimizer: torch.optim.Optimizer) -> str:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from pipedream_hpc._weights import Adam, Sgd
 
 _Group = dict[str, Any]
+#: State of the shape of its weight, which the core reads by address.
+LIKE_WEIGHTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "master"})
 _ONE = torch.tensor(1.0)  # a tensor is added in half the time that a number takes
 
 
