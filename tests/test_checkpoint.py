@@ -256,9 +256,7 @@ def test_state_that_would_run_code_is_refused(tmp_path: Path) -> None:
     held = pipeline()
     for worker in held.stages:
         worker.optimizer.lr_scheduler = Rate(worker.stash.optimizer)
-    with pytest.raises(
-        PipedreamError, match=r"scheduler or a .* of stage 0 holds an object of pathlib\.PosixPath"
-    ):
+    with pytest.raises(PipedreamError, match=r"scheduler or a .* of stage 0 holds an object of pathlib\.PosixPath"):
         held.save_checkpoint(tmp_path)
 
 
