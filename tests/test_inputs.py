@@ -199,3 +199,64 @@ def test_a_loader_without_a_minibatch_is_refused() -> None:
                 with pytest.raises(PipedreamError, match=rf"the loader \({kind}\) has no minibatch: .* drop_last=True"):
                     run(loader)
             pipeline.fit(DataLoader(few, 3))
+
+
+class Options(nn.Module):
+    """Takes a number, a flag and the name of a task beside its samples, and uses each in other layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 16)
+        self.tasks = nn.ModuleDict({"p": nn.Linear(16, 3), "q": nn.Linear(16, 3)})
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0, flip: bool = False, task: str = "p") -> Any:
+        hidden = self.b(self.a(x).tanh() * scale)
+        return self.tasks[task](hidden * (-1 if flip else 1) / (1 + scale))
+
+
+def with_options(**of_minibatch: list[Any]) -> list[Any]:
+    draw = torch.Generator().manual_seed(3)
+    return [
+        (
+            {"x": torch.randn(8, 6, generator=draw), **{name: each[index] for name, each in of_minibatch.items()}},
+            torch.randint(0, 3, (8,), generator=draw),
+        )
+        for index in range(4)
+    ]
+
+
+@pytest.mark.parametrize("n_microbatches", [1, 2])
+@pytest.mark.parametrize("plan", [1, 2, 3])
+@pytest.mark.parametrize(
+    "options", [{"scale": [1.0, 2.0, 0.5, 4.0]}, {"scale": [1, 0, 2, 2], "flip": [False, True, True, False]}]
+)
+def test_numbers_of_a_minibatch_are_its_own(options: dict[str, list[Any]], plan: int, n_microbatches: int) -> None:
+    """In every stage, and not those of the example."""
+    batches, model, reference = with_options(**options), Options(), Options()
+    steps = SGD(reference.parameters())
+    with Pipeline(
+        model, loss_fn=nn.CrossEntropyLoss(), optimizer=SGD, example_inputs=batches[0][0],
+        plan=plan, schedule=ScheduleConfig("1f1b-flush", n_microbatches),
+    ) as pipeline:  # fmt: skip
+        pipeline.fit(batches)
+        scores = pipeline.evaluate(batches[1:])
+        for inputs, target in batches:
+            steps.zero_grad()
+            functional.cross_entropy(reference(**inputs), target).backward()
+            steps.step()
+        for name, value in pipeline.state_dict().items():
+            torch.testing.assert_close(value, reference.state_dict()[name], rtol=1e-6, atol=1e-6 * (n_microbatches > 1))
+        with torch.no_grad():
+            losses = [float(functional.cross_entropy(reference(**inputs), target)) for inputs, target in batches[1:]]
+    assert scores["loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("plan", [2, 4])
+def test_a_text_of_a_minibatch_that_leads_to_other_modules_is_refused(plan: int) -> None:
+    batches = with_options(task=["p", "p", "q", "p"])
+    pipeline = Pipeline(
+        Options(), loss_fn=nn.CrossEntropyLoss(), optimizer=SGD, example_inputs=batches[0][0], plan=plan
+    )  # fmt: skip
+    with pytest.raises(PipedreamError, match="took another path"):
+        pipeline.fit(batches)

@@ -33,6 +33,42 @@ def test_weights_frozen_between_epochs(plan: int, frozen: set[int]) -> None:
         assert all(torch.equal(pipeline.state_dict()[name], value) for name, value in expected.items()), epoch
 
 
+@pytest.mark.parametrize("plan", [1, 2, "2-1"])
+def test_optimizer_groups_by_identity(plan: Any) -> None:
+    """Within the function, the model's parameters are those that it is given."""
+    batches, model, reference = minibatches(), chain(), chain()
+
+    def groups(of: nn.Module, parameters: Any) -> torch.optim.Optimizer:
+        parameters, head = list(parameters), {id(each) for each in of[-1].parameters()}
+        split = [[each for each in parameters if (id(each) in head) == inside] for inside in (True, False)]
+        return torch.optim.SGD([{"params": split[0], "lr": 0.5}, {"params": split[1]}], lr=0.1)
+
+    pipeline = pipeline_of(model, plan, batches, optimizer=partial(groups, model))
+    pipeline.fit(batches[:4])
+    if plan == "2-1":
+        assert [group["lr"] for group in pipeline.stages[-1].stash.optimizer.param_groups if group["params"]] == [0.5]
+        return
+    steps = groups(reference, reference.parameters())
+    for x, y in batches[:4]:
+        steps.zero_grad()
+        LOSS(reference(x), y).backward()
+        steps.step()
+    assert all(torch.equal(value, reference.state_dict()[name]) for name, value in pipeline.state_dict().items())
+
+
+def test_a_group_that_is_empty_in_every_stage_is_warned_of() -> None:
+    model = chain()
+    head = set(model[-1].parameters())
+
+    def groups(parameters: Any) -> torch.optim.Optimizer:
+        parameters = list(parameters)
+        split = [[each for each in parameters if (each in head) == inside] for inside in (True, False)]
+        return torch.optim.SGD([{"params": split[0], "lr": 0.5}, {"params": split[1]}], lr=0.1)
+
+    with pytest.warns(UserWarning, match="group 0 of the optimizer is empty in every stage: .* choose them by qual"):
+        pipeline_of(model, 2, minibatches(), optimizer=groups)
+
+
 def test_optimizer_groups_by_attribute() -> None:
     def build() -> nn.Module:
         model = chain()

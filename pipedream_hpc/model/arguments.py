@@ -43,6 +43,10 @@ class Arguments:
         """Return the tensors among them."""
         return _tensors((self.args, self.kwargs))
 
+    def has_values(self) -> bool:
+        """Return whether there are others than tensors and None, such as numbers, which may differ by minibatch."""
+        return any(not isinstance(leaf, torch.Tensor | None) for leaf in tree_leaves((self.args, self.kwargs)))
+
     def exceeds(self, other: Arguments) -> bool:
         """Return whether a tensor is larger than the other's, in any dimension."""
         limits = other.named()

@@ -98,7 +98,8 @@ class StageModule:
         self._nothing = map_tensors(
             lambda _: Placeholder.make(INPUT), (self._graph.inputs.args, self._graph.inputs.kwargs)
         )
-        self.reads_inputs = self._needs_inputs()
+        # A number or a text of the minibatch may decide or scale anything anywhere.
+        self.reads_inputs = self._graph.inputs.has_values() or self._needs_inputs()
         self._outside: dict[str, nn.Module] = {}  # modules that change more than what they hold, and those in them
         self.state = self._find_state()
         self.runs_modules_in_backward = any(

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import platform
 import uuid
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from pipedream_hpc.model.checksum import checksum
 from pipedream_hpc.model.graph import LayerGraph
 from pipedream_hpc.runtime.comm.handshake import exchange, require_equal
 from pipedream_hpc.runtime.launch.deployment import Deployment
+from pipedream_hpc.runtime.weights.stash import WeightStash
 from pipedream_hpc.version import VERSION
 
 _MODEL = "random numbers that the model is made of"
@@ -97,3 +99,27 @@ def check_checkpoints(world: World, positions: Sequence[tuple[int, int]], *, lim
                 f"ranks see different checkpoints: epochs {first} on rank 0, {other} on rank {rank}: give a "
                 "folder that all ranks see, with its full path"
             )
+
+
+def warn_of_empty_groups(world: World, stashes: Iterable[WeightStash], *, limit_s: float) -> None:
+    """Warn of a parameter group that is empty in every stage, as where parameters were chosen by identity. Collective.
+
+    Args:
+        world: all ranks.
+        stashes: those of this rank.
+        limit_s: seconds that a rank waits for another.
+    """
+    optimizers = [each.optimizer for each in stashes if each.optimizer is not None]
+    own = [[len(group["params"]) for group in each.param_groups] for each in optimizers]
+    answers = exchange(world, {"groups": own}, limit_s=limit_s)
+    sizes = [each for answer in answers for each in answer["groups"]]
+    if not world.is_root or len({len(each) for each in sizes}) != 1:  # factories may leave empty groups out
+        return
+    empty = [number for number, of_stages in enumerate(zip(*sizes, strict=True)) if not any(of_stages)]
+    if empty:
+        warnings.warn(
+            f"parameter group {empty[0]} of the optimizer is empty in every stage: the parameters that optimizer is "
+            "given are other objects than those that the model had before the pipeline was made; choose them by "
+            "qualified_name, or by identity within that function",
+            stacklevel=2,
+        )

@@ -48,7 +48,7 @@ from pipedream_hpc.runtime.launch.build import TrainSetup, build_running_stats, 
 from pipedream_hpc.runtime.launch.check_model import StageChecks, check_whole, why_not_whole
 from pipedream_hpc.runtime.launch.deployment import Deployment, deploy
 from pipedream_hpc.runtime.launch.evaluation import EvaluationChannels
-from pipedream_hpc.runtime.launch.preflight import check_devices, check_launch
+from pipedream_hpc.runtime.launch.preflight import check_devices, check_launch, warn_of_empty_groups
 from pipedream_hpc.runtime.launch.run_plan import RunSchedule, plan_as_run, run_schedule
 from pipedream_hpc.runtime.launch.same_program import measure_orders, set_orders
 from pipedream_hpc.runtime.launch.wiring import Wiring, local_wiring, mpi_wiring
@@ -246,6 +246,7 @@ def start(
     if own.torch.type == "cpu":
         keep_freed_memory()
     stages = [stage for worker in workers for stage in worker.stages.values()]
+    warn_of_empty_groups(world, [stage.stash for stage in stages], limit_s=limit_s)
     running_stats = build_running_stats(stages, training.layout, wiring)
     passes = PassRunner(
         world,

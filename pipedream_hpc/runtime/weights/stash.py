@@ -138,7 +138,17 @@ class WeightStash:
             hooks = getattr(originals[self._slots[index].name], "_post_accumulate_grad_hooks", None)
             if hooks:
                 self._on_accumulated[position] = list(hooks.values())
-        self.optimizer = _create_optimizer(optimizer, self._cursors, stage) if self._cursors else None
+        self.optimizer: torch.optim.Optimizer | None = None
+        if self._cursors:
+            # A factory may group them by identity: meanwhile the user's modules hold the objects that it is given.
+            for index, cursor in zip(self._trained, self._cursors, strict=True):
+                for container, key in self._slots[index].entries:
+                    container[key] = cursor
+            try:
+                self.optimizer = _create_optimizer(optimizer, self._cursors, stage)
+            finally:
+                self._bound[0] = None
+                self._bind(self._pool.newest_slab)
         # Checked now, and not before the first step, since a checkpoint may be loaded before it.
         self._fused_step([])
 
