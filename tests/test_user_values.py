@@ -477,3 +477,38 @@ class DrawsInEvaluation(Net):
 def test_microbatches_of_a_model_that_draws_in_evaluation() -> None:
     with pytest.raises(PipedreamError, match=r"differs .* as it draws random numbers in evaluation mode: let it"):
         cut(DrawsInEvaluation(), minibatches())
+
+
+class Packed(nn.Module):
+    """Packs sequences of several lengths in its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Linear(6, 8), nn.Linear(16, 3)
+        self.lstm = nn.LSTM(8, 8, bidirectional=True, batch_first=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> Any:
+        rnn = nn.utils.rnn
+        packed = rnn.pack_padded_sequence(self.embed(x), lengths, batch_first=True, enforce_sorted=False)
+        hidden, _ = rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=x.size(1))
+        return self.head(hidden.tanh()).mean(1)
+
+
+@pytest.mark.parametrize("plan", [2, 3])
+def test_packed_sequences(plan: int) -> None:
+    draw = torch.Generator().manual_seed(7)
+    batches = [
+        ((torch.randn(8, 5, 6, generator=draw), torch.randint(shortest, 6, (8,), generator=draw)), y)
+        for shortest, (_, y) in zip((5, 1, 1, 2, 1), minibatches(), strict=True)
+    ]
+    model, reference = Packed(), Packed()
+    pipeline = pipeline_of(model, plan, batches)
+    pipeline.fit(batches)
+    steps = SGD(reference.parameters())
+    for inputs, y in batches:
+        steps.zero_grad()
+        LOSS(reference(*inputs), y).backward()
+        steps.step()
+    expected = reference.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in pipeline.state_dict().items())

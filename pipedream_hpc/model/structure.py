@@ -162,8 +162,8 @@ def _map(
         return kind(new.values())
     if hasattr(value, "n_sequence_fields"):  # what torch.max returns
         return kind(tuple(new.values()))
-    if isinstance(value, tuple):  # a named tuple
-        return kind(*new.values())
+    if isinstance(value, tuple):  # a named tuple; not by its own __new__, which may look at what it is given
+        return tuple.__new__(kind, new.values())
     rebuilt = copy.copy(value)
     for key, item in new.items():
         if isinstance(value, Mapping | list):
