@@ -100,7 +100,17 @@ def test_a_loss_that_reads_what_a_hook_kept_is_right_or_refused(plan: int, detac
 
 @pytest.mark.parametrize("plan", [1, 2])
 def test_an_optimizer_of_other_parameters_is_refused(plan: int) -> None:
+    """Those of all stages are others than those of one."""
     other, model = chain(), chain()
-    for of in (other, model):
+    before = list(model.parameters())
+    for of in (other.parameters, before.copy, *([model.parameters] if plan > 1 else [])):
         with pytest.raises(PipedreamError, match=r"returned a SGD of other parameters than the \d of this stage"):
-            pipeline_of(model, plan, minibatches(), optimizer=lambda _, of=of: SGD(of.parameters()))
+            pipeline_of(model, plan, minibatches(), optimizer=lambda _, of=of: SGD(of()))
+
+
+def test_an_optimizer_of_the_models_parameters_is_that_of_its_only_stage() -> None:
+    model, batches = chain(), minibatches()
+    pipeline = pipeline_of(model, 1, batches, optimizer=lambda _: SGD(model.parameters()))
+    pipeline.fit(batches)
+    expected = plain(chain(), batches, LOSS)
+    assert all(torch.equal(pipeline.state_dict()[name], value) for name, value in expected.items())

@@ -228,9 +228,10 @@ def test_parameters_carry_the_attributes_and_names_of_the_users_own() -> None:
 
 def test_a_factory_that_ignores_its_argument_is_refused() -> None:
     module = nn.Linear(3, 2)
+    before = list(module.parameters())
     words = r"returned a SGD of other parameters than the 2 of this stage .* functools\.partial\(torch\.optim\.SGD, lr"
     with pytest.raises(PipedreamError, match=words):
-        WeightStash(module, 2, lambda given: torch.optim.SGD(module.parameters(), lr=0.1))
+        WeightStash(module, 2, lambda given: torch.optim.SGD(before, lr=0.1))
     with pytest.raises(PipedreamError, match=words):
         WeightStash(module, 2, lambda given: torch.optim.SGD([*given, nn.Parameter(torch.zeros(1))], lr=0.1))
 
