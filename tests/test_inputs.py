@@ -260,3 +260,28 @@ def test_a_text_of_a_minibatch_that_leads_to_other_modules_is_refused(plan: int)
     )  # fmt: skip
     with pytest.raises(PipedreamError, match="took another path"):
         pipeline.fit(batches)
+
+
+class Tasks(nn.Module):
+    """Nothing but modules: no function tells one path from another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.tasks = nn.ModuleDict({"p": nn.Linear(8, 3), "q": nn.Linear(8, 3)})
+
+    def forward(self, x: torch.Tensor, task: str) -> Any:
+        return self.tasks[task](self.trunk(x))
+
+
+@pytest.mark.parametrize("plan", [2, 3])
+def test_modules_that_the_example_does_not_reach_are_refused_when_they_are_reached(plan: int) -> None:
+    """Their weights are in no stage, and would not be trained."""
+    batches = with_options(task=["p", "p", "q", "p"])
+    pipeline = Pipeline(
+        Tasks(), loss_fn=nn.CrossEntropyLoss(), optimizer=SGD, example_inputs=batches[0][0], plan=plan
+    )  # fmt: skip
+    pipeline.fit(batches[:2])
+    with pytest.raises(PipedreamError, match=r"another path .* called module 'tasks\.q' where 'tasks\.p' had been"):
+        pipeline.fit(batches[2:])

@@ -398,7 +398,10 @@ class StageModule:
         )
         called = [step.module for step in steps if step.module is not None]
         containers = [module for module in graph.module.modules() if id(module) in opened]
-        graph.on_close.append(watch_modules([*called, *containers]))
+        # Those that example_inputs does not reach, too: if a minibatch reaches one, its weights are in no stage.
+        known = opened | {id(inner) for each in called for inner in each.modules()}
+        others = [module for module in graph.module.modules() if id(module) not in known]
+        graph.on_close.append(watch_modules([*called, *containers, *others]))
         self._steps += steps
         self._opened |= opened
         return StageForward(
