@@ -302,6 +302,18 @@ def test_tensors_of_other_shapes_are_refused_before_anything_is_copied(
     assert_bitwise(last, {key: before[key] for key in last})
 
 
+@pytest.mark.parametrize(
+    "values", [b"", b"no archive of torch.save", pickle.dumps({}), pickle.dumps(Path("x"))], ids=str
+)
+def test_values_that_torch_cannot_read_are_refused(values: bytes, tmp_path: Path) -> None:
+    """Also with a valid checksum; no code of theirs runs."""
+    trained(pipeline("1-1", model="plain"), 1, tmp_path)
+    bytes_of = torch.tensor(list(values), dtype=torch.uint8)
+    forged(tmp_path, lambda tensors: tensors.update({"values": bytes_of}))
+    with pytest.raises(PipedreamError, match=r"stage-1\.safetensors: does not fit stage 1: .*: use the model and"):
+        pipeline("1-1", model="plain").resume(tmp_path)
+
+
 def test_frozen_weights_are_restored_in_every_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The resumed model is built with other frozen weights; each of its slabs gets those of the run."""
 

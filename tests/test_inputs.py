@@ -226,6 +226,13 @@ def with_options(**of_minibatch: list[Any]) -> list[Any]:
     ]
 
 
+def pipeline_with_options(model: nn.Module, batches: list[Any], plan: int, n_microbatches: int = 1) -> Pipeline:
+    return Pipeline(
+        model, loss_fn=nn.CrossEntropyLoss(), optimizer=SGD, example_inputs=batches[0][0], plan=plan,
+        schedule=ScheduleConfig("1f1b-flush", n_microbatches),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("n_microbatches", [1, 2])
 @pytest.mark.parametrize("plan", [1, 2, 3])
 @pytest.mark.parametrize(
@@ -235,10 +242,7 @@ def test_numbers_of_a_minibatch_are_its_own(options: dict[str, list[Any]], plan:
     """In every stage, and not those of the example."""
     batches, model, reference = with_options(**options), Options(), Options()
     steps = SGD(reference.parameters())
-    with Pipeline(
-        model, loss_fn=nn.CrossEntropyLoss(), optimizer=SGD, example_inputs=batches[0][0],
-        plan=plan, schedule=ScheduleConfig("1f1b-flush", n_microbatches),
-    ) as pipeline:  # fmt: skip
+    with pipeline_with_options(model, batches, plan, n_microbatches) as pipeline:
         pipeline.fit(batches)
         scores = pipeline.evaluate(batches[1:])
         for inputs, target in batches:
@@ -255,9 +259,7 @@ def test_numbers_of_a_minibatch_are_its_own(options: dict[str, list[Any]], plan:
 @pytest.mark.parametrize("plan", [2, 4])
 def test_a_text_of_a_minibatch_that_leads_to_other_modules_is_refused(plan: int) -> None:
     batches = with_options(task=["p", "p", "q", "p"])
-    pipeline = Pipeline(
-        Options(), loss_fn=nn.CrossEntropyLoss(), optimizer=SGD, example_inputs=batches[0][0], plan=plan
-    )  # fmt: skip
+    pipeline = pipeline_with_options(Options(), batches, plan)
     with pytest.raises(PipedreamError, match="took another path"):
         pipeline.fit(batches)
 
@@ -279,9 +281,7 @@ class Tasks(nn.Module):
 def test_modules_that_the_example_does_not_reach_are_refused_when_they_are_reached(plan: int) -> None:
     """Their weights are in no stage, and would not be trained."""
     batches = with_options(task=["p", "p", "q", "p"])
-    pipeline = Pipeline(
-        Tasks(), loss_fn=nn.CrossEntropyLoss(), optimizer=SGD, example_inputs=batches[0][0], plan=plan
-    )  # fmt: skip
+    pipeline = pipeline_with_options(Tasks(), batches, plan)
     pipeline.fit(batches[:2])
     with pytest.raises(PipedreamError, match=r"another path .* called module 'tasks\.q' where 'tasks\.p' had been"):
         pipeline.fit(batches[2:])

@@ -161,10 +161,18 @@ class Checkpoints:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         try:
             restore_stage(stage, tensors, _unpacked(tensors.pop(_VALUES)))
-        except (PipedreamError, KeyError, ValueError, RuntimeError) as error:
+        except (
+            PipedreamError,
+            KeyError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            EOFError,
+            pickle.UnpicklingError,
+        ) as error:
             raise PipedreamError(
-                f"{path}: does not fit stage {stage.index}: {error}: use the model and the optimizer of the run that "
-                "wrote it"
+                f"{path}: does not fit stage {stage.index}: {str(error).partition(chr(10))[0]}: use the model and the "
+                "optimizer of the run that wrote it"
             ) from None
 
     # ------------------------------------------------------------------
