@@ -9,9 +9,9 @@
 //
 // A poll is one MPI_Testsome over all requests, under one mutex, and a query of the events of copies between
 // host and device. The progress thread sleeps between polls, so that it takes no core from compute; a large send wakes
-// it, because another rank may already wait for that message. A waiting
-// main thread polls without a pause, unless the node is oversubscribed and another rank can use its core. The
-// progress thread never waits for the mutex: the thread that holds it is already calling MPI.
+// it, because another rank may already wait for that message. A waiting main thread polls without a pause, unless the
+// node is oversubscribed and another rank can use its core. The progress thread never waits for the mutex: the thread
+// that holds it is already calling MPI.
 #pragma once
 
 #include <mpi.h>
